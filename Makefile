@@ -1,0 +1,23 @@
+# make quickstart: install into .venv, train a small localist GPT-2 on the sample text, measure and draw it
+# make test:       install what the tests need as well, and run them
+PYTHON ?= python3
+
+quickstart: .venv/run-time
+	.venv/bin/python train.py configs/quickstart.toml --overwrite
+
+test: .venv/tests
+	.venv/bin/python -m pytest -q tests
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv .venv
+
+.venv/run-time: requirements.txt | .venv/bin/pip
+	.venv/bin/pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/tests: requirements-test.txt .venv/run-time
+	.venv/bin/pip install --quiet -r requirements-test.txt
+	@touch $@
+
+.PHONY: quickstart test
