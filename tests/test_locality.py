@@ -1,0 +1,305 @@
+"""The schedules and partitioners: causal, streaming, capped, and at home in any text."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from locality import SCHEDULES, InputError, Partitioner, background, parse_partition, partition, schedule
+
+BYTES = [bytes([i]) for i in range(256)]
+METHODS = ["semantic", "sentence", "window:7", "block:5"]
+
+# pieces that, put together at random, make every kind of sentence end there is, and many that only look like one
+PIECES = (
+    [w.encode() for w in "the cat sat on mat whale sea ship Mr. Dr. U.S. e.g. No. 5 A. J. vol. Paris Whale Ship He I".split()]
+    + [b". ", b".\n", b".\n\n", b"! ", b"? ", b"...", b"\n", b"\n\n", b" ", b"  ", b"\t", b"\r\n", b", ", b"; ", b"'", b"''", b'"', b"``", b")", b"(", b"_"]
+    + [b"- ", b"* ", b"# ", b"12. ", b"1) ", b"<|endoftext|>", b"<|endo", b"ftext|>", b"\x00", b"\xff", b"\xe2\x82", b"\x80", b"x" * 120, b"y " * 70]
+    + [w.encode() for w in "“ ” ’ » … é Э это Конец. Да. α Ω 。 」 「 海 鯨 は ！ ？ ، ؟ ۔ । \u00a0 \u3000 🙂 ‣ •".split(" ")]
+    + [b". ", b" ", b" ", b"\n"] * 6
+)
+
+
+def random_text(seed, n=400):
+    rng = random.Random(seed)
+    return b"".join(p + rng.choice([b"", b" "]) for p in rng.choices(PIECES, k=n))
+
+
+def random_tokens(seed, text):
+    """A made-up vocabulary of multi-byte tokens, and the text cut into them at random, also within characters."""
+    rng = random.Random(seed)
+    vocabulary, tokens, ids = [b""], [], {}
+    while text:
+        n = rng.choice([1, 1, 2, 3, 4, 6, 9, 30])
+        piece, text = text[:n], text[n:]
+        if piece not in ids:
+            ids[piece] = len(vocabulary)
+            vocabulary.append(piece)
+        tokens.append(ids[piece])
+        if rng.random() < 0.02:
+            tokens.append(0)  # a token of no bytes at all
+    return np.array(tokens, np.uint16), vocabulary
+
+
+def as_bytes(text):
+    return np.frombuffer(text if isinstance(text, bytes) else text.encode(), np.uint8).astype(np.uint16)
+
+
+def starts(text, method="sentence", max_lookback=65535):
+    """The pieces of `text` that begin where the partition lets a block begin."""
+    tokens = as_bytes(text)
+    first = np.arange(len(tokens)) - partition(tokens, BYTES, method, max_lookback)
+    cuts = sorted(set(first.tolist())) + [len(tokens)]
+    raw = tokens.astype(np.uint8).tobytes()
+    return [raw[a:b].decode(errors="replace").strip() for a, b in zip(cuts, cuts[1:])]
+
+
+SOME_BACKGROUND = background(as_bytes("whale ship sea cat mat Paris это " * 30 + "конец 海 鯨 " * 4), BYTES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("n_layer", [1, 2, 12])
+def test_schedule(name, n_layer):
+    degree = {"localist": 0, "linear": 1, "quadratic": 2, "cubic": 3, "quartic": 4, "quintic": 5}
+    for fidelity in (1.0, 0.6):
+        got = schedule(name, n_layer, fidelity)
+        if name == "distributed":
+            assert got == [0.0] * n_layer
+        elif n_layer == 1:
+            assert got == [fidelity]
+        else:
+            assert got == pytest.approx([fidelity * (l / (n_layer - 1)) ** degree[name] for l in range(n_layer)])
+            assert got[-1] == fidelity
+
+
+@pytest.mark.parametrize("args", [("quintc", 12), ("", 12), (None, 12), ("linear", 0), ("linear", 1.5), ("linear", 3, 0), ("linear", 3, 1.01), ("linear", 3, "1"), ("linear", 3, float("nan"))])
+def test_schedule_refuses(args):
+    with pytest.raises(InputError):
+        schedule(*args)
+
+
+def test_schedule_names_the_nearest():
+    with pytest.raises(InputError, match="quintic"):
+        schedule("quintc", 12)
+
+
+@pytest.mark.parametrize("method", ["", "semantics", "window", "window:", "window:0", "window:-1", "window:2.5", "block:x", "sentence:3", None, 3])
+def test_parse_partition_refuses(method):
+    with pytest.raises(InputError):
+        parse_partition(method)
+    with pytest.raises(InputError):
+        partition(as_bytes("a b"), BYTES, method, 8)
+
+
+@pytest.mark.parametrize("max_lookback", [0, -1, 65536, 2.5, None, True])
+def test_max_lookback_refuses(max_lookback):
+    with pytest.raises(InputError):
+        partition(as_bytes("a b"), BYTES, "semantic", max_lookback)
+
+
+def test_token_outside_vocabulary_refuses():
+    with pytest.raises(InputError):
+        partition(np.array([3, 300]), BYTES, "semantic", 8)
+
+
+def test_rulers():
+    tokens = as_bytes(random_text(0))
+    i = np.arange(len(tokens))
+    assert (partition(tokens, BYTES, "window:7", 100) == np.minimum(i, 6)).all()
+    assert (partition(tokens, BYTES, "window:7", 4) == np.minimum(i, 4)).all()
+    assert (partition(tokens, BYTES, "block:5", 100) == i % 5).all()
+    assert (partition(tokens, BYTES, "block:5", 2) == np.minimum(i % 5, 2)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(12))
+def test_streaming_agrees_and_nothing_leaks(method, seed):
+    """One by one, in random pieces, at once, and from a text whose future is another: the same lookback, token for token."""
+    rng = random.Random(seed)
+    max_lookback = rng.choice([1, 3, 20, 100, 1000])
+    known = [None, SOME_BACKGROUND][seed % 2]
+    tokens, vocabulary = random_tokens(seed, random_text(seed))
+    whole = partition(tokens, vocabulary, method, max_lookback, known)
+    i = np.arange(len(tokens))
+    assert whole.dtype == np.uint16 and whole.shape == tokens.shape
+    assert (whole <= np.minimum(i, max_lookback)).all()
+    if "window" not in method:  # the window and the cap slide; nothing ever goes back
+        assert (np.diff(i - whole.astype(int)) >= 0).all()
+
+    one = Partitioner(vocabulary, method, max_lookback, known)
+    assert (np.concatenate([one.push(tokens[n : n + 1]) for n in range(len(tokens))]) == whole).all()
+
+    pieces, at, got = Partitioner(vocabulary, method, max_lookback, known), 0, []
+    while at < len(tokens):
+        n = rng.choice([0, 1, 2, 5, 50, 300])
+        got.append(pieces.push(tokens[at : at + n].tolist()))
+        at += n
+    assert (np.concatenate(got) == whole).all()
+
+    for _ in range(20):
+        at = rng.randrange(len(tokens))
+        other = np.concatenate([tokens[:at], rng.choices(range(len(vocabulary)), k=30)]).astype(np.uint16)
+        assert (partition(other, vocabulary, method, max_lookback, known)[:at] == whole[:at]).all()
+
+
+@pytest.mark.parametrize("method", ["semantic", "sentence"])
+def test_long_texts_agree_across_chunks(method, monkeypatch):
+    text = b" ".join(random_text(seed) for seed in range(20))
+    tokens, vocabulary = random_tokens(1, text)
+    whole = partition(tokens, vocabulary, method, 200)
+    for chunk in (97, 1000):
+        monkeypatch.setattr("locality.CHUNK", chunk)
+        assert (partition(tokens, vocabulary, method, 200) == whole).all()
+
+
+@pytest.mark.parametrize("method", ["semantic", "sentence"])
+@pytest.mark.parametrize("known", [None, SOME_BACKGROUND])
+def test_documents_are_independent(method, known):
+    one, two = random_text(1).replace(b"<|", b""), random_text(2).replace(b"<|", b"")
+    both = partition(as_bytes(one + b"<|endoftext|>" + two), BYTES, method, 50, known)
+    assert (both[len(one) + 13 :] == partition(as_bytes(two), BYTES, method, 50, known)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_writes_into_out(method, tmp_path):
+    tokens = as_bytes(random_text(3))
+    tokens.tofile(tmp_path / "tokens.bin")
+    out = np.memmap(tmp_path / "lookback.bin", np.uint16, "w+", shape=tokens.shape)
+    got = partition(np.memmap(tmp_path / "tokens.bin", np.uint16, "r"), BYTES, method, 50, out=out)
+    assert got is out and (out == partition(tokens, BYTES, method, 50)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "text", [b"", b"a", b"\x00" * 3000, b"\n" * 3000, b" " * 3000, b"\xff\xfe" * 2000, b"word " * 2000, b"x" * 5000, "鯨".encode() * 2000, b"." * 3000, b". '" * 1500, b"<|endoftext|>" * 50]
+)
+def test_odd_texts(method, text):
+    tokens = as_bytes(text)
+    whole = partition(tokens, BYTES, method, 300)
+    stream = Partitioner(BYTES, method, 300)
+    assert [int(stream.push([t])[0]) for t in tokens] == whole.tolist()
+
+
+def test_background_survives_json():
+    tokens = as_bytes(random_text(5))
+    again = json.loads(json.dumps(SOME_BACKGROUND))
+    assert (partition(tokens, BYTES, "semantic", 99, again) == partition(tokens, BYTES, "semantic", 99, SOME_BACKGROUND)).all()
+
+
+def test_background_is_bounded():
+    text = " ".join(random.Random(0).choices([f"{a}{b}{c}{d}" for a in "bcdfgh" for b in "aeiouyrl" for c in "klmnpqrst" for d in ["tam", "tor", "ling", "bas", "eke", "ul", "ord", "ist", "ox", "um", "dra", "wen", "yth", "id", "ep"]], k=20_000))
+    assert len(json.dumps(background(as_bytes(text), BYTES))) < 1 << 20
+
+
+def test_background_does_not_depend_on_the_tokens():
+    text = random_text(7).replace(b"<|", b"")
+    tokens, vocabulary = random_tokens(7, text)
+    assert background(tokens, vocabulary) == background(as_bytes(text), BYTES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sentences
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["The cat sat on the mat.", "It purred.", "Then, alas!", "What now?", "The end"],
+        ["Mr. Smith met Dr. J. R. Brown of the U.S. Navy, e.g. at sea.", "See vol. 3, pp. 4 and No. 5.", "No.", "I won't."],
+        ["“Come here,” she said.", "“Why?” he asked.", "He came."],
+        ["'Tis late.", "'Tis very late.", "(So it is.)", "[Indeed.]", "_Quite._", "Good"],
+        ["It cost 3.50 at example.com today.", "He said so . ''", "`` No , '' she said .", "Fine"],
+        ["A paragraph that was wrapped\nin the middle of a sentence\nby hand.", "Another one,\nwith Mr.\nSmith in it."],
+        ["Мы пришли домой.", "Он ушёл.", "А. С. Пушкин писал т. е. сочинял.", "Конец"],
+        ["Ἦλθεν ὁ ἄνθρωπος.", "Καλημέρα.", "Τέλος"],
+        ["यह एक वाक्य है।", "यह दूसरा है।", "अंत"],
+    ],
+)
+def test_sentences(sentences):
+    assert starts(" ".join(sentences)) == sentences
+
+
+@pytest.mark.parametrize("text", ["我们走进森林。树很高！「你好。」他说？是", "クジラは海にいる。船が来た！本当？はい"])
+def test_sentences_without_spaces(text):
+    assert starts(text) == [s for s in text.replace("。", "。|").replace("！", "！|").replace("？", "？|").replace("|」", "」|").split("|") if s]
+
+
+def test_paragraphs_lists_headings():
+    assert starts("CHAPTER ONE\n\nIt was late\nand dark\n\nThe next day") == ["CHAPTER ONE", "It was late\nand dark", "The next day"]
+    assert starts("We need:\n- eggs\n- flour\n2. milk\n* tea\n# Title\n\nEnd") == ["We need:", "- eggs", "- flour", "2. milk", "* tea", "# Title", "End"]
+
+
+def test_one_sentence_a_line():
+    """Without full stops, but in lines too long to be hard-wrapped: each line is a sentence, the short ones too."""
+    lines = ["the first line is one of those that go on for a good deal more than a hundred characters without an end, as lines do", "a short one", "another", "and so on"]
+    assert starts("\n".join(lines)) == lines
+
+
+def test_sentence_start_is_known_at_its_first_token():
+    text = "One ends here. Two ends there.\nThree ends now! “Four” too.\n\nFive"
+    vocabulary = sorted({w for w in text.replace(" ", "| ").replace("\n", "|\n|").split("|")})
+    tokens = [vocabulary.index(w) for w in text.replace(" ", "| ").replace("\n", "|\n|").split("|")]
+    lookback = partition(np.array(tokens), [w.encode() for w in vocabulary], "sentence", 50)
+    first = [vocabulary[t].strip() for t, r in zip(tokens, lookback) if r == 0]
+    assert first == ["One", "Two", "Three", "“Four”", "Five"]
+
+
+def test_no_punctuation_at_all():
+    """Text that never ends a sentence still has blocks, cut at white space."""
+    tokens = as_bytes("all work and no play makes it a dull day indeed " * 200)
+    for method in ("sentence", "semantic"):
+        lookback = partition(tokens, BYTES, method, 5000)
+        first = np.unique(np.arange(len(tokens)) - lookback.astype(int))
+        assert len(first) > (3 if method == "sentence" else 1)
+        assert all(f == 0 or tokens[f - 1] == 32 for f in first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks
+
+TOPICS = [
+    "whale ship sea harpoon captain sailor ocean deck mast wave storm anchor".split(),
+    "flour butter oven sugar bake cake dough kitchen recipe egg cream spoon".split(),
+    "senate law vote judge court minister election treaty party crown parliament tax".split(),
+    "кит море корабль волна капитан парус шторм якорь матрос палуба".split(),
+    "树 林 山 河 花 鸟 石 叶".split(),
+]
+
+
+def document(order, seed=0, n=12):
+    """Sentences of six words a topic; returns the text and the byte each topic begins at."""
+    rng = random.Random(seed)
+    text, begins = b"", []
+    for topic in order:
+        begins.append(len(text))
+        for _ in range(n):
+            words = rng.sample(TOPICS[topic], 6)
+            text += ("".join(words) + "。" if topic == 4 else "The " + " of the ".join(words) + ". ").encode()
+    return text, begins
+
+
+@pytest.mark.parametrize("known", [None, SOME_BACKGROUND])
+def test_blocks_begin_where_the_topic_changes(known):
+    text, begins = document([0, 1, 2, 3, 0, 4, 2])
+    tokens = as_bytes(text)
+    lookback = partition(tokens, BYTES, "semantic", 65535, known).astype(int)
+    assert sorted(set((np.arange(len(tokens)) - lookback).tolist())) == begins
+
+
+def test_a_break_within_reach_beats_the_cap():
+    """A topic longer than the cap: the block moves to a later sentence, not to the middle of one."""
+    tokens = as_bytes(document([0], n=100)[0])
+    first = np.unique(np.arange(len(tokens)) - partition(tokens, BYTES, "semantic", 400).astype(int))
+    assert len(first) > 5 and all(tokens[f] == ord("T") for f in first)
+
+
+def test_one_endless_sentence_slides_at_the_cap():
+    lookback = partition(as_bytes("x" * 700), BYTES, "semantic", 50)
+    assert (lookback == np.minimum(np.arange(700), 50)).all()
