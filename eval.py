@@ -1,0 +1,267 @@
+"""
+Measure a run: perplexity, bits per byte, accuracy, and per layer how local its attention really is.
+
+    python eval.py runs/quickstart
+    python eval.py runs/quickstart --schedule localist --figure localist.png     # turn the dial, no retraining
+    python eval.py runs/quickstart --partition block:64 --json block64.json      # other blocks, same weights
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from locality import InputError, background, partition, schedule
+from model import GPT, clamp_lookback, in_block, load
+from prepare_data import SPLITS, get_encoding, prepare, read_meta, read_split, token_bytes, write_text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run from disk
+
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, mps … -> torch.device. Raises InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"device {name} is not available here; use auto or cpu") from None
+
+
+def autocast(device, dtype):
+    """The context in which a model runs: bfloat16 arithmetic, or plain float32. dtype auto: bfloat16 on CUDA."""
+    if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def load_run(run, device="cpu"):
+    """The best model of a run folder, its dial set as it was trained, and the run's config, a dict."""
+    run = Path(run)
+    path = next((run / name for name in ("best.pt", "last.pt") if (run / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{run}: no checkpoint here; a run is the folder that 'python train.py CONFIG' fills")
+    config = load(path).get("config")
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a checkpoint of train.py")
+    model = GPT.from_pretrained(path, max_lookback=config["max_lookback"])
+    model.set_locality(schedule(config["schedule"], model.config.n_layer, config["fidelity"]))
+    return model.to(device).eval(), config
+
+
+def prepared(config):
+    """The prepared folder that a config (a dict) names, made if it is not there or no longer fits."""
+    return prepare(config["source"], config["data"] or None, config["tokenizer"], config["partition"],
+                   config["max_lookback"], config["val"], config["test"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+def windows(n, block_size, stride):
+    """Contexts that cover n tokens: a list of (start, first), predictions from position `first` of each are scored.
+
+    Every token but token 0, which nothing precedes, is predicted and scored exactly once; all but the first window give
+    a scored token at least block_size - stride tokens of context.
+    """
+    T = min(block_size, n - 1)
+    starts = [*range(0, n - 1 - T, stride), n - 1 - T]
+    ends = [0] + [start + T for start in starts]
+    return [(start, end - start) for start, end in zip(starts, ends)]
+
+
+@torch.no_grad()
+def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, measure=True, limit=None, dtype="auto"):
+    """Score a split, two uint16 arrays of n tokens.
+
+    vocabulary: list of bytes per token id. stride: tokens between two contexts, default half a context.
+    measure: also the attention of every layer (dense, slower). limit: at most so many contexts, evenly spread.
+    Returns a dict: perplexity = exp(mean nats per token), bits_per_byte, accuracy (top-1), tokens scored, layers.
+    """
+    was_training, device = model.training, model.wte.weight.device
+    model.eval()
+    T = min(model.config.block_size, len(tokens) - 1)
+    stride = stride or max(T // 2, 1)
+    if not 1 <= stride <= T:
+        raise InputError(f"stride must be in 1 … {T}, the length of a context, not {stride}")
+    contexts = windows(len(tokens), T, stride)
+    if limit and limit < len(contexts):
+        contexts = [contexts[i] for i in np.linspace(0, len(contexts) - 1, limit, dtype=int)]
+    if measure:    # keep the dense maps of a batch under about half a gigabyte
+        batch_size = max(1, min(batch_size, 2 ** 27 // (model.config.n_head * T * T)))
+    n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
+    nats, correct, scored, size = 0.0, 0, 0, 0
+    sums = torch.zeros(model.config.n_layer, 3, dtype=torch.double)    # fidelity, pointer accuracy, entropy
+    for at in tqdm(range(0, len(contexts), batch_size), desc="evaluating", leave=False, disable=not measure):
+        batch = contexts[at:at + batch_size]
+        x, r, y = (torch.from_numpy(np.stack(rows).astype(np.int64)).to(device) for rows in zip(*(
+            (tokens[s:s + T], lookback[s:s + T], tokens[s + 1:s + T + 1]) for s, _ in batch)))    # (B, T) each
+        first = torch.tensor([f for _, f in batch], device=device)[:, None]
+        score = torch.arange(T, device=device) >= first                        # (B, T)
+        with autocast(device, dtype):
+            logits = model(x, r)[0]                                            # (B, T, V)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").view_as(y)
+        nats += nll[score].double().sum().item()
+        correct += (logits.argmax(-1) == y)[score].sum().item()
+        scored += score.sum().item()
+        size += n_bytes[y[score]].sum().item()
+        if measure:
+            block = in_block(clamp_lookback(r, model.config.max_lookback))[:, None]    # (B, 1, T, T)
+            for layer, a in enumerate(model.attention_maps(x, r)):             # (B, H, T, T)
+                inside = (a * block).sum(-1)                                   # (B, H, T)
+                pointer = block.expand_as(a).gather(-1, a.argmax(-1, keepdim=True)).squeeze(-1)
+                entropy = torch.special.entr(a).sum(-1) / np.log(2)
+                for column, value in enumerate((inside, pointer, entropy)):
+                    sums[layer, column] += value.double().mean(1)[score].sum().item()
+    model.train(was_training)
+    results = {"perplexity": float(np.exp(nats / scored)), "loss": nats / scored,
+               "bits_per_byte": nats / np.log(2) / size, "accuracy": correct / scored,
+               "tokens": scored, "bytes": size, "stride": stride, "context": T}
+    if measure:
+        results["layers"] = [
+            {"locality": locality, "fidelity": f, "pointer_accuracy": p, "entropy": e}
+            for locality, (f, p, e) in zip(model.locality, (sums / scored).tolist())]
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+
+
+def table(results):
+    """The results as lines of text."""
+    lines = ["layer  locality  fidelity  pointer accuracy  entropy (bits)"]
+    lines += [f"{number:5d}  {layer['locality']:8.3f}  {layer['fidelity']:8.3f}  {layer['pointer_accuracy']:16.3f}  "
+              f"{layer['entropy']:14.2f}" for number, layer in enumerate(results["layers"], 1)]
+    lines.append(f"perplexity {results['perplexity']:.3f}   bits per byte {results['bits_per_byte']:.4f}   "
+                 f"accuracy {100 * results['accuracy']:.2f} %   ({results['tokens']:,} tokens, stride {results['stride']})")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def figure(model, tokens, lookback, results, path, title):
+    """Draw `path`: the attention of the first and last layer over one stretch of text, and the layers in numbers."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import PowerNorm
+
+    device = model.wte.weight.device
+    T = min(model.config.block_size, len(tokens), 256)
+    # of all stretches, one with many block starts: there the blocks can be seen
+    starts = np.arange(len(tokens)) - lookback.astype(np.int64)
+    changes = np.concatenate(([0], np.cumsum(np.diff(starts) > 0)))
+    at = int(np.argmax(changes[T - 1:] - changes[:len(tokens) - T + 1]))
+    x, r = (torch.from_numpy(a[at:at + T].astype(np.int64))[None].to(device) for a in (tokens, lookback))
+    maps = [a[0].mean(0).cpu().numpy() for a in model.attention_maps(x, r)]    # heads averaged, (T, T) each
+    start = np.arange(T) - clamp_lookback(r, model.config.max_lookback)[0].cpu().numpy()
+
+    n_layer = model.config.n_layer
+    layers = np.arange(1, n_layer + 1)
+    fig, axes = plt.subplots(2, 2, figsize=(10, 8.6), height_ratios=(1.55, 1), layout="constrained")
+    for ax, layer in zip(axes[0], (0, n_layer - 1)):
+        shown = np.where(np.tri(T, dtype=bool), maps[layer], np.nan)
+        image = ax.imshow(shown, cmap="Blues", norm=PowerNorm(0.35, 0, 1), interpolation="nearest")
+        ax.step(start - 0.5, np.arange(T) - 0.5, where="post", color="#d55e00", lw=1.3)
+        ax.set(title=f"layer {layer + 1}, locality {model.locality[layer]:.2f}", xlabel="key (token)", xlim=(-0.5, T - 0.5))
+    axes[0, 0].set_ylabel("query (token)")
+    axes[0, 0].plot([], [], color="#d55e00", label="start of the query's block")
+    axes[0, 0].legend(loc="upper right", frameon=False)
+    fig.colorbar(image, ax=axes[0], label="attention weight, mean over heads", shrink=0.9)
+    values = {key: [layer[key] for layer in results["layers"]] for key in results["layers"][0]}
+    axes[1, 0].fill_between(layers, values["locality"], color="#d55e00", alpha=0.15, lw=0)
+    axes[1, 0].plot(layers, values["locality"], "--", color="#d55e00", label="locality: the certified floor")
+    axes[1, 0].plot(layers, values["fidelity"], "o-", color="#0072b2", label="fidelity: mass inside the block")
+    axes[1, 0].plot(layers, values["pointer_accuracy"], "^:", color="#666666", label="pointer accuracy")
+    axes[1, 0].set(xlabel="layer", ylim=(-0.03, 1.05), xticks=layers, title="attention that stays in the block")
+    axes[1, 0].legend(frameon=False)
+    axes[1, 1].plot(layers, values["entropy"], "o-", color="#0072b2")
+    axes[1, 1].set(xlabel="layer", ylabel="bits", xticks=layers, ylim=(0, None), title="entropy of the attention")
+    for ax in axes[1]:
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(title)
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    fig.savefig(temporary, dpi=130)
+    os.replace(temporary, path)
+    plt.close(fig)
+
+
+def provenance(device, seed):
+    """Where a number comes from: command, commit, device, date, seed, version."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit, "device": name,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "seed": seed,
+            "torch": torch.__version__}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="measure a run, at its own dial or another")
+    parser.add_argument("run", help="a run folder of train.py")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--schedule", help="another schedule than the one it was trained with")
+    parser.add_argument("--fidelity", type=float, help="another fidelity, in (0, 1]")
+    parser.add_argument("--partition", help="other blocks: semantic, sentence, window:N or block:N")
+    parser.add_argument("--stride", type=int, help="tokens between two contexts (default: half a context)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--figure", type=Path, help="draw the figure here, .png, .svg or .pdf")
+    args = parser.parse_args()
+    for path in (args.json, args.figure):
+        if path and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist")
+    if args.figure and args.figure.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{args.figure}: a figure ends in .png, .svg or .pdf")
+
+    device = pick_device(args.device)
+    model, config = load_run(args.run, device)
+    dial = args.schedule or config["schedule"], config["fidelity"] if args.fidelity is None else args.fidelity
+    model.set_locality(schedule(dial[0], model.config.n_layer, dial[1]))
+    folder = prepared(config)
+    tokens, lookback = read_split(folder, args.split)
+    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+    method = args.partition or config["partition"]
+    if method != config["partition"]:
+        words = read_meta(folder)["background"]
+        if words is None and method == "semantic":
+            words = background(read_split(folder, "train")[0], vocabulary)
+        lookback = partition(tokens, vocabulary, method, config["max_lookback"], words)
+
+    results = evaluate(model, tokens, lookback, vocabulary, args.stride, args.batch_size, dtype=config["dtype"])
+    results = {"run": str(args.run), "split": args.split, "schedule": dial[0], "fidelity": dial[1], "partition": method,
+               **results, **provenance(device, config["seed"])}
+    print(f"{args.run}, {args.split} split: {dial[0]}, fidelity {dial[1]:g}, {method} blocks")
+    print(table(results))
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
+    if args.figure:
+        figure(model, tokens, lookback, results, args.figure, f"{args.run}: {dial[0]}, {method} blocks")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,438 @@
+"""
+GPT-2 in a single file, with progressive localisation in its attention.
+
+GPT-2: pre-norm blocks, tanh-GELU, biases everywhere, learned positions, output head tied to the token embedding.
+Loads the published weights, exports them again, and equals `transformers` to within rounding.
+
+What localisation adds (everything else is GPT-2):
+  1. `clamp_lookback`, `block_mask`, `local_attention`: attention inside a token's semantic block, in O(T * W);
+  2. four lines in `CausalSelfAttention.forward` that blend it with the global attention;
+  3. `GPT.set_locality`: the dial, one number per layer, changed at any time without retraining.
+
+The blend of layer l, with its dial lambda_l in [0, 1] and the block B_i = {i - lookback_i, …, i} of query i:
+
+    a_ij = (1 - lambda_l) * softmax over j <= i (s_ij)  +  lambda_l * softmax over j in B_i (s_ij)
+
+So at least lambda_l of every query's attention stays in its block, whatever the weights: a certified fidelity.
+"""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from download import CACHE, download
+from locality import InputError
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257    # what the outside sees; inside it is padded to a multiple of 64
+    block_size: int = 1024     # longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    max_lookback: int = 256    # no block reaches back further, in tokens
+
+    def __post_init__(self):
+        for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "max_lookback"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.n_embd % self.n_head:
+            raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention inside the block
+
+
+def clamp_lookback(lookback, max_lookback):
+    """The lookback that holds in this context: no further than its first token, nor than max_lookback.
+
+    lookback: (B, T) integers, tokens back from each query to the start of its block; returns (B, T) int64.
+    """
+    position = torch.arange(lookback.size(1), device=lookback.device)          # (T,)
+    return lookback.long().clamp(max=max_lookback).minimum(position)           # (B, T)
+
+
+def block_mask(lookback, max_lookback):
+    """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their own and the previous chunk.
+
+    lookback: (B, T) as `clamp_lookback` gives it; C = min(max_lookback, T), so a block never reaches a third chunk.
+    Returns (B * n, 1, C, 2C) booleans for the n = ceil(T / C) chunks, or (B, 1, T, T) when one chunk holds them all.
+    """
+    B, T = lookback.shape
+    C = min(max_lookback, T)
+    n = -(-T // C)
+    r = F.pad(lookback, (0, n * C - T)).view(B * n, 1, C, 1)                   # a padded query sees only itself
+    i = torch.arange(C, device=lookback.device)[:, None]                       # (C, 1)
+    j = torch.arange(-C if n > 1 else 0, C, device=lookback.device)[None, :]   # (1, 2C), counted from the chunk's start
+    distance = i - j
+    return (distance >= 0) & (distance <= r)                                   # (B * n, 1, C, 2C)
+
+
+def local_attention(q, k, v, mask, dropout=0.0):
+    """Softmax attention of each query over its block alone, in O(T * C) time and memory.
+
+    q, k, v: (B, H, T, D); mask: from `block_mask`. Returns (B, H, T, D).
+    """
+    B, H, T, D = q.shape
+    C = mask.size(-2)
+    n = mask.size(0) // B
+    if n == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).unflatten(2, (n, C)).transpose(1, 2) for x in (q, k, v))  # (B, n, H, C, D)
+    k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x), dim=3) for x in (k, v))         # (B, n, H, 2C, D)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                             # (B * n, H, C or 2C, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)                      # (B * n, H, C, D)
+    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]      # (B, H, T, D)
+
+
+def in_block(lookback):
+    """(B, T) lookback, clamped -> (B, T, T) booleans: key j is in the block of query i. For evaluation and figures."""
+    position = torch.arange(lookback.size(1), device=lookback.device)
+    distance = position[:, None] - position[None, :]                           # (T, T)
+    return (distance >= 0) & (distance <= lookback[:, :, None])                # (B, T, T)
+
+
+def attention_weights(q, k, lookback, locality):
+    """The attention probabilities written down densely: the reference that the fast path is tested against.
+
+    q, k: (B, H, T, D); lookback: (B, T), clamped; locality: the layer's lambda. Returns (B, H, T, T), rows sum to 1.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                   # (B, H, T, T)
+    T = q.size(2)
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()        # (T, T)
+    a_global = scores.masked_fill(~causal, -math.inf).softmax(-1)
+    a_local = scores.masked_fill(~in_block(lookback)[:, None], -math.inf).softmax(-1)
+    return (1 - locality) * a_global + locality * a_local                      # (B, H, T, T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.locality = 0.0    # lambda of this layer; GPT.set_locality turns it
+
+    def qkv(self, x):
+        qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))                # (B, T, 3, H, D)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)                            # three of (B, H, T, D)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x)                                                  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        if self.locality < 1:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        if self.locality > 0:
+            y_local = local_attention(q, k, v, mask, dropout)
+            y = y_local if self.locality == 1 else torch.lerp(y, y_local, self.locality)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))                          # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))              # (B, T, C)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(-(-config.vocab_size // 64) * 64, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif ".ln_" not in name and "ln_f" not in name:
+                # residual branches start smaller, so that depth does not blow up the stream (Radford et al. 2019)
+                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(p, std=std)
+
+    def forward(self, idx, lookback=None, targets=None):
+        """idx: (B, T) int64 token ids; lookback: (B, T) integers (needed unless every lambda is 0);
+        targets: (B, T) int64, -1 = not scored. Returns logits (B, T, vocab_size) and the mean loss in nats, or None."""
+        mask = self._mask(idx, lookback)
+        x = self.embed(idx)                                                    # (B, T, C)
+        for block in self.h:
+            x = block(x, mask)
+        logits = self.head(x)                                                  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def embed(self, idx):
+        if idx.size(1) > self.config.block_size:
+            raise InputError(f"a context of {idx.size(1)} tokens is longer than the model's {self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[:idx.size(1)]                      # (B, T, C)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def head(self, x):
+        # the padded rows of wte make a faster matmul; the slice keeps them invisible, without a copy
+        return F.linear(self.ln_f(x), self.wte.weight)[..., :self.config.vocab_size]
+
+    # -- the dial
+
+    @property
+    def locality(self):
+        """lambda_l of every layer, a list of floats."""
+        return [block.attn.locality for block in self.h]
+
+    def set_locality(self, lambdas):
+        """Turn the dial: one lambda in [0, 1] per layer. Takes effect at the next forward, without retraining."""
+        if len(lambdas) != len(self.h) or not all(0 <= x <= 1 for x in lambdas):
+            raise InputError(f"locality takes {len(self.h)} numbers in [0, 1], not {list(lambdas)}")
+        for block, x in zip(self.h, lambdas):
+            block.attn.locality = float(x)
+
+    def _mask(self, idx, lookback):
+        if not any(self.locality):
+            return None
+        if lookback is None:
+            raise InputError("this model's attention is localised: it needs the lookback of its tokens")
+        lookback = clamp_lookback(lookback, self.config.max_lookback)
+        return block_mask(lookback, self.config.max_lookback)
+
+    @torch.no_grad()
+    def attention_maps(self, idx, lookback):
+        """Yield each layer's attention probabilities, (B, H, T, T), dense: for measurement, not for training."""
+        mask = self._mask(idx, lookback)
+        lookback = clamp_lookback(lookback, self.config.max_lookback)
+        x = self.embed(idx)
+        for block in self.h:
+            q, k, _ = block.attn.qkv(block.ln_1(x))
+            yield attention_weights(q, k, lookback, block.attn.locality)
+            x = block(x, mask)
+
+    # -- generation
+
+    @torch.no_grad()
+    def generate(self, tokens, n, partitioner=None, temperature=1.0, top_k=None, generator=None):
+        """Yield n new token ids, one by one, after the prompt `tokens` (a non-empty list of ids).
+
+        partitioner: a fresh locality.Partitioner, which finds the blocks as the text grows (needed unless every lambda
+        is 0). temperature 0 is greedy; top_k keeps the k likeliest tokens. The context is the last block_size tokens.
+        """
+        device = self.wte.weight.device
+        tokens = list(tokens)
+        lookback = partitioner.push(tokens).tolist() if partitioner else None
+        for _ in range(n):
+            x = torch.tensor([tokens[-self.config.block_size:]], device=device)                       # (1, T)
+            r = torch.tensor([lookback[-self.config.block_size:]], device=device) if lookback else None
+            logits = self(x, r)[0][0, -1].float()                              # (V,)
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                logits = logits / temperature
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.size(0))).values[-1]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+            yield token
+            tokens.append(token)
+            if partitioner:
+                lookback.extend(partitioner.push([token]).tolist())
+
+    # -- weights in and out
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, block_size=None, dropout=0.0, max_lookback=256):
+        """GPT-2 with published or saved weights, every lambda 0.
+
+        name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once, then cached); or a folder or file in the
+        published format (pytorch_model.bin, or model.safetensors where that package is installed), or a run of train.py.
+        block_size: use fewer positions than the weights have. Raises InputError for anything that is not a whole GPT-2.
+        """
+        path = download_gpt2(name_or_path) if name_or_path in PRETRAINED else find_weights(Path(name_or_path))
+        state, config = read_weights(path)
+        if block_size and block_size > config.block_size:
+            raise InputError(f"block_size {block_size} is more than the {config.block_size} positions of {name_or_path}")
+        config.block_size = block_size or config.block_size
+        config.dropout, config.max_lookback = dropout, max_lookback
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: p.shape for name, p in model.state_dict().items()}
+        state["wpe.weight"] = state["wpe.weight"][:config.block_size]
+        state["wte.weight"] = F.pad(state["wte.weight"], (0, 0, 0, expected["wte.weight"][0] - config.vocab_size))
+        for name, shape in expected.items():
+            if name not in state:
+                raise InputError(f"{path}: tensor {name} is missing: not a whole GPT-2")
+            if state[name].shape != shape:
+                raise InputError(f"{path}: tensor {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
+        model = model.to_empty(device="cpu")
+        model.load_state_dict({name: state[name] for name in expected})
+        return model
+
+    def save_pretrained(self, folder):
+        """Write pytorch_model.bin and config.json, which `transformers` loads as GPT2LMHeadModel (it knows no locality)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        c = self.config
+        state = {}
+        for name, p in self.state_dict().items():
+            p = p[:c.vocab_size] if name == "wte.weight" else p
+            state[f"transformer.{name}"] = (p.t() if name.endswith(TRANSPOSED) else p).detach().cpu().contiguous()
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        save(state, folder / "pytorch_model.bin")
+        text = json.dumps({
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+            "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer,
+            "n_head": c.n_head, "n_embd": c.n_embd, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+            "attn_pdrop": c.dropout, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout, "tie_word_embeddings": True,
+            "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1}, indent=2)
+        temporary = folder / f"config.json.{os.getpid()}.tmp"
+        temporary.write_text(text + "\n")
+        os.replace(temporary, folder / "config.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+# pytorch_model.bin of each: its length in bytes, and its sha256 where we could verify one (for the others the hub's own
+# record of the file is asked)
+PRETRAINED = {
+    "gpt2": (548118077, "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"),
+    "gpt2-medium": (1520013706, None),
+    "gpt2-large": (3247202234, None),
+    "gpt2-xl": (6431878936, None),
+}
+# the published weights store these as (in, out); nn.Linear wants (out, in)
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def download_gpt2(name):
+    """The path of pytorch_model.bin of one of the four published sizes, downloaded if the cache has no copy.
+
+    HF_ENDPOINT names a mirror; LOCALIST_CACHE another cache folder. Raises InputError when it cannot be had whole.
+    """
+    path = CACHE / name / "pytorch_model.bin"
+    size, sha256 = PRETRAINED[name]
+    if path.exists() and path.stat().st_size == size:
+        return path    # it was checked before it got this name
+    hub = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/openai-community/{name}"
+    try:
+        if sha256 is None:
+            pointer = download(f"{hub}/raw/main/pytorch_model.bin", path.with_name("pointer"), limit=1000).read_text()
+            sha256 = next(line[-64:] for line in pointer.splitlines() if line.startswith("oid sha256:"))
+        return download(f"{hub}/resolve/main/pytorch_model.bin", path, size, sha256)
+    except StopIteration:
+        raise InputError(f"{hub} names no sha256 for pytorch_model.bin; try another HF_ENDPOINT") from None
+    except InputError as e:
+        raise InputError(f"{e}. Without a network, put the file at {path}, or name a local folder in init_from") from None
+
+
+def find_weights(path):
+    if path.is_file():
+        return path
+    for name in ("best.pt", "last.pt", "pytorch_model.bin", "model.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise InputError(f"{path}: no best.pt, pytorch_model.bin or model.safetensors in this folder")
+    raise InputError(f"{path}: no such file or folder, and not one of {', '.join(PRETRAINED)}")
+
+
+def load(path):
+    """torch.load that executes nothing: a dict of tensors and plain values, or InputError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        what = "contains code" if "Unsupported" in str(e) or "GLOBAL" in str(e) else "is damaged"
+        raise InputError(f"{path}: refused, the file {what}; only plain weights are read") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
+            MemoryError, ImportError, OSError, zipfile.BadZipFile) as e:
+        # whatever a damaged archive trips over
+        raise InputError(f"{path}: not a readable weights file ({type(e).__name__}): damaged or half a download") from None
+
+
+def save(state, path):
+    """torch.save to a temporary name, synced, then renamed: `path` is always a whole file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights(path):
+    """The tensors of a weights file, under this model's names and orientation, and the GPTConfig that fits them.
+
+    Reads what train.py saves and the published format. Raises InputError for anything else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError:
+            raise InputError(f"{path}: reading it needs 'pip install safetensors'; or use pytorch_model.bin") from None
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError, ValueError) as e:
+            raise InputError(f"{path}: not a readable weights file ({e})") from None
+    else:
+        state = load(path)
+    if isinstance(state, dict) and "model_config" in state and "model" in state:
+        config, state = GPTConfig(**state["model_config"]), state["model"]
+        state["wte.weight"] = state["wte.weight"][:config.vocab_size]
+        return state, config
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path}: not the weights of a model")
+    state = {name.removeprefix("transformer."): v for name, v in state.items()}
+    state = {name: v.t() if name.endswith(TRANSPOSED) and v.dim() == 2 else v for name, v in state.items()}
+    try:
+        vocab_size, n_embd = state["wte.weight"].shape
+        block_size, _ = state["wpe.weight"].shape
+    except (KeyError, ValueError):
+        raise InputError(f"{path}: no GPT-2 in this file (it lacks wte.weight or wpe.weight)") from None
+    n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
+    n_head = max(n_embd // 64, 1)    # leaves no trace in the tensors; 64 a head is true of every published GPT-2
+    beside = path.with_name("config.json")
+    if beside.is_file():
+        try:
+            n_head = int(json.loads(beside.read_text())["n_head"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{beside}: not the config.json of a GPT-2 (it lacks n_head)") from None
+    return state, GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd)

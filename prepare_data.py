@@ -1,0 +1,319 @@
+"""
+From a text to token ids, split in three, with the block of every token beside them.
+
+    python prepare_data.py data/sample.txt --tokenizer bytes
+    python prepare_data.py gutenberg:2529
+    python prepare_data.py my_book.txt --partition block:64 --out data/my_book
+
+SOURCE is a text file, a folder of .txt files, an http(s) address, or gutenberg:NUMBER; several are joined into one
+corpus, with <|endoftext|> between the texts. The output folder holds
+
+    train.bin val.bin test.bin                              token ids, uint16
+    train.lookback.bin val.lookback.bin test.lookback.bin   tokens back to the start of the block, uint16
+    meta.json                                               how it was made, what it counts, the background words
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from download import CACHE, download
+from locality import InputError, background, parse_partition, partition
+
+SPLITS = ("train", "val", "test")
+PIECE = 1 << 22    # characters in memory at a time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+def get_encoding(name):
+    """The tokenizer as a tiktoken.Encoding: `gpt2` (fetched once by tiktoken), or `bytes`, 256 tokens, no download."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    if name != "gpt2":
+        raise InputError(f"tokenizer must be gpt2 or bytes, not {name}")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as e:    # requests' errors are OSErrors, a bad hash is a ValueError
+        raise InputError(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); check the network, set "
+                         "TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer 'bytes'") from None
+
+
+def token_bytes(encoding):
+    """The bytes of every token id, a list: what a partitioner reads instead of ids."""
+    return [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def source_files(source):
+    """The local text files that SOURCE (a string, or a list of them) stands for; what is remote is fetched once."""
+    if not isinstance(source, str):
+        return [path for one in source for path in source_files(one)]
+    if match := re.fullmatch(r"gutenberg:(\d+)", source):
+        number = match[1]
+        path = CACHE / "texts" / f"gutenberg-{number}.txt"
+        if not path.exists():
+            mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
+            raw = download(f"{mirror}/cache/epub/{number}/pg{number}.txt", path.with_suffix(".raw"))
+            text = strip_gutenberg(raw.read_text(encoding="utf-8-sig", errors="replace"))
+            write_text(path, text)
+            raw.unlink()
+        return [path]
+    if source.startswith("gutenberg:"):
+        raise InputError(f"{source}: a Gutenberg source is gutenberg:NUMBER, for example gutenberg:2529")
+    if source.startswith(("http://", "https://")):
+        path = CACHE / "texts" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.txt"
+        return [path if path.exists() else download(source, path)]
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise InputError(f"{source}: no .txt file in this folder")
+        return files
+    if not path.is_file():
+        raise InputError(f"{source}: no such file or folder; a source is a text file, a folder of .txt files, "
+                         "an http(s) address or gutenberg:NUMBER")
+    return [path]
+
+
+def strip_gutenberg(text):
+    """The book alone: what stands between Project Gutenberg's START and END lines, without licence and headers."""
+    start = re.search(r"^\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG.*?\*\*\*[ \t]*$", text, re.M | re.I | re.S)
+    end = re.search(r"^\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG", text, re.M | re.I)
+    text = text[start.end() if start else 0:end.start() if end else len(text)]
+    return text.strip() + "\n"
+
+
+def pieces(path):
+    """Yield the text of a file in pieces of about PIECE characters, cut where every tokenizer cuts anyway.
+
+    That is before a white-space character that follows another character: encoding the pieces gives the same tokens as
+    encoding the whole. Raises InputError for what is not UTF-8 text.
+    """
+    rest = ""
+    try:
+        with open(path, encoding="utf-8-sig") as f:    # reads CRLF as a newline
+            while text := f.read(PIECE):
+                if "\0" in text:
+                    raise InputError(f"{path}: holds NUL bytes: a binary file, not a text")
+                rest += text
+                cuts = [m.start() + 1 for m in re.finditer(r"\S\s", rest[-4096:])]
+                if cuts:
+                    cut = max(len(rest) - 4096, 0) + cuts[-1]
+                    yield rest[:cut]
+                    rest = rest[cut:]
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text (byte 0x{e.object[e.start]:02x}, {e.reason}); convert it first, "
+                         f"for example with iconv -f latin1 -t utf-8") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    if rest:
+        yield rest
+
+
+def write_text(path, text):
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def digest(files):
+    """sha256 over the content of the files, in order."""
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as f:
+            total.update(hashlib.file_digest(f, "sha256").digest())
+    return total.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the prepared folder
+
+
+def default_folder(source, tokenizer, method, max_lookback):
+    first = source if isinstance(source, str) else source[0]
+    name = re.sub(r"[^\w]+", "-", Path(first).stem if ":" not in first else first).strip("-")
+    more = "" if isinstance(source, str) or len(source) == 1 else f"-and-{len(source) - 1}-more"
+    return Path("data") / f"{name}{more}.{tokenizer}.{method.replace(':', '')}.{max_lookback}"
+
+
+def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=256, val=0.1, test=0.1):
+    """Make the prepared folder, unless it is there and still fits the source and the parameters. Returns its Path.
+
+    source: a string or a list of strings; val, test: the fractions held out, taken from the end of the text.
+    Raises InputError for a source that is no text or too short; then nothing is left behind.
+    """
+    parse_partition(method)
+    if not 1 <= max_lookback <= 65535:
+        raise InputError(f"max_lookback must be in 1 … 65535, not {max_lookback}")
+    if not (val > 0 and test > 0 and val + test < 1):
+        raise InputError(f"val and test are fractions of the text, above 0 and together below 1, not {val} and {test}")
+    files = source_files(source)
+    made_from = {"source": source, "source_sha256": digest(files), "tokenizer": tokenizer, "partition": method,
+                 "max_lookback": max_lookback, "val": val, "test": test}
+    folder = Path(out) if out else default_folder(source, tokenizer, method, max_lookback)
+    if fits(folder, made_from):
+        return folder
+
+    encoding = get_encoding(tokenizer)
+    vocabulary = token_bytes(encoding)
+    is_new = not folder.exists()
+    work = folder / f".preparing-{os.getpid()}"
+    work.mkdir(parents=True)
+    try:
+        encode(files, encoding, work / "all.bin")
+        if not (work / "all.bin").stat().st_size:
+            raise InputError(f"{source}: the text is empty")
+        tokens = np.memmap(work / "all.bin", np.uint16, "r")
+        n = len(tokens)
+        ends = [n - round(n * val) - round(n * test), n - round(n * test), n]
+        if min(np.diff([0, *ends])) < 2:
+            raise InputError(f"{source}: the text is too short: {n} tokens cannot be split in three")
+        words = background(tokens[:ends[0]], vocabulary) if method == "semantic" else None
+        counts = {}
+        for split, start, end in zip(SPLITS, [0, *ends], ends):
+            tokens[start:end].tofile(work / f"{split}.bin")
+            lookback = np.memmap(work / f"{split}.lookback.bin", np.uint16, "w+", shape=(end - start,))
+            partition(tokens[start:end], vocabulary, method, max_lookback, words, out=lookback)
+            lookback.flush()
+            counts[split] = statistics(tokens[start:end], lookback, vocabulary, method)
+            del lookback
+        del tokens
+        (work / "all.bin").unlink()
+        meta = {**made_from, "vocab_size": encoding.n_vocab, "splits": counts,
+                "versions": {"python": platform.python_version(), "numpy": np.__version__,
+                             "tiktoken": tiktoken.__version__},
+                "background": words}
+        write_text(work / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False))
+        (folder / "meta.json").unlink(missing_ok=True)    # from here to the last rename the folder counts as not prepared
+        for path in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if is_new and not (folder / "meta.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    describe(folder, encoding)
+    return folder
+
+
+def fits(folder, made_from):
+    """Is this folder a whole, prepared one, from this source with these parameters?"""
+    try:
+        meta = read_meta(folder)
+        sizes = {name: (folder / name).stat().st_size for split in SPLITS for name in (f"{split}.bin",
+                                                                                     f"{split}.lookback.bin")}
+        return all(meta[key] == value for key, value in made_from.items()) and all(
+            size == 2 * meta["splits"][name.split(".")[0]]["tokens"] for name, size in sizes.items())
+    except (InputError, OSError, KeyError, TypeError):
+        return False
+
+
+def read_meta(folder):
+    """meta.json as a dict. Raises InputError if the folder holds no prepared data."""
+    try:
+        return json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{folder}: no prepared data here (no meta.json); run prepare_data.py") from None
+    except ValueError:
+        raise InputError(f"{folder}/meta.json is damaged; run prepare_data.py again") from None
+
+
+def read_split(folder, split):
+    """Token ids and lookbacks of one split, two uint16 memory maps of the same length."""
+    tokens = np.memmap(Path(folder) / f"{split}.bin", np.uint16, "r")
+    lookback = np.memmap(Path(folder) / f"{split}.lookback.bin", np.uint16, "r")
+    if len(tokens) != len(lookback):
+        raise InputError(f"{folder}: {split}.bin and its lookback differ in length; delete the folder and prepare again")
+    return tokens, lookback
+
+
+def encode(files, encoding, path):
+    """Write the token ids of all files to `path`, <|endoftext|> between two files."""
+    bar = tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc="encoding", leave=False)
+    with open(path, "wb") as out, bar:
+        for number, file in enumerate(files):
+            if number:
+                encoding.encode_to_numpy("<|endoftext|>", allowed_special="all").astype(np.uint16).tofile(out)
+            for text in pieces(file):
+                encoding.encode_to_numpy(text, allowed_special="all").astype(np.uint16).tofile(out)
+                bar.update(len(text.encode()))
+
+
+def statistics(tokens, lookback, vocabulary, method):
+    """What meta.json counts of a split: tokens, bytes, blocks and their lengths in tokens. Reads it stretch by stretch."""
+    length = np.array([len(b) for b in vocabulary])
+    n_bytes, total, starts = 0, 0, []
+    for at in range(0, len(tokens), PIECE):
+        r = lookback[at:at + PIECE].astype(np.int64)
+        n_bytes += int(length[tokens[at:at + PIECE]].sum())
+        total += int(r.sum())
+        if not method.startswith("window"):
+            starts.append(np.unique(np.arange(at, at + len(r)) - r))
+    counts = {"tokens": len(tokens), "bytes": n_bytes, "mean_lookback": round(total / len(tokens), 2)}
+    if starts:
+        starts = np.unique(np.concatenate(starts))
+        quartiles = np.percentile(np.diff([*starts, len(tokens)]), (25, 50, 75)).tolist()
+        counts |= {"blocks": len(starts), "block_length_quartiles": quartiles}
+    return counts
+
+
+def describe(folder, encoding):
+    """Print what the partition found, with three boundaries in context."""
+    meta = read_meta(folder)
+    counts = meta["splits"]
+    print(f"{folder}: " + ", ".join(f"{split} {counts[split]['tokens']:,}" for split in SPLITS) + f" tokens "
+          f"({meta['tokenizer']}), {counts['train']['bytes'] / counts['train']['tokens']:.2f} bytes a token")
+    train = counts["train"]
+    if "blocks" not in train:
+        print(f"{meta['partition']}: a sliding window, mean lookback {train['mean_lookback']:.0f} tokens")
+        return
+    q1, median, q3 = train["block_length_quartiles"]
+    print(f"{meta['partition']}: {train['blocks']:,} blocks in train, median length {median:.0f} tokens "
+          f"(quartiles {q1:.0f} and {q3:.0f}), mean lookback {train['mean_lookback']:.0f}; three of them begin at")
+    tokens, lookback = (x[:PIECE] for x in read_split(folder, "train"))
+    starts = np.unique(np.arange(len(tokens)) - lookback.astype(np.int64))[1:]
+    width = 60 if meta["tokenizer"] == "bytes" else 16
+    for start in starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]] if len(starts) > 3 else starts:
+        before, after = (encoding.decode(tokens[a:b].tolist()).replace("\n", " ")
+                         for a, b in ((max(start - width, 0), start), (start, start + width)))
+        print(f"  … {before} ▌{after} …")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="text -> token ids, split, with the block of every token",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
+    parser.add_argument("--out", help="folder to write (default: one under data/, named after the source)")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or bytes")
+    parser.add_argument("--partition", default="semantic", help="semantic, sentence, window:N or block:N")
+    parser.add_argument("--max-lookback", type=int, default=256, help="no block reaches back further, in tokens")
+    parser.add_argument("--val", type=float, default=0.1, help="fraction of the text for validation")
+    parser.add_argument("--test", type=float, default=0.1, help="fraction of the text for the final test")
+    args = parser.parse_args()
+    source = args.source[0] if len(args.source) == 1 else args.source
+    folder = prepare(source, args.out, args.tokenizer, args.partition, args.max_lookback, args.val, args.test)
+    print(f"prepared: {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,148 @@
+"""From a text to tokens and blocks: nothing lost, nothing seen ahead, nothing left behind after a mistake."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+import prepare_data
+from locality import InputError, Partitioner, partition
+from prepare_data import encode, get_encoding, pieces, prepare, read_meta, read_split, token_bytes
+
+PARTITIONS = ["semantic", "sentence", "window:20", "block:20"]
+TEXT = (Path(__file__).parent.parent / "data" / "sample.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_data, "CACHE", tmp_path / "cache")
+
+
+def write(name, content):
+    with open(name, "wb") as f:
+        f.write(content if isinstance(content, bytes) else content.encode())
+    return name
+
+
+@pytest.mark.parametrize("method", PARTITIONS)
+def test_splits_hold_the_whole_text_in_order_and_its_blocks(method):
+    write("book.txt", TEXT)
+    folder = prepare("book.txt", tokenizer="bytes", method=method, max_lookback=100)
+    meta, vocabulary = read_meta(folder), token_bytes(get_encoding("bytes"))
+    content = b""
+    for split in ("train", "val", "test"):
+        tokens, lookback = read_split(folder, split)
+        content += bytes(tokens.astype(np.uint8))
+        assert meta["splits"][split]["tokens"] == len(tokens) == meta["splits"][split]["bytes"]
+        assert np.array_equal(lookback, partition(tokens, vocabulary, method, 100, meta["background"]))
+    assert content == TEXT.encode()
+    assert meta["splits"]["train"]["tokens"] == pytest.approx(0.8 * len(content), abs=2)
+
+
+def test_a_prepared_folder_is_made_again_only_when_something_changed():
+    write("book.txt", TEXT)
+    folder = prepare("book.txt", "out", "bytes", max_lookback=64)
+    made = (folder / "train.bin").stat().st_ino
+    assert prepare("book.txt", "out", "bytes", max_lookback=64) == folder
+    assert (folder / "train.bin").stat().st_ino == made
+    prepare("book.txt", "out", "bytes", max_lookback=65)
+    assert read_meta(folder)["max_lookback"] == 65
+    write("book.txt", TEXT + "One more sentence.")
+    prepare("book.txt", "out", "bytes", max_lookback=65)
+    assert read_split(folder, "test")[0][-1] == ord(".")
+    write("out/train.bin", b"half")    # damaged
+    prepare("book.txt", "out", "bytes", max_lookback=65)
+    assert len(read_split(folder, "train")[0]) == read_meta(folder)["splits"]["train"]["tokens"]
+    assert {p.name for p in folder.iterdir()} == {"meta.json", *(f"{s}{e}" for s in ("train", "val", "test")
+                                                               for e in (".bin", ".lookback.bin"))}
+
+
+def words_encoding():
+    """A small BPE-like encoding of whole words, standing in for gpt2's, which would have to be downloaded."""
+    words = sorted({" " + w for w in TEXT.split() if w.isalpha()})
+    ranks = {bytes([i]): i for i in range(256)}
+    for word in words:    # every prefix is a token, so that merging letter by letter reaches the word
+        for end in range(2, len(word) + 1):
+            ranks.setdefault(word[:end].encode(), len(ranks))
+    return tiktoken.Encoding("words", pat_str=r" ?[A-Za-z]+|\s+(?!\S)|\s|[^\sA-Za-z]+", mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)})
+
+
+@pytest.mark.parametrize("piece", [7, 50, 5000])
+def test_encoding_piece_by_piece_equals_encoding_the_whole(piece, monkeypatch):
+    encoding, rng = words_encoding(), random.Random(piece)
+    text = "".join(rng.choice(["a", "mind ", " \n", "\n\n", "  ", "é", "don't ", "語", "<|endoftext|>", " the soup"])
+                   for _ in range(2000)) + TEXT[:3000]
+    write("text.txt", text)
+    monkeypatch.setattr(prepare_data, "PIECE", piece)
+    assert "".join(pieces("text.txt")) == text
+    encode([Path("text.txt")], encoding, "tokens.bin")
+    assert np.fromfile("tokens.bin", np.uint16).tolist() == encoding.encode(text, allowed_special="all")
+
+
+def test_several_sources_are_joined_with_an_end_of_text():
+    os.mkdir("texts")
+    write("texts/b.txt", "Second. " * 20)
+    write("texts/a.txt", "First. " * 20)
+    folder = prepare(["texts", "texts/a.txt"], "out", "bytes", "sentence")
+    content = b"".join(bytes(read_split(folder, s)[0].astype(np.uint8)) for s in ("train", "val", "test")).decode()
+    assert content == "First. " * 20 + "<|endoftext|>" + "Second. " * 20 + "<|endoftext|>" + "First. " * 20
+
+
+def test_crlf_and_byte_order_mark_are_read_as_plain_text():
+    write("dos.txt", b"\xef\xbb\xbf" + b"One line.\r\nAnother line.\r\n" * 20)
+    assert "".join(pieces("dos.txt")) == "One line.\nAnother line.\n" * 20
+
+
+def test_gutenberg_and_addresses_are_fetched_once_and_stripped(serve, monkeypatch):
+    page = ("The Project Gutenberg eBook of Nothing\n\nLicence.\n*** START OF THE PROJECT GUTENBERG EBOOK NOTHING ***\n\n"
+            + TEXT[:5000] + "\n*** END OF THE PROJECT GUTENBERG EBOOK NOTHING ***\nMore licence.\n")
+    base, files = serve({"/cache/epub/7/pg7.txt": page.replace("\n", "\r\n").encode(), "/my.txt": TEXT.encode()})
+    monkeypatch.setenv("GUTENBERG_MIRROR", base)
+    for source, content in (("gutenberg:7", TEXT[:5000].strip() + "\n"), (f"{base}/my.txt", TEXT)):
+        folder = prepare(source, tokenizer="bytes", method="sentence")
+        read = b"".join(bytes(read_split(folder, s)[0].astype(np.uint8)) for s in ("train", "val", "test"))
+        assert read.decode() == content
+    files.clear()
+    prepare("gutenberg:7", "again", "bytes", "sentence")
+    with pytest.raises(InputError, match="404"):
+        prepare("gutenberg:8", tokenizer="bytes")
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "no such file"), (b"", "empty"), (b"Hi.", "too short"), (b"\x89PNG\r\n\x1a\n\0\0\0", "binary|UTF-8"),
+    (b"a\0b" * 100, "binary"), ("Caf\u00e9. ".encode("latin1") * 100, "UTF-8")])
+def test_a_bad_source_is_refused_and_leaves_nothing(content, says, tmp_path):
+    if content is not None:
+        write("bad.txt", content)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=says):
+        prepare("bad.txt", "out", "bytes")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_parameters_are_refused():
+    write("book.txt", TEXT)
+    for wrong in ({"method": "paragraph"}, {"method": "window:0"}, {"max_lookback": 0}, {"max_lookback": 70000},
+                  {"val": 0}, {"val": 0.6, "test": 0.5}, {"tokenizer": "gpt5"}):
+        with pytest.raises(InputError):
+            prepare("book.txt", "out", **{"tokenizer": "bytes", **wrong})
+    with pytest.raises(InputError, match="gutenberg:2529"):
+        prepare("gutenberg:russell", "out", "bytes")
+
+
+def test_gpt2_tokenizer_where_it_is_at_hand():
+    try:
+        encoding = get_encoding("gpt2")
+    except InputError:
+        pytest.skip("the gpt2 tokenizer is not cached on this machine")
+    vocabulary = token_bytes(encoding)
+    tokens = np.array(encoding.encode_ordinary(TEXT[:20000]))
+    assert b"".join(vocabulary[t] for t in tokens).decode() == TEXT[:20000]
+    stream = Partitioner(vocabulary, "semantic", 128)
+    assert np.array_equal(partition(tokens, vocabulary, "semantic", 128),
+                          np.concatenate([stream.push(tokens[i:i + 7]) for i in range(0, len(tokens), 7)]))

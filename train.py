@@ -1,0 +1,332 @@
+"""
+Train or fine-tune a localised GPT-2: one TOML file in, one run folder out.
+
+    python train.py configs/quickstart.toml
+    python train.py configs/gpt2_quintic.toml --source my_book.txt --out runs/my_book
+
+Any key of the config can be overridden on the command line. The run folder holds config.toml (everything, as it was
+run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png.
+"""
+
+import difflib
+import json
+import math
+import os
+import sys
+import time
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval import autocast, evaluate, figure, pick_device, prepared, provenance, table
+from locality import InputError, parse_partition, schedule
+from model import GPT, GPTConfig, load, save
+from prepare_data import get_encoding, read_split, token_bytes, write_text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration
+
+
+# what a value of each type in Config may be in TOML, and how we call it
+KINDS = {str: ((str,), "a string"), int: ((int,), "a whole number"), float: ((float, int), "a number"),
+         int | None: ((int, type(None)), "a whole number"), str | list: ((str, list), "a string or a list of strings"),
+         str | bool: ((str, bool), "true, false or \"auto\"")}
+
+
+@dataclass
+class Config:
+    # text: see prepare_data.py
+    source: str | list = "data/sample.txt"    # file, folder, http(s) address, gutenberg:NUMBER, or a list of these
+    tokenizer: str = "gpt2"                   # gpt2 or bytes
+    partition: str = "semantic"               # semantic, sentence, window:N or block:N
+    max_lookback: int = 256                   # no block reaches back further, in tokens
+    val: float = 0.1                          # fractions of the text held out
+    test: float = 0.1
+    data: str = ""                            # prepared folder; empty: one under data/, named after the source
+    # locality
+    schedule: str = "quintic"                 # distributed, localist, linear, quadratic, cubic, quartic, quintic
+    fidelity: float = 1.0                     # lambda of the last layer, in (0, 1]
+    # model
+    init_from: str = "scratch"                # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path
+    block_size: int | None = None             # context in tokens; None: what init_from has, from scratch 1024
+    n_layer: int | None = None                # None: what init_from has, from scratch 12
+    n_head: int | None = None                 # … 12
+    n_embd: int | None = None                 # … 768
+    dropout: float = 0.0
+    # optimisation: AdamW, linear warm-up, cosine decay
+    batch_size: int = 8                       # contexts in one forward pass
+    grad_accum: int = 1                       # forward passes in one step
+    max_steps: int = 1000
+    learning_rate: float = 3e-4
+    min_lr: float = 3e-5                      # at max_steps
+    warmup_steps: int = 50
+    weight_decay: float = 0.1                 # on matrices, not on biases and norms
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0                    # norm of the gradient; 0: no clipping
+    # watching
+    eval_interval: int = 100                  # steps between two looks at the validation split
+    eval_contexts: int = 64                   # contexts in such a look
+    patience: int = 0                         # stop after so many looks without a new best; 0: never
+    log_interval: int = 10                    # steps between two lines of metrics.jsonl
+    # machine
+    seed: int = 1
+    device: str = "auto"                      # auto: CUDA where there is one
+    dtype: str = "auto"                       # float32, bfloat16 (autocast); auto: bfloat16 on CUDA
+    compile: str | bool = "auto"              # torch.compile; auto: on CUDA
+    out: str = ""                             # run folder; empty: runs/ and the name of the config file
+
+    def __post_init__(self):
+        """Check every value that can be checked before there is a text and a model. Raises InputError."""
+        for field in fields(self):
+            value, (types, words) = getattr(self, field.name), KINDS[field.type]
+            if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
+                raise InputError(f"{field.name} must be {words}, not {json.dumps(value, default=str)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field.name} must be a finite number, not {value}")
+        if not self.source or isinstance(self.source, list) and not all(s and isinstance(s, str) for s in self.source):
+            raise InputError("source must name a text, or be a list of names")
+        least = {"max_lookback": 1, "block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "batch_size": 1, "seed": 0,
+                 "grad_accum": 1, "max_steps": 1, "warmup_steps": 0, "eval_interval": 1, "eval_contexts": 1,
+                 "patience": 0, "log_interval": 1, "learning_rate": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0}
+        for key, value in least.items():
+            if getattr(self, key) is not None and getattr(self, key) < value:
+                raise InputError(f"{key} must be at least {value}, not {getattr(self, key)}")
+        for key in ("dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise InputError(f"{key} must be in [0, 1), not {getattr(self, key)}")
+        choices = {"tokenizer": ("gpt2", "bytes"), "dtype": ("auto", "float32", "bfloat16"),
+                   "compile": ("auto", True, False)}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                shown = ", ".join(json.dumps(a) for a in allowed)
+                raise InputError(f"{key} must be one of {shown}, not {json.dumps(getattr(self, key))}")
+        schedule(self.schedule, 1, self.fidelity)
+        parse_partition(self.partition)
+
+
+def read_config(argv):
+    """The Config of a command line: `CONFIG.toml [--key value …]`. Raises InputError for what it does not understand."""
+    if not argv or argv[0].startswith("-"):
+        raise InputError("give a config: python train.py configs/quickstart.toml [--key value …]")
+    path = Path(argv[0])
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    except ValueError as e:    # not TOML, or not UTF-8
+        raise InputError(f"{path}: not a TOML file: {e}") from None
+    names = {field.name: field.type for field in fields(Config)}
+    rest = [word for a in argv[1:] for word in (a.split("=", 1) if a.startswith("--") else [a])]
+    for key, text in zip(rest[::2], rest[1::2] + [None] * (len(rest) % 2)):
+        name = key[2:].replace("-", "_")
+        if not key.startswith("--") or text is None:
+            raise InputError(f"{key}: overrides come in pairs, --key value")
+        values[name] = text
+        if names.get(name) is not str and not (names.get(name) == str | list and not text.startswith("[")):
+            try:
+                values[name] = tomllib.loads(f"value = {text}")["value"]
+            except ValueError:
+                pass    # a word; Config says what it should have been
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1, cutoff=0)[0]
+            raise InputError(f"unknown key {key}; the nearest known one is {near}")
+    values.setdefault("out", f"runs/{path.stem}")
+    return Config(**values)
+
+
+def to_toml(config):
+    """The config as TOML, every key written out, so that a run folder says all of what was run."""
+    lines = []
+    for key, value in asdict(config).items():
+        if value is not None:    # JSON writes strings, numbers, booleans and lists as TOML does
+            lines.append(f"{key} = {json.dumps(value)}".replace("\x7f", "\\u007f"))
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pieces of the loop
+
+
+def build_model(config, vocab_size):
+    """The model to train, from scratch or from weights, its dial set. Raises InputError where the config contradicts it."""
+    shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd")}
+    shape = {key: value for key, value in shape.items() if value is not None}
+    if config.init_from == "scratch":
+        model = GPT(GPTConfig(vocab_size, dropout=config.dropout, max_lookback=config.max_lookback, **shape))
+    else:
+        model = GPT.from_pretrained(config.init_from, config.block_size, config.dropout, config.max_lookback)
+        for key, value in shape.items():
+            if getattr(model.config, key) != value:
+                raise InputError(f"{key} is {value} in the config but {getattr(model.config, key)} in "
+                                 f"{config.init_from}; leave it out of the config")
+        if model.config.vocab_size != vocab_size:
+            raise InputError(f"the {config.tokenizer} tokenizer has {vocab_size} tokens, "
+                             f"{config.init_from} has {model.config.vocab_size}; use the tokenizer it was trained with")
+    model.set_locality(schedule(config.schedule, model.config.n_layer, config.fidelity))
+    return model
+
+
+def build_optimizer(model, config, device):
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]    # biases and norms
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             fused=device.type == "cuda")
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then a cosine from learning_rate down to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def random_batch(tokens, lookback, T, config, number, device):
+    """Contexts at random places, a function of the seed and the batch's number alone: (B, T) ids, lookbacks, targets."""
+    starts = np.random.default_rng((config.seed, number)).integers(0, len(tokens) - T, config.batch_size)
+    rows = [np.stack([a[s:s + T] for s in starts]) for a, starts in (
+        (tokens, starts), (lookback, starts), (tokens, starts + 1))]
+    batch = [torch.from_numpy(row.astype(np.int64)) for row in rows]
+    if device.type == "cuda":
+        return [b.pin_memory().to(device, non_blocking=True) for b in batch]
+    return [b.to(device) for b in batch]
+
+
+# dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
+PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def utilisation(model, tokens_per_second, T, device):
+    """Model flop utilisation, 0 to 1, or None where the peak is unknown: (6 N + 12 L C T) flop a token (PaLM, app. B)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for card, peak in PEAK.items() if card in name), None)
+    n = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    return peak and tokens_per_second * (6 * n + 12 * model.config.n_layer * model.config.n_embd * T) / peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def train(config):
+    out = Path(config.out)
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    encoding = get_encoding(config.tokenizer)
+    folder = prepared(asdict(config))
+    model = build_model(config, encoding.n_vocab)
+    T = model.config.block_size
+    splits = {split: read_split(folder, split) for split in ("train", "val", "test")}
+    if len(splits["train"][0]) <= T:
+        raise InputError(f"{config.source}: the training split has {len(splits['train'][0])} tokens, block_size is {T}; "
+                         "use a longer text or a smaller block_size")
+    vocabulary = token_bytes(encoding)
+    model.to(device)
+    optimizer = build_optimizer(model, config, device)
+    use_compile = config.compile is True or config.compile == "auto" and device.type == "cuda"
+    fast_model = torch.compile(model) if use_compile else model
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.toml", to_toml(config))
+    metrics = open(out / "metrics.jsonl", "w", buffering=1)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}, {config.schedule}, "
+          f"locality {' '.join(f'{x:.3g}' for x in model.locality)}")
+
+    def checkpoint(step, **more):
+        return {"step": step, "model": model.state_dict(), "model_config": asdict(model.config),
+                "config": asdict(config), **more}
+
+    best, looks_since_best, stopped = math.inf, 0, False
+    started = time.perf_counter()
+    bar = tqdm(range(config.max_steps + 1), desc=out.name, unit="step")
+    for step in bar:
+        # look at the validation split
+        if step % config.eval_interval == 0 or step == config.max_steps:
+            val = evaluate(model, *splits["val"], vocabulary, T if T < len(splits["val"][0]) else None,
+                           config.batch_size, measure=False, limit=config.eval_contexts, dtype=config.dtype)
+            metrics.write(json.dumps({"step": step, "val_loss": val["loss"], "val_perplexity": val["perplexity"]}) + "\n")
+            looks_since_best += 1
+            if val["loss"] < best:
+                best, looks_since_best = val["loss"], 0
+                save(checkpoint(step, val_loss=best), out / "best.pt")
+            save(checkpoint(step, val_loss=val["loss"], optimizer=optimizer.state_dict()), out / "last.pt")
+            stopped = 0 < config.patience <= looks_since_best
+            if stopped or step == config.max_steps:
+                break
+            seen, clock = 0, time.perf_counter()
+
+        # one step
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = 0.0
+        for micro in range(config.grad_accum):
+            x, r, y = random_batch(*splits["train"], T, config, step * config.grad_accum + micro, device)
+            with autocast(device, config.dtype):
+                part = fast_model(x, r, y)[1] / config.grad_accum
+            part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += config.grad_accum * config.batch_size * T
+
+        # say how it goes
+        if (step + 1) % config.log_interval == 0:
+            loss, norm = float(loss), float(norm)    # waits for the device
+            if not math.isfinite(loss + norm):
+                raise InputError(f"the loss is {loss} and its gradient {norm} at step {step + 1}: training diverged; "
+                                 f"lower learning_rate ({config.learning_rate:g}); the best model so far is in {out}")
+            speed = seen / (time.perf_counter() - clock)
+            seen, clock = 0, time.perf_counter()
+            mfu = utilisation(model, speed, T, device)
+            bar.set_postfix_str(f"loss {loss:.3f}, val {val['loss']:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
+                                + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
+            metrics.write(json.dumps({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
+                                      "tokens_per_s": round(speed)}) + "\n")
+    bar.close()
+    metrics.close()
+
+    # what the best model is worth, on text it has never seen
+    chosen = load(out / "best.pt")
+    model.load_state_dict(chosen["model"])
+    results = evaluate(model, *splits["test"], vocabulary, batch_size=config.batch_size, dtype=config.dtype)
+    results = {"schedule": config.schedule, "fidelity": config.fidelity, "partition": config.partition, "split": "test",
+               **results, "val_loss": chosen["val_loss"], "best_step": chosen["step"], "steps": step,
+               "stopped_early": stopped, "seconds": round(time.perf_counter() - started, 1),
+               **provenance(device, config.seed), "config": asdict(config)}
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    figure(model, *splits["test"], results, out / "attention.png", f"{out.name}: {config.schedule}, "
+           f"{config.partition} blocks, test split")
+    print(f"\n{out}: the best model (step {chosen['step']}) on the test split")
+    print(table(results))
+    print(f"figure: {out / 'attention.png'}   all numbers: {out / 'results.json'}")
+
+
+def main():
+    argv = sys.argv[1:]
+    overwrite = "--overwrite" in argv
+    config = read_config([a for a in argv if a != "--overwrite"])
+    kept = [name for name in ("results.json", "best.pt", "last.pt") if (Path(config.out) / name).exists()]
+    if kept and not overwrite:
+        raise InputError(f"{config.out} holds a run already ({', '.join(kept)}); give another --out, or --overwrite it")
+    train(config)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the best model so far is in the run folder", file=sys.stderr)
+        sys.exit(130)
