@@ -7,6 +7,8 @@ lookback[i] is a function of the tokens 0 ... i alone.
 
 import difflib
 import re
+import zlib
+from itertools import chain
 
 import numpy as np
 
@@ -60,7 +62,7 @@ NOT_AFTER = (  # titles, initials and the like: their full stop ends nothing
     rb"(?<!\b(?:Mr|Dr|St|Lt|Mt|vs|cf)\.)(?<!\b(?:Mrs|Rev|Hon|Gen|Col|Sgt|Maj|Mme|viz)\.)(?<!\b(?:Prof|Capt|Mlle)\.)"
     rb"(?<!\bMessrs\.)(?!(?:(?<=\b[Nn]o\.)|(?<=\bpp\.)|(?<=\bch\.)|(?<=\b(?:[Vv]ol|[Ff]ig)\.))\s++\d)"
 )
-SENTENCE = STOP + NOT_AFTER + STOP + rb"*+" + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
+SENTENCE = STOP + rb"(?<![.!?][.!?])" + NOT_AFTER + STOP + rb"*+" + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
 WIDE_SENTENCE = WIDE_STOP + rb"++" + WIDE_CLOSE + rb"\s*+(?P<wide>(?!" + WIDE_STOP + rb")(?:" + ANY + rb"))"
 PARAGRAPH = rb"\n[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
 LIST_ITEM = rb"\n[ \t]*+(?P<item>[*+-][ \t]|#++[ \t]|\xe2\x80\xa2|\d{1,3}[.)][ \t])"
@@ -102,7 +104,7 @@ def sentence_end(piece, long_lines):
         return end, max(seen, match.end() - 1), long_lines and not blank
     if len(piece) < LONGEST:
         return None
-    end = max(piece.rfind(b" ", LONGEST // 2), piece.rfind(b"\n", LONGEST // 2)) + 1
+    end = max(piece.rfind(space, LONGEST // 2, LONGEST - 1) for space in (b" ", b"\n")) + 1
     if not end:  # no white space: between two characters
         end = LONGEST - 1
         while end > LONGEST - 4 and 128 <= piece[end] < 192:
@@ -111,116 +113,208 @@ def sentence_end(piece, long_lines):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# words: what a sentence is about, as stems
+# words: what a sentence is about, as numbers
 
+PERSONS = """i me my mine myself we us our ours ourselves you your yours he him his himself she her hers herself they them their
+    theirs themselves it its itself who whom whose is are was were be been am has have had do does did can could may might must
+    shall should will would""".split()
 STOP_WORDS = frozenset(
-    """a about above after again against all also am an and any are as at be because been before being below between both but
-    by can could did do does doing don down during each even every few for from further had has have having he her here hers
-    herself him himself his how i if in into is it its itself just may me might more most much must my myself no nor not now of
-    off on once one only or other our ours ourselves out over own same shall she should so some such than that the their theirs
-    them themselves then there these they this those thou though through thus thy to too under until up upon us very was we were
-    what when where which while who whom whose why will with would yet you your yours yourself yourselves""".split()
+    """about above after again against all also and any because before being below between both but doing don down during each
+    even every few for from further having here how into just more most much nor not now off once one only other out over own
+    same some such than that the then there these this those thou though through thus thy too under until upon very what when
+    where which while why with yet yourself yourselves""".split()
 )
-UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-WORDS = re.compile(f"[{UNSPACED}]|[^\\W\\d_{UNSPACED}]+")
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{UNSPACED}]|[^\\W\\d_{UNSPACED}]+")  # one character of a script without spaces is a word
 LETTERS = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256)).lower()
+N_STEMS = 1 << 18
 
 
 class Stems(dict):
-    """bytes of a word -> the stems in it (a tuple of str; none for a stop word), remembered."""
+    """The bytes of a word -> a tuple of the ids of the stems in it, remembered.
+
+    Ids below len(PERSONS) are the words that tell who is spoken of, and when; they are the same whatever the topic, but not
+    whoever the speaker. Any other id is a hash of a word's first five letters, a crude stem. Stop words have none.
+    """
 
     def __missing__(self, word):
         text = word.decode(errors="ignore").lower()
-        found = [text] if text.isascii() else WORDS.findall(text)
-        stems = tuple(w[:6] for w in found if w not in STOP_WORDS and (len(w) > 2 or not w.isascii()))
-        if len(word) <= 40:  # a whole line of an unspaced script is not worth remembering
-            if len(self) > 1_000_000:
+        ids = tuple(i for w in ([text] if text.isascii() else WORD.findall(text)) for i in self.stem(w))
+        if len(word) <= 40:  # a whole line of a script without spaces is not worth remembering
+            if len(self) >= 500_000:
                 self.clear()
-            self[word] = stems
-        return stems
+            self[word] = ids
+        return ids
 
+    def stem(self, word):
+        if word in PERSONS:
+            return (PERSONS.index(word),)
+        if word in STOP_WORDS or len(word.encode()) < 3:
+            return ()
+        return (max(len(PERSONS), zlib.crc32(word[:5].encode()) % N_STEMS),)
 
-def stems_of(sentence, stems):
-    """The stems of a sentence (bytes), in order."""
-    return [s for word in sentence.translate(LETTERS).split() for s in stems[word]]
+    def of(self, text):
+        """The ids in a text (bytes), a list in order."""
+        return list(chain.from_iterable(map(self.__getitem__, text.translate(LETTERS).split())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the semantic partition: Bayesian online change-point detection (Adams & MacKay 2007) over sentences as bags of words
 
-ALPHA = 150.0  # pseudo-counts of the Dirichlet prior, in words
-HAZARD = 1 / 10  # chance that a block ends with a given sentence
-REACH = 64  # sentences; the longest block there is
+REACH = 64  # sentences: the longest block there is
 
 
-class Blocks:
-    """The posterior over where the running block began, sentence by sentence."""
+class Bag:
+    """How well the words of a sentence go with the sentences before it, as far back as each block that may be running.
 
-    def __init__(self, background):
-        self.background = background or {"total": 0, "words": {}}
+    The words of a block follow a Pitman-Yor process (Teh 2006), which is the Dirichlet-multinomial if discount = 0. After n
+    words of a block, v of them distinct and m of them w, and with q the background's probability of w,
+
+        p(w | block) = (max(m - discount, 0) + (alpha + discount * v) * q) / (alpha + n)
+
+    so that a word said before is likely to be said again, and a block that repeats itself is expected to go on doing so. q is
+    learned as the document goes: its counts, on top of `prior` words spread as `base` (ids -> probability), on top of `floor`.
+    """
+
+    def __init__(self, alpha, discount, base, prior, floor):
+        self.alpha, self.discount, self.base, self.prior, self.floor = alpha, discount, base, prior, floor
+        i = np.arange(REACH * LONGEST)
+        self.log_n = np.concatenate([[0.0], np.cumsum(np.log(alpha + i))])  # log of alpha (alpha + 1) ... (alpha + n - 1)
+        self.log_v = np.concatenate([[0.0], np.cumsum(np.log(alpha + discount * i))])
         self.reset()
 
     def reset(self):
-        """Start a new document."""
-        self.time = 0
-        self.where = {}  # stem -> the sentences it occurred in
-        self.counts = {}
+        """A new document: forget everything."""
+        self.counts = np.zeros(len(self.base), np.int64)
         self.total = 0
-        self.sizes = np.zeros(REACH)  # words in each of the last sentences, newest first
-        self.joint = np.full(REACH, -np.inf)  # log p(block began `lag` sentences ago, text)
-        self.starts = np.zeros(REACH, np.int64)  # token at which that sentence began
+        self.words = np.zeros(0, np.int64)  # of the last REACH - 1 sentences
+        self.sizes = np.zeros(0, np.int64)  # of each of them, in words
 
-    def probability(self, stem):
-        return (self.background["words"].get(stem, 0) + self.counts.get(stem, 0) + 0.5) / (self.background["total"] + self.total + 10000.0)
+    def gains(self, words, sizes):
+        """log p(sentence | block of the `lag` sentences before it) - log p(sentence | no block), (REACH lags, sentences) float64.
 
-    def observe(self, words, start):
-        """Take in a sentence whose first token is `start`."""
-        gain = np.zeros(REACH)
-        for word in words:
-            a = ALPHA * self.probability(word)
-            earlier = self.where.setdefault(word, [])
-            n = 0
-            for t in reversed(earlier):
-                if self.time - t >= REACH:
-                    break
-                n += 1
-                gain[self.time - t] += np.log((a + n) / (a + n - 1))
-            earlier.append(self.time)
-            if len(earlier) > 2 * REACH * 10:
-                del earlier[: len(earlier) // 2]
-        for word in words:
-            self.counts[word] = self.counts.get(word, 0) + 1
-        self.total += len(words)
-        gain = np.cumsum(gain)
-        before = np.concatenate([[0.0], np.cumsum(self.sizes)[:-1]])
-        for j in range(len(words)):
-            gain -= np.log(ALPHA + before + j)
-        self.sizes[1:] = self.sizes[:-1]
-        self.sizes[0] = len(words)
-        # a block goes on, or one begins
-        joint = np.empty(REACH)
-        joint[1:] = self.joint[:-1] + np.log(1 - HAZARD)
-        joint[0] = np.logaddexp.reduce(self.joint) + np.log(HAZARD) if self.time else 0.0
-        joint += gain
-        self.joint = joint - joint.max()
-        self.starts[1:] = self.starts[:-1]
-        self.starts[0] = start
-        self.time += 1
+        words: ids of the words of the new sentences, int64; sizes: words in each sentence. A sentence is scored as the set of its
+        words; a word m times in the block counts with the v of its latest time there. Sums run in an order that does not
+        depend on how many sentences come at once, so that streaming gives the same bits.
+        """
+        alpha, discount, n_old, n_new = self.alpha, self.discount, len(self.sizes), len(sizes)
+        before = len(self.words)
+        words, sizes = np.concatenate([self.words, words]), np.concatenate([self.sizes, sizes])
+        n = n_old + n_new
+        when = np.repeat(np.arange(n), sizes)  # the sentence of each word
+        order = np.argsort(words, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        key = (words * n + when)[order]  # ascends: the same word, then time
 
-    def best(self, floor):
-        """The posterior median of the block's first token among those at or after token `floor`; None if there is none."""
-        ok = (self.starts >= floor) & (np.arange(REACH) < self.time)
-        if not ok.any():
+        # sentences since each word was last said (REACH: out of reach), hence the words that are new to a block of each length
+        ago = np.full(len(words), REACH)
+        again = np.flatnonzero(words[order[1:]] == words[order[:-1]])
+        ago[order[again + 1]] = np.minimum(when[order[again + 1]] - when[order[again]], REACH)
+        repeats = np.bincount(ago * n + when, minlength=(REACH + 1) * n).reshape(REACH + 1, n)
+        fresh = sizes - np.cumsum(repeats[:REACH], axis=0)
+        n_words, n_distinct = np.zeros((2, REACH, n), np.int64)
+        for lag in range(1, REACH):
+            n_words[lag, lag:] = n_words[lag - 1, lag - 1 : -1] + sizes[lag - 1 : -1]
+            n_distinct[lag, lag:] = n_distinct[lag - 1, lag - 1 : -1] + fresh[lag - 1, lag - 1 : -1]
+        n_words, n_distinct = n_words[:, n_old:], n_distinct[:, n_old:]
+
+        # what every word costs ...
+        new = np.flatnonzero((ago > 0) & (np.arange(len(words)) >= before))  # one of each word of each new sentence
+        size = np.bincount(when[new] - n_old, minlength=n_new)
+        gain = self.log_v[n_distinct + size] - self.log_v[n_distinct] - self.log_n[n_words + size] + self.log_n[n_words]
+        gain -= self.log_v[size] - self.log_n[size]
+
+        # ... and what the words said before bring: one entry for each time that a word was said within reach
+        first = np.searchsorted(key, words[new] * n + np.maximum(when[new] - (REACH - 1), 0))
+        times = rank[new] - first
+        seen = self.counts[words[new]] + rank[new] - np.searchsorted(key, words[new] * n + n_old)
+        total = self.total + np.cumsum(sizes[n_old:]) - sizes[n_old:]
+        q = self.floor + (self.prior * self.base[words[new]] + seen) / (self.prior + total[when[new] - n_old])
+        m = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + 1
+        lag = np.repeat(when[new], times) - when[order[np.repeat(rank[new], times) - m]]
+        cell = lag * n_new + np.repeat(when[new] - n_old, times)
+        open_mass = alpha + discount * n_distinct
+        value = np.log(open_mass.reshape(-1)[cell] + (m - discount) / np.repeat(q, times))
+        value[1:] -= np.where(m[1:] > 1, value[:-1], 0.0)
+        gain += np.cumsum(np.bincount(cell, value, minlength=gain.size).reshape(gain.shape), axis=0)
+        matched = np.cumsum(np.bincount(cell[m == 1], minlength=gain.size).reshape(gain.shape), axis=0)
+        gain -= matched * np.log(open_mass)
+
+        np.add.at(self.counts, words[before:], 1)
+        self.total += len(words) - before
+        self.sizes = sizes[-(REACH - 1) :]
+        self.words = words[len(words) - self.sizes.sum() :]
+        return gain
+
+
+def hazard(mean, shape):
+    """The chance that a block which has lasted 1 ... REACH sentences ends there: lengths are gamma distributed; the last is 1."""
+    i = np.arange(1, 20 * REACH) - 0.5
+    p = i ** (shape - 1) * np.exp(-i * shape / mean)
+    chance = p[:REACH] / np.cumsum(p[::-1])[::-1][:REACH]
+    chance[-1] = 1.0
+    return chance
+
+
+END = hazard(8.0, 4.0)
+GO_ON = 1 - END
+
+
+class Blocks:
+    """The posterior over where the running block began, one sentence after the other."""
+
+    def __init__(self, background):
+        base = np.zeros(N_STEMS)
+        if background:
+            base[background["stems"]] = np.array(background["counts"]) / background["total"]
+        persons = np.full(len(PERSONS), 1 / len(PERSONS))
+        self.bags = [Bag(10.0, 0.75, base, 5000 if background else 1000, 3e-4), Bag(60.0, 0.0, persons, 300, 0.0)]
+        self.reset()
+
+    def reset(self):
+        """A new document."""
+        for bag in self.bags:
+            bag.reset()
+        self.starts = np.zeros(0, np.int64)  # first tokens of the last sentences
+        self.posterior = np.zeros((1, REACH))  # row i: p(block began `lag` sentences before the i-th of the last ones | text up to it)
+        self.posterior[0, -1] = 1.0  # a block has just ended
+
+    def observe(self, sentences, starts, floors):
+        """Take in new sentences (lists of ids) that begin at tokens `starts`; forget blocks that began before token `floors`.
+
+        Returns the median of the token at which the block began, one for each sentence.
+        """
+        words = np.array(list(chain.from_iterable(sentences)), np.int64)
+        when = np.repeat(np.arange(len(sentences)), [len(s) for s in sentences])
+        gain = 0.0
+        for bag, mine in zip(self.bags, (words >= len(PERSONS), words < len(PERSONS))):
+            gain = gain + bag.gains(words[mine], np.bincount(when[mine], minlength=len(sentences)))
+        likelihood = np.exp(np.clip(gain, -300, 300)).T.copy()
+
+        self.starts = np.concatenate([self.starts[-REACH:], starts])
+        last = len(self.starts) - len(starts) + np.arange(len(starts))  # in self.starts, each new sentence
+        n_reach = np.maximum(1, last + 1 - np.searchsorted(self.starts, floors))  # blocks that are not too long
+
+        self.posterior = np.concatenate([self.posterior[-1:], np.empty((len(starts), REACH))])
+        for i in range(len(starts)):
+            old, now = self.posterior[i], self.posterior[i + 1]
+            now[1:] = old[:-1] * GO_ON[:-1]
+            now[0] = (old * END).sum()
+            now *= likelihood[i]
+            now[n_reach[i] :] = 0
+            now /= now.sum()
+        lag = (np.cumsum(self.posterior[1:], axis=1) < 0.5).sum(axis=1)
+        return self.starts[last - lag]
+
+    def best(self, i, floor):
+        """The median at row i of the posterior, among the blocks that began at token `floor` or later; None if there are none."""
+        last = len(self.starts) - len(self.posterior) + i % len(self.posterior)
+        n_reach = last + 1 - np.searchsorted(self.starts, floor)
+        if n_reach < 1:
             return None
-        p = np.exp(self.joint - self.joint[ok].max()) * ok
-        lag = np.searchsorted(np.cumsum(p), p.sum() / 2)
-        return int(self.starts[lag])
-
-    def forget(self, floor):
-        """Drop the blocks that began before token `floor`: no token will see that far again."""
-        gone = self.starts < floor
-        if not gone[0]:
-            self.joint[gone] = -np.inf
+        p = np.cumsum(self.posterior[i, :n_reach])
+        return int(self.starts[last - (p < p[-1] / 2).sum()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,44 +385,55 @@ class Partitioner:
         at = np.array([e[:2] for e in ends], np.int64).reshape(-1, 2)
         at = origin + np.searchsorted(self.ends, at, side="right")
 
-        since, block = [first], [self.block]
-        for (start, seen), (end, _, sentence) in zip(at.tolist(), ends):
-            self.keep_within_reach(since, block, seen)
-            if sentence is None:  # a new document
+        self.since, self.begins = [first], [self.block]
+        begin = 0
+        for stop in [i for i, e in enumerate(ends) if e[2] is None] + [len(ends)]:
+            self.take_sentences([e[2] for e in ends[begin:stop]], *at[begin:stop].T)
+            if stop < len(ends):
+                seen = int(at[stop, 1])  # a new document begins with the next token, or with this one if it holds more than the old
+                self.keep_within_reach(-1, seen)
+                self.start = self.block = seen + int(self.ends[seen - origin] == ends[stop][0])
+                self.since.append(self.start)
+                self.begins.append(self.start)
                 if self.blocks:
                     self.blocks.reset()
-                best = start = seen + (self.ends[seen - origin] == end)
-            elif self.blocks:
-                self.blocks.forget(seen - self.cap)
-                self.blocks.observe(stems_of(sentence, self.stems), self.start)
-                best = self.blocks.best(seen - self.cap)
-                best = max(self.block, start if best is None else best)
-            else:
-                best = start
-            self.start = start
-            self.block = best
-            since.append(max(seen, start))
-            block.append(best)
-        self.keep_within_reach(since, block, self.n_tokens)
+            begin = stop + 1
+        self.keep_within_reach(-1, self.n_tokens)
 
         # keep what may still be part of a sentence
         drop = max(0, self.at - len(END_OF_TEXT) + 1)
         self.data, self.data_at, self.at = self.data[drop:], self.data_at + drop, self.at - drop
         self.ends = self.ends[np.searchsorted(self.ends, self.data_at + self.at, side="right") :]
-        return since, block
+        return self.since, self.begins
 
-    def keep_within_reach(self, since, block, until):
-        """Where the running block grows past the cap before token `until`, move on to the next best start within reach."""
+    def take_sentences(self, sentences, starts, seen):
+        """Move on by some sentences of one document: the next one after each begins at token starts[i], known at token seen[i]."""
+        if not sentences:
+            return
+        if self.blocks:
+            begun = np.concatenate([[self.start], starts[:-1]])
+            best = self.blocks.observe([self.stems.of(s) for s in sentences], begun, seen - self.cap)
+        else:
+            best = starts
+        for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best.tolist())):
+            self.keep_within_reach(i, known)
+            self.start = start
+            self.block = max(self.block, block)
+            self.since.append(known)
+            self.begins.append(self.block)
+
+    def keep_within_reach(self, i, until):
+        """Where the block after sentence i outgrows the cap before token `until`, move on to the next best start within reach."""
         while self.block + self.cap < until - 1:
-            token = max(since[-1], self.block + self.cap + 1)
-            best = self.blocks.best(token - self.cap) if self.blocks else None
+            token = max(self.since[-1], self.block + self.cap + 1)
+            best = self.blocks.best(i, token - self.cap) if self.blocks else None
             if best is None:
                 best = self.start
             if best <= self.block:
                 return  # one sentence longer than the cap: the window slides
             self.block = best
-            since.append(token)
-            block.append(best)
+            self.since.append(token)
+            self.begins.append(best)
 
     def scan(self):
         """The sentence ends in data, as (byte the next one begins at, byte that told, the sentence or None for a new document)."""
@@ -363,19 +468,19 @@ def partition(tokens, token_bytes, method, max_lookback, background=None, out=No
 
 
 def background(tokens, token_bytes):
-    """The word distribution of a text: {"total": words, "words": {stem: count}}, the 30,000 commonest stems. Plain JSON."""
-    stems, counts = Stems(), {}
-    rest = b""
+    """The word distribution of a text, for Partitioner: {"total": words, "stems": ids, "counts": of each}, plain ints.
+
+    The 30,000 commonest stems, so that it is below a megabyte as JSON. Takes bounded memory on a memory-mapped `tokens`.
+    """
+    stems, counts, rest = Stems(), np.zeros(N_STEMS, np.int64), b""
     for i in range(0, len(tokens), CHUNK):
         data = rest + b"".join([token_bytes[t] for t in np.asarray(tokens[i : i + CHUNK]).tolist()])
-        cut = max(data.rfind(b" "), data.rfind(b"\n")) + 1
-        cut = cut if cut or len(data) < 1 << 20 else len(data)
-        for s in stems_of(data[:cut].replace(END_OF_TEXT, b" "), stems):
-            counts[s] = counts.get(s, 0) + 1
+        cut = max(data.rfind(b" "), data.rfind(b"\n")) + 1  # a word may go on in the next chunk
+        if i + CHUNK >= len(tokens) or len(data) - cut > 1 << 20:
+            cut = len(data)
+        counts += np.bincount(np.array(stems.of(data[:cut].replace(END_OF_TEXT, b" ")), np.int64), minlength=N_STEMS)
         rest = data[cut:]
-        if len(counts) > 1_000_000:
-            counts = dict(sorted(counts.items(), key=lambda c: -c[1])[:500_000])
-    for s in stems_of(rest, stems):
-        counts[s] = counts.get(s, 0) + 1
-    top = sorted(counts.items(), key=lambda c: (-c[1], c[0]))[:30_000]
-    return {"total": sum(counts.values()), "words": dict(top)}
+    counts[: len(PERSONS)] = 0
+    commonest = np.argsort(-counts, kind="stable")[:30_000]
+    commonest = np.sort(commonest[counts[commonest] > 0])
+    return {"total": int(max(1, counts.sum())), "stems": commonest.tolist(), "counts": counts[commonest].tolist()}
