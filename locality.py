@@ -49,55 +49,52 @@ def schedule(name, n_layer, fidelity=1.0):
 END_OF_TEXT = b"<|endoftext|>"
 LONGEST = 800  # bytes; a longer sentence is cut at white space, so that text without punctuation has "sentences" too
 
-STOP = rb"(?:[.!?]|\xe2\x80\xa6|\xe0\xa5[\xa4\xa5]|\xd8\x9f|\xdb\x94|\xd6\x89|\xe1\x8d\xa2)"  # . ! ? and … । ॥ ؟ ۔ ։ ።
-WIDE_STOP = rb"(?:\xe3\x80\x82|\xef\xbc[\x81\x9f]|\xef\xbd\xa1)"  # 。！？｡ end a sentence without white space
-CLOSE = rb"(?:[\"')\]*_]|\xe2\x80[\x99\x9d]|\xc2\xbb)*+"  # quotes and brackets that belong to the sentence they end
+FIRST = rb"[.!?\n\xd6\xd8\xdb\xe0-\xe3\xef]"  # the first byte of every pattern, which lets the search skip the others quickly
+STOP = rb"(?:(?<=[.!?])|(?<=\xe2)\x80\xa6|(?<=\xe0)\xa5[\xa4\xa5]|(?<=\xd8)\x9f|(?<=\xdb)\x94|(?<=\xd6)\x89|(?<=\xe1)\x8d\xa2)"  # and … । ॥ ؟ ۔ ։ ።
+WIDE_STOP = rb"(?:(?<=\xe3)\x80\x82|(?<=\xef)\xbc[\x81\x9f]|(?<=\xef)\xbd\xa1)"  # 。！？｡ end a sentence without white space
+CLOSE = rb"(?:[\"')\]*_.!?]|\xe2\x80[\x99\x9d\xa6]|\xc2\xbb)*+"  # quotes and brackets that belong to the sentence they end
 SPACED_CLOSE = rb"(?:[ \t]++(?:''|[)\]]|\xe2\x80\x9d)++)*+"  # tokenised text: said . ''
-WIDE_CLOSE = rb"(?:\xe3\x80[\x8d\x8f\x91]|\xef\xbc\x89|[\"')\]]|\xe2\x80[\x99\x9d])*+"  # 」』】）
+WIDE_CLOSE = rb"(?:\xe3\x80[\x82\x8d\x8f\x91]|\xef\xbc[\x81\x89\x9f]|\xef\xbd\xa1|[\"')\]]|\xe2\x80[\x99\x9d])*+"  # 」』】）
 NOT_ASCII = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
 ANY = rb"[^\s'\x80-\xff]|'[^']|" + NOT_ASCII
 NOT_LOWER = rb"[^\s'\x80-\xffa-z,;:)\]]|'[^']|(?!\xe2\x80\x9d)(?:" + NOT_ASCII + rb")"
 NOT_AFTER = (  # titles, initials and the like: their full stop ends nothing
-    rb"(?<!(?<![\x80-\xff'])\b[A-HJ-Za-z]\.)(?<!(?<![\x80-\xffA-Za-z])[\xce-\xd1][\x80-\xbf]\.)"
+    rb"(?<![.!?][.!?])(?<!(?<![\x80-\xff'])\b[A-HJ-Za-z]\.)(?<!(?<![\x80-\xffA-Za-z])[\xce-\xd1][\x80-\xbf]\.)"
     rb"(?<!\b(?:Mr|Dr|St|Lt|Mt|vs|cf)\.)(?<!\b(?:Mrs|Rev|Hon|Gen|Col|Sgt|Maj|Mme|viz)\.)(?<!\b(?:Prof|Capt|Mlle)\.)"
     rb"(?<!\bMessrs\.)(?!(?:(?<=\b[Nn]o\.)|(?<=\bpp\.)|(?<=\bch\.)|(?<=\b(?:[Vv]ol|[Ff]ig)\.))\s++\d)"
 )
-SENTENCE = STOP + rb"(?<![.!?][.!?])" + NOT_AFTER + STOP + rb"*+" + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
-WIDE_SENTENCE = WIDE_STOP + rb"++" + WIDE_CLOSE + rb"\s*+(?P<wide>(?!" + WIDE_STOP + rb")(?:" + ANY + rb"))"
-PARAGRAPH = rb"\n[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
-LIST_ITEM = rb"\n[ \t]*+(?P<item>[*+-][ \t]|#++[ \t]|\xe2\x80\xa2|\d{1,3}[.)][ \t])"
-LINE = rb"\n\s*+(?P<line>" + ANY + rb")"
-FIRST = rb"(?=[.!?\n\xd6\xd8\xdb\xe0-\xe3\xef])"  # lets the search skip quickly
+SENTENCE = STOP + NOT_AFTER + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
+WIDE_SENTENCE = WIDE_STOP + WIDE_CLOSE + rb"\s*+(?P<wide>" + ANY + rb")"
+PARAGRAPH = rb"(?<=\n)[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
+LIST_ITEM = rb"(?<=\n)[ \t]*+(?P<item>[*+-][ \t]|#++[ \t]|\xe2\x80\xa2|\d{1,3}[.)][ \t])"
+LINE = rb"(?<=\n)\s*+(?P<line>" + ANY + rb")"
 WRAPPED_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, PARAGRAPH, LIST_ITEM, WIDE_SENTENCE]) + rb")")
 LINE_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, LINE, WIDE_SENTENCE]) + rb")")
 LONG_LINE = re.compile(rb"^[^\n\x80-\xff]{101}", re.M)
 
 
-def search_end(pattern, piece, stop):
-    """The first end of a sentence in piece[:stop], as a match whose last group is the next sentence's first character."""
-    match = pattern.search(piece, 0, stop)
+def search_end(pattern, piece):
+    """The first end of a sentence in a piece of text, as a match whose last group is the next sentence's first character."""
+    match = pattern.search(piece)
     while match and match.lastgroup == "maybe" and match["maybe"][0] > 127 and match["maybe"].decode(errors="replace").islower():
-        match = pattern.search(piece, match.start() + 1, stop)
+        match = pattern.search(piece, match.start() + 1)  # a small letter that is not ASCII
     return match
 
 
 def sentence_end(piece, long_lines):
-    """Where the sentence at the start of `piece` (bytes) ends, if that can be told yet.
+    """Where the sentence at the start of `piece` (bytes, at most LONGEST) ends, if that can be told yet.
 
     long_lines: whether this paragraph is known to hold a line of over 100 characters, hence is not hard-wrapped, so that each of
     its newlines ends something. Returns (end, seen, long_lines): the next sentence begins at byte `end`, which is known once
     byte `seen` >= end has been read. Returns None where more text is needed.
     """
-    piece = piece[:LONGEST]
-    match = None
     seen = 0
+    match = search_end(LINE_END if long_lines else WRAPPED_END, piece)
     if not long_lines:
-        long = LONG_LINE.search(piece)
-        match = search_end(WRAPPED_END, piece, long.end() if long else len(piece))
-        if long and not match:
+        long = LONG_LINE.search(piece, 0, match.end() if match else len(piece))
+        if long and not (match and match.end() == long.end()):
             long_lines, seen = True, long.end() - 1
-    if long_lines:
-        match = search_end(LINE_END, piece, len(piece))
+            match = search_end(LINE_END, piece)
     if match:
         end = match.start(match.lastgroup)
         blank = piece.count(b"\n", match.start(), end) > 1
@@ -137,12 +134,16 @@ class Stems(dict):
     whoever the speaker. Any other id is a hash of a word's first five letters, a crude stem. Stop words have none.
     """
 
+    def __init__(self):
+        self[b"\n"] = (-1,)  # see `of`
+
     def __missing__(self, word):
         text = word.decode(errors="ignore").lower()
         ids = tuple(i for w in ([text] if text.isascii() else WORD.findall(text)) for i in self.stem(w))
         if len(word) <= 40:  # a whole line of a script without spaces is not worth remembering
             if len(self) >= 500_000:
                 self.clear()
+                self.__init__()
             self[word] = ids
         return ids
 
@@ -153,15 +154,18 @@ class Stems(dict):
             return ()
         return (max(len(PERSONS), zlib.crc32(word[:5].encode()) % N_STEMS),)
 
-    def of(self, text):
-        """The ids in a text (bytes), a list in order."""
-        return list(chain.from_iterable(map(self.__getitem__, text.translate(LETTERS).split())))
+    def of(self, sentences):
+        """The ids in each of a list of sentences (bytes), in order: all of them, int64, and how many each has."""
+        marked = b" \n ".join(s.translate(LETTERS) for s in sentences)  # LETTERS leaves no newline
+        ids = np.array(list(chain.from_iterable(map(self.__getitem__, marked.split(b" ")))), np.int64)
+        ends = np.append(np.flatnonzero(ids < 0), len(ids))
+        return ids[ids >= 0], np.diff(ends, prepend=-1) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the semantic partition: Bayesian online change-point detection (Adams & MacKay 2007) over sentences as bags of words
 
-REACH = 64  # sentences: the longest block there is
+REACH = 32  # sentences: the longest block there is
 
 
 class Bag:
@@ -269,7 +273,7 @@ class Blocks:
         if background:
             base[background["stems"]] = np.array(background["counts"]) / background["total"]
         persons = np.full(len(PERSONS), 1 / len(PERSONS))
-        self.bags = [Bag(10.0, 0.75, base, 5000 if background else 1000, 3e-4), Bag(60.0, 0.0, persons, 300, 0.0)]
+        self.bags = [Bag(16.0, 0.7, base, 5000 if background else 1000, 3e-4), Bag(60.0, 0.0, persons, 300, 0.0)]
         self.reset()
 
     def reset(self):
@@ -280,16 +284,15 @@ class Blocks:
         self.posterior = np.zeros((1, REACH))  # row i: p(block began `lag` sentences before the i-th of the last ones | text up to it)
         self.posterior[0, -1] = 1.0  # a block has just ended
 
-    def observe(self, sentences, starts, floors):
-        """Take in new sentences (lists of ids) that begin at tokens `starts`; forget blocks that began before token `floors`.
+    def observe(self, words, sizes, starts, floors):
+        """Take in new sentences (see Stems.of) that begin at tokens `starts`; forget blocks that began before token `floors`.
 
         Returns the median of the token at which the block began, one for each sentence.
         """
-        words = np.array(list(chain.from_iterable(sentences)), np.int64)
-        when = np.repeat(np.arange(len(sentences)), [len(s) for s in sentences])
+        when = np.repeat(np.arange(len(sizes)), sizes)
         gain = 0.0
         for bag, mine in zip(self.bags, (words >= len(PERSONS), words < len(PERSONS))):
-            gain = gain + bag.gains(words[mine], np.bincount(when[mine], minlength=len(sentences)))
+            gain = gain + bag.gains(words[mine], np.bincount(when[mine], minlength=len(sizes)))
         likelihood = np.exp(np.clip(gain, -300, 300)).T.copy()
 
         self.starts = np.concatenate([self.starts[-REACH:], starts])
@@ -378,7 +381,7 @@ class Partitioner:
         """Two lists: from token since[n] on, the block begins at token block[n]."""
         first = self.n_tokens - len(tokens)
         byte = self.data_at + len(self.data)
-        self.data += b"".join([self.token_bytes[t] for t in tokens.tolist()])
+        self.data += b"".join(map(self.token_bytes.__getitem__, tokens.tolist()))
         self.ends = np.concatenate([self.ends, byte + np.cumsum(self.n_bytes[tokens])])
         origin = self.n_tokens - len(self.ends)  # token that ends[0] is of
         ends = self.scan()
@@ -412,7 +415,7 @@ class Partitioner:
             return
         if self.blocks:
             begun = np.concatenate([[self.start], starts[:-1]])
-            best = self.blocks.observe([self.stems.of(s) for s in sentences], begun, seen - self.cap)
+            best = self.blocks.observe(*self.stems.of(sentences), begun, seen - self.cap)
         else:
             best = starts
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best.tolist())):
@@ -474,11 +477,11 @@ def background(tokens, token_bytes):
     """
     stems, counts, rest = Stems(), np.zeros(N_STEMS, np.int64), b""
     for i in range(0, len(tokens), CHUNK):
-        data = rest + b"".join([token_bytes[t] for t in np.asarray(tokens[i : i + CHUNK]).tolist()])
+        data = rest + b"".join(map(token_bytes.__getitem__, np.asarray(tokens[i : i + CHUNK]).tolist()))
         cut = max(data.rfind(b" "), data.rfind(b"\n")) + 1  # a word may go on in the next chunk
         if i + CHUNK >= len(tokens) or len(data) - cut > 1 << 20:
             cut = len(data)
-        counts += np.bincount(np.array(stems.of(data[:cut].replace(END_OF_TEXT, b" ")), np.int64), minlength=N_STEMS)
+        counts += np.bincount(stems.of([data[:cut].replace(END_OF_TEXT, b" ")])[0], minlength=N_STEMS)
         rest = data[cut:]
     counts[: len(PERSONS)] = 0
     commonest = np.argsort(-counts, kind="stable")[:30_000]
