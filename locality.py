@@ -202,19 +202,15 @@ class Bag:
         depend on how many sentences come at once, so that streaming gives the same bits.
         """
         alpha, discount, n_old, n_new = self.alpha, self.discount, len(self.sizes), len(sizes)
-        before = len(self.words)
+        n, before = n_old + n_new, len(self.words)
         words, sizes = np.concatenate([self.words, words]), np.concatenate([self.sizes, sizes])
-        n = n_old + n_new
-        when = np.repeat(np.arange(n), sizes)  # the sentence of each word
         order = np.argsort(words, kind="stable")
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        key = (words * n + when)[order]  # ascends: the same word, then time
+        word, when = words[order], np.repeat(np.arange(n), sizes)[order]  # the same words side by side, in order of their sentences
+        key = word * n + when
 
         # sentences since each word was last said (REACH: out of reach), hence the words that are new to a block of each length
-        ago = np.full(len(words), REACH)
-        again = np.flatnonzero(words[order[1:]] == words[order[:-1]])
-        ago[order[again + 1]] = np.minimum(when[order[again + 1]] - when[order[again]], REACH)
+        ago = np.full(len(word), REACH)
+        ago[1:] = np.where(word[1:] == word[:-1], np.minimum(when[1:] - when[:-1], REACH), REACH)
         repeats = np.bincount(ago * n + when, minlength=(REACH + 1) * n).reshape(REACH + 1, n)
         fresh = sizes - np.cumsum(repeats[:REACH], axis=0)
         n_words, n_distinct = np.zeros((2, REACH, n), np.int64)
@@ -224,20 +220,20 @@ class Bag:
         n_words, n_distinct = n_words[:, n_old:], n_distinct[:, n_old:]
 
         # what every word costs ...
-        new = np.flatnonzero((ago > 0) & (np.arange(len(words)) >= before))  # one of each word of each new sentence
-        size = np.bincount(when[new] - n_old, minlength=n_new)
+        new = np.flatnonzero((ago > 0) & (when >= n_old))  # one of each word of each new sentence
+        column = when[new] - n_old
+        size = np.bincount(column, minlength=n_new)
         gain = self.log_v[n_distinct + size] - self.log_v[n_distinct] - self.log_n[n_words + size] + self.log_n[n_words]
         gain -= self.log_v[size] - self.log_n[size]
 
         # ... and what the words said before bring: one entry for each time that a word was said within reach
-        first = np.searchsorted(key, words[new] * n + np.maximum(when[new] - (REACH - 1), 0))
-        times = rank[new] - first
-        seen = self.counts[words[new]] + rank[new] - np.searchsorted(key, words[new] * n + n_old)
+        seen = self.counts[word[new]] + new - np.searchsorted(key, key[new] - column)
         total = self.total + np.cumsum(sizes[n_old:]) - sizes[n_old:]
-        q = self.floor + (self.prior * self.base[words[new]] + seen) / (self.prior + total[when[new] - n_old])
+        q = self.floor + (self.prior * self.base[word[new]] + seen) / (self.prior + total[column])
+        times = new - np.searchsorted(key, key[new] - np.minimum(when[new], REACH - 1))
         m = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + 1
-        lag = np.repeat(when[new], times) - when[order[np.repeat(rank[new], times) - m]]
-        cell = lag * n_new + np.repeat(when[new] - n_old, times)
+        lag = np.repeat(when[new], times) - when[np.repeat(new, times) - m]
+        cell = lag * n_new + np.repeat(column, times)
         open_mass = alpha + discount * n_distinct
         value = np.log(open_mass.reshape(-1)[cell] + (m - discount) / np.repeat(q, times))
         value[1:] -= np.where(m[1:] > 1, value[:-1], 0.0)
@@ -303,10 +299,10 @@ class Blocks:
         for i in range(len(starts)):
             old, now = self.posterior[i], self.posterior[i + 1]
             now[1:] = old[:-1] * GO_ON[:-1]
-            now[0] = (old * END).sum()
+            now[0] = np.add.reduce(old * END)
             now *= likelihood[i]
             now[n_reach[i] :] = 0
-            now /= now.sum()
+            now /= np.add.reduce(now)
         lag = (np.cumsum(self.posterior[1:], axis=1) < 0.5).sum(axis=1)
         return self.starts[last - lag]
 
