@@ -91,8 +91,9 @@ def sentence_end(piece, long_lines):
     seen = 0
     match = search_end(LINE_END if long_lines else WRAPPED_END, piece)
     if not long_lines:
-        long = LONG_LINE.search(piece, 0, match.end() if match else len(piece))
-        if long and not (match and match.end() == long.end()):
+        read = match.end() if match else len(piece)
+        long = LONG_LINE.search(piece, 0, read) if read > 100 else None
+        if long and not (match and long.end() == read):
             long_lines, seen = True, long.end() - 1
             match = search_end(LINE_END, piece)
     if match:
@@ -112,9 +113,12 @@ def sentence_end(piece, long_lines):
 # ---------------------------------------------------------------------------------------------------------------------
 # words: what a sentence is about, as numbers
 
-PERSONS = """i me my mine myself we us our ours ourselves you your yours he him his himself she her hers herself they them their
+PERSONS = """
+    i me my mine myself we us our ours ourselves you your yours he him his himself she her hers herself they them their
     theirs themselves it its itself who whom whose is are was were be been am has have had do does did can could may might must
-    shall should will would""".split()
+    shall should will would
+    """.split()
+PERSONS = {word: i for i, word in enumerate(PERSONS)}
 STOP_WORDS = frozenset(
     """about above after again against all also and any because before being below between both but doing don down during each
     even every few for from further having here how into just more most much nor not now off once one only other out over own
@@ -149,7 +153,7 @@ class Stems(dict):
 
     def stem(self, word):
         if word in PERSONS:
-            return (PERSONS.index(word),)
+            return (PERSONS[word],)
         if word in STOP_WORDS or len(word.encode()) < 3:
             return ()
         return (max(len(PERSONS), zlib.crc32(word[:5].encode()) % N_STEMS),)
@@ -157,7 +161,7 @@ class Stems(dict):
     def of(self, sentences):
         """The ids in each of a list of sentences (bytes), in order: all of them, int64, and how many each has."""
         marked = b" \n ".join(s.translate(LETTERS) for s in sentences)  # LETTERS leaves no newline
-        ids = np.array(list(chain.from_iterable(map(self.__getitem__, marked.split(b" ")))), np.int64)
+        ids = np.fromiter(chain.from_iterable(map(self.__getitem__, marked.split(b" "))), np.int64)
         ends = np.append(np.flatnonzero(ids < 0), len(ids))
         return ids[ids >= 0], np.diff(ends, prepend=-1) - 1
 
@@ -289,20 +293,20 @@ class Blocks:
         gain = 0.0
         for bag, mine in zip(self.bags, (words >= len(PERSONS), words < len(PERSONS))):
             gain = gain + bag.gains(words[mine], np.bincount(when[mine], minlength=len(sizes)))
-        likelihood = np.exp(np.clip(gain, -300, 300)).T.copy()
-
+        n = len(starts)
         self.starts = np.concatenate([self.starts[-REACH:], starts])
-        last = len(self.starts) - len(starts) + np.arange(len(starts))  # in self.starts, each new sentence
-        n_reach = np.maximum(1, last + 1 - np.searchsorted(self.starts, floors))  # blocks that are not too long
+        last = len(self.starts) - n + np.arange(n)  # in self.starts, each new sentence
+        reach = last - np.searchsorted(self.starts, floors)  # the longest lag that is not too long
 
-        self.posterior = np.concatenate([self.posterior[-1:], np.empty((len(starts), REACH))])
-        for i in range(len(starts)):
-            old, now = self.posterior[i], self.posterior[i + 1]
-            now[1:] = old[:-1] * GO_ON[:-1]
+        # a block goes on, or ends with the sentence before and another one begins
+        go_on = np.exp(np.clip(gain[1:].T.copy(), -300, 300)) * GO_ON[:-1] * (np.arange(1, REACH) <= reach[:, None])
+        self.posterior = np.concatenate([self.posterior[-1:], np.empty((n, REACH))])
+        old = self.posterior[0]
+        for now, longer, likely in zip(self.posterior[1:], self.posterior[1:, 1:], go_on):
+            np.multiply(old[:-1], likely, out=longer)
             now[0] = np.add.reduce(old * END)
-            now *= likelihood[i]
-            now[n_reach[i] :] = 0
             now /= np.add.reduce(now)
+            old = now
         lag = (np.cumsum(self.posterior[1:], axis=1) < 0.5).sum(axis=1)
         return self.starts[last - lag]
 
@@ -342,8 +346,9 @@ class Partitioner:
             raise InputError(f"max_lookback must be 1 to 65535 tokens, not {max_lookback!r}")
         self.method, self.size = parse_partition(method)
         self.cap = int(max_lookback)
-        self.token_bytes = token_bytes
+        self.vocabulary = np.frombuffer(b"".join(token_bytes), np.uint8)
         self.n_bytes = np.array([len(b) for b in token_bytes], np.int64)
+        self.bytes_at = np.cumsum(self.n_bytes) - self.n_bytes  # where in `vocabulary` each token's bytes begin
         self.blocks = Blocks(background) if self.method == "semantic" else None
         self.stems = Stems()
         self.n_tokens = 0  # tokens so far
@@ -361,8 +366,8 @@ class Partitioner:
         tokens = np.asarray(tokens).reshape(-1)
         if not len(tokens):
             return np.zeros(0, np.uint16)
-        if tokens.min() < 0 or tokens.max() >= len(self.token_bytes):
-            raise InputError(f"a token is not in the vocabulary of {len(self.token_bytes)}: {tokens.min()} ... {tokens.max()}")
+        if tokens.min() < 0 or tokens.max() >= len(self.n_bytes):
+            raise InputError(f"a token is not in the vocabulary of {len(self.n_bytes)}: {tokens.min()} ... {tokens.max()}")
         i = np.arange(self.n_tokens, self.n_tokens + len(tokens))
         self.n_tokens += len(tokens)
         if self.method == "window":
@@ -376,9 +381,11 @@ class Partitioner:
     def find_blocks(self, tokens):
         """Two lists: from token since[n] on, the block begins at token block[n]."""
         first = self.n_tokens - len(tokens)
-        byte = self.data_at + len(self.data)
-        self.data += b"".join(map(self.token_bytes.__getitem__, tokens.tolist()))
-        self.ends = np.concatenate([self.ends, byte + np.cumsum(self.n_bytes[tokens])])
+        n = self.n_bytes[tokens]
+        ends = np.cumsum(n)
+        letters = np.repeat(self.bytes_at[tokens] - ends + n, n) + np.arange(ends[-1])
+        self.ends = np.concatenate([self.ends, self.data_at + len(self.data) + ends])
+        self.data += self.vocabulary[letters].tobytes()
         origin = self.n_tokens - len(self.ends)  # token that ends[0] is of
         ends = self.scan()
         at = np.array([e[:2] for e in ends], np.int64).reshape(-1, 2)
