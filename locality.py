@@ -6,9 +6,12 @@ lookback[i] is a function of the tokens 0 ... i alone.
 """
 
 import difflib
+import multiprocessing
+import os
 import re
 import zlib
 from itertools import chain
+from queue import Empty
 
 import numpy as np
 
@@ -263,6 +266,7 @@ def hazard(mean, shape):
 
 END = hazard(8.0, 4.0)
 GO_ON = 1 - END
+SURE = 0.6  # a block start cannot be taken back: move on at better than even chances
 
 
 class Blocks:
@@ -287,7 +291,7 @@ class Blocks:
     def observe(self, words, sizes, starts, floors):
         """Take in new sentences (see Stems.of) that begin at tokens `starts`; forget blocks that began before token `floors`.
 
-        Returns the median of the token at which the block began, one for each sentence.
+        Returns a list of the median of the token at which the block began, one for each sentence.
         """
         when = np.repeat(np.arange(len(sizes)), sizes)
         gain = 0.0
@@ -307,8 +311,13 @@ class Blocks:
             now[0] = np.add.reduce(old * END)
             now /= np.add.reduce(now)
             old = now
-        lag = (np.cumsum(self.posterior[1:], axis=1) < 0.5).sum(axis=1)
-        return self.starts[last - lag]
+        self.later = np.cumsum(self.posterior, axis=1)
+        return self.starts[last - (self.later[1:] < 0.5).sum(axis=1)].tolist()
+
+    def is_due(self, i, block):
+        """Whether, at row i of the posterior, the block is likely enough to have begun after token `block`."""
+        n_later = len(self.starts) - len(self.posterior) + i + 1 - np.searchsorted(self.starts, block, side="right")
+        return self.later[i, min(n_later, REACH) - 1] > SURE
 
     def best(self, i, floor):
         """The median at row i of the posterior, among the blocks that began at token `floor` or later; None if there are none."""
@@ -357,6 +366,7 @@ class Partitioner:
         self.at = 0  # where in data the running sentence begins
         self.ends = np.zeros(0, np.int64)  # byte at which each of the last tokens ends
         self.start = 0  # first token of the running sentence
+        self.known = 0  # token that told of it
         self.block = 0  # first token of the running block
         self.seen = 0  # byte that told of the last end
         self.long_lines = False
@@ -398,7 +408,7 @@ class Partitioner:
             if stop < len(ends):
                 seen = int(at[stop, 1])  # a new document begins with the next token, or with this one if it holds more than the old
                 self.keep_within_reach(-1, seen)
-                self.start = self.block = seen + int(self.ends[seen - origin] == ends[stop][0])
+                self.start = self.block = self.known = seen + int(self.ends[seen - origin] == ends[stop][0])
                 self.since.append(self.start)
                 self.begins.append(self.start)
                 if self.blocks:
@@ -416,22 +426,22 @@ class Partitioner:
         """Move on by some sentences of one document: the next one after each begins at token starts[i], known at token seen[i]."""
         if not sentences:
             return
+        best = starts.tolist()
         if self.blocks:
             begun = np.concatenate([[self.start], starts[:-1]])
             best = self.blocks.observe(*self.stems.of(sentences), begun, seen - self.cap)
-        else:
-            best = starts
-        for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best.tolist())):
+        for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
-            self.start = start
-            self.block = max(self.block, block)
-            self.since.append(known)
-            self.begins.append(self.block)
+            self.start, self.known = start, known
+            if block > self.block and (not self.blocks or self.blocks.is_due(i + 1, self.block)):
+                self.block = block
+                self.since.append(known)
+                self.begins.append(block)
 
     def keep_within_reach(self, i, until):
         """Where the block after sentence i outgrows the cap before token `until`, move on to the next best start within reach."""
         while self.block + self.cap < until - 1:
-            token = max(self.since[-1], self.block + self.cap + 1)
+            token = max(self.known, self.block + self.cap + 1)
             best = self.blocks.best(i, token - self.cap) if self.blocks else None
             if best is None:
                 best = self.start
@@ -462,15 +472,73 @@ class Partitioner:
 
 
 CHUNK = 1 << 16  # tokens at a time
+SHARE = 1 << 20  # tokens at least that a process gets
 
 
 def partition(tokens, token_bytes, method, max_lookback, background=None, out=None):
-    """Lookback (uint16, as long as `tokens`) of a whole sequence, into `out` if given; see Partitioner."""
-    partitioner = Partitioner(token_bytes, method, max_lookback, background)
+    """Lookback (uint16, as long as `tokens`) of a whole sequence, into `out` if given; see Partitioner.
+
+    Documents do not depend on each other: where one token ends a document, groups of them are dealt out to the processors.
+    """
+    Partitioner(token_bytes, method, max_lookback, background)  # complains early
     out = np.empty(len(tokens), np.uint16) if out is None else out
-    for i in range(0, len(tokens), CHUNK):
-        out[i : i + CHUNK] = partitioner.push(tokens[i : i + CHUNK])
+    cuts = [0]
+    if method in ("semantic", "sentence") and END_OF_TEXT in token_bytes and "fork" in multiprocessing.get_all_start_methods():
+        end_of_text = token_bytes.index(END_OF_TEXT)
+        for i in range(0, len(tokens), CHUNK):
+            ends = np.flatnonzero(tokens[i : i + CHUNK] == end_of_text) + i + 1
+            ends = ends[(ends >= cuts[-1] + SHARE) & (ends <= len(tokens) - SHARE)]
+            cuts += ends[:1].tolist()
+    cuts.append(len(tokens))
+
+    def share(first, last):
+        partitioner = Partitioner(token_bytes, method, max_lookback, background)
+        for i in range(first, last, CHUNK):
+            yield i, partitioner.push(tokens[i : min(i + CHUNK, last)])
+
+    for i, lookback in in_parallel(share, list(zip(cuts, cuts[1:]))):
+        out[i : i + len(lookback)] = lookback
     return out
+
+
+def in_parallel(function, arguments):
+    """Everything that function(*a) yields for each of the arguments, in any order, from as many processes as there are processors."""
+    n = min(len(arguments), os.cpu_count() or 1)
+    if n < 2:
+        for a in arguments:
+            yield from function(*a)
+        return
+    fork = multiprocessing.get_context("fork")  # children read `tokens` where they are
+    queue = fork.Queue(4 * n)
+
+    def work(mine):
+        try:
+            for a in mine:
+                for result in function(*a):
+                    queue.put(result)
+            queue.put(None)
+        except Exception as e:
+            queue.put(e)
+
+    children = [fork.Process(target=work, args=(arguments[i::n],), daemon=True) for i in range(n)]
+    try:
+        for child in children:
+            child.start()
+        while n:
+            try:
+                result = queue.get(timeout=1)
+            except Empty:
+                if any(child.exitcode for child in children):
+                    raise RuntimeError("a process that partitioned a part of the text was killed") from None
+                continue
+            if isinstance(result, Exception):
+                raise result
+            n -= result is None
+            if result is not None:
+                yield result
+    finally:
+        for child in children:
+            child.terminate()
 
 
 def background(tokens, token_bytes):

@@ -303,3 +303,20 @@ def test_a_break_within_reach_beats_the_cap():
 def test_one_endless_sentence_slides_at_the_cap():
     lookback = partition(as_bytes("x" * 700), BYTES, "semantic", 50)
     assert (lookback == np.minimum(np.arange(700), 50)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many documents in many processes
+
+
+@pytest.mark.parametrize("method", ["semantic", "sentence"])
+def test_processes_agree_with_one(method, monkeypatch):
+    vocabulary = [*BYTES, b"<|endoftext|>"]
+    tokens = np.concatenate([np.append(as_bytes(random_text(seed).replace(b"<|", b"")), 256) for seed in range(12)])
+    whole = partition(tokens, vocabulary, method, 100)
+    monkeypatch.setattr("locality.SHARE", 3000)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("locality.CHUNK", 700)
+    assert (partition(tokens, vocabulary, method, 100) == whole).all()
+    with pytest.raises(InputError):  # also when it is a child that finds out
+        partition(np.append(tokens, 257), vocabulary, method, 100)
