@@ -163,10 +163,10 @@ def figure(model, tokens, lookback, results, path, title):
 
     device = model.wte.weight.device
     T = min(model.config.block_size, len(tokens), 256)
-    # of all stretches, one with many block starts: there the blocks can be seen
+    # of all stretches, the one with the most new blocks in it (not counting a block that slides at the cap)
     starts = np.arange(len(tokens)) - lookback.astype(np.int64)
-    changes = np.concatenate(([0], np.cumsum(np.diff(starts) > 0)))
-    at = int(np.argmax(changes[T - 1:] - changes[:len(tokens) - T + 1]))
+    at = max(range(0, len(tokens) - T + 1, max(T // 8, 1)),
+             key=lambda at: np.count_nonzero(np.diff(starts[at:at + T].clip(min=at)) > 1))
     x, r = (torch.from_numpy(a[at:at + T].astype(np.int64))[None].to(device) for a in (tokens, lookback))
     maps = [a[0].mean(0).cpu().numpy() for a in model.attention_maps(x, r)]    # heads averaged, (T, T) each
     start = np.arange(T) - clamp_lookback(r, model.config.max_lookback)[0].cpu().numpy()
@@ -188,8 +188,9 @@ def figure(model, tokens, lookback, results, path, title):
     axes[1, 0].plot(layers, values["locality"], "--", color="#d55e00", label="locality: the certified floor")
     axes[1, 0].plot(layers, values["fidelity"], "o-", color="#0072b2", label="fidelity: mass inside the block")
     axes[1, 0].plot(layers, values["pointer_accuracy"], "^:", color="#666666", label="pointer accuracy")
-    axes[1, 0].set(xlabel="layer", ylim=(-0.03, 1.05), xticks=layers, title="attention that stays in the block")
-    axes[1, 0].legend(frameon=False)
+    axes[1, 0].set(xlabel="layer", ylim=(-0.03, 1.5), xticks=layers, yticks=np.arange(0, 1.1, 0.2),
+                   title="attention that stays in the block")
+    axes[1, 0].legend(frameon=False, loc="upper left")
     axes[1, 1].plot(layers, values["entropy"], "o-", color="#0072b2")
     axes[1, 1].set(xlabel="layer", ylabel="bits", xticks=layers, ylim=(0, None), title="entropy of the attention")
     for ax in axes[1]:
