@@ -314,10 +314,10 @@ class Blocks:
         self.later = np.cumsum(self.posterior, axis=1)
         return self.starts[last - (self.later[1:] < 0.5).sum(axis=1)].tolist()
 
-    def is_due(self, i, block):
-        """Whether, at row i of the posterior, the block is likely enough to have begun after token `block`."""
+    def chance_later(self, i, block):
+        """At row i of the posterior, the chance that the block began after token `block`, where some sentence did."""
         n_later = len(self.starts) - len(self.posterior) + i + 1 - np.searchsorted(self.starts, block, side="right")
-        return self.later[i, min(n_later, REACH) - 1] > SURE
+        return self.later[i, min(n_later, REACH) - 1]
 
     def best(self, i, floor):
         """The median at row i of the posterior, among the blocks that began at token `floor` or later; None if there are none."""
@@ -433,7 +433,7 @@ class Partitioner:
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
-            if block > self.block and (not self.blocks or self.blocks.is_due(i + 1, self.block)):
+            if block > self.block and (not self.blocks or self.blocks.chance_later(i + 1, self.block) > SURE):
                 self.block = block
                 self.since.append(known)
                 self.begins.append(block)
