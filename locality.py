@@ -101,8 +101,8 @@ def sentence_end(piece, long_lines):
             match = search_end(LINE_END, piece)
     if match:
         end = match.start(match.lastgroup)
-        blank = piece.count(b"\n", match.start(), end) > 1
-        return end, max(seen, match.end() - 1), long_lines and not blank
+        newlines = piece.count(b"\n", match.start(), end)
+        return end, max(seen, match.end() - 1), long_lines and newlines < 2, newlines > (not long_lines)
     if len(piece) < LONGEST:
         return None
     end = max(piece.rfind(space, LONGEST // 2, LONGEST - 1) for space in (b" ", b"\n")) + 1
@@ -110,7 +110,7 @@ def sentence_end(piece, long_lines):
         end = LONGEST - 1
         while end > LONGEST - 4 and 128 <= piece[end] < 192:
             end -= 1
-    return end, LONGEST - 1, long_lines
+    return end, LONGEST - 1, long_lines, False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def hazard(mean, shape):
 
 
 END = hazard(8.0, 4.0)
-GO_ON = 1 - END
+PARAGRAPH = 16.0
 SURE = 0.6  # a block start cannot be taken back: move on at better than even chances
 
 
@@ -285,12 +285,15 @@ class Blocks:
         for bag in self.bags:
             bag.reset()
         self.starts = np.zeros(0, np.int64)  # first tokens of the last sentences
+        self.n_sentences = self.n_paragraphs = 0
         self.posterior = np.zeros((1, REACH))  # row i: p(block began `lag` sentences before the i-th of the last ones | text up to it)
         self.posterior[0, -1] = 1.0  # a block has just ended
 
-    def observe(self, words, sizes, starts, floors):
+    def observe(self, words, sizes, starts, floors, paragraphs):
         """Take in new sentences (see Stems.of) that begin at tokens `starts`; forget blocks that began before token `floors`.
 
+        paragraphs: whether each sentence begins a paragraph, where a block is PARAGRAPH times as likely to begin as elsewhere; over
+        the document so far blocks are no more and no less likely to begin than END says, be it all paragraphs or a single one.
         Returns a list of the median of the token at which the block began, one for each sentence.
         """
         when = np.repeat(np.arange(len(sizes)), sizes)
@@ -303,12 +306,17 @@ class Blocks:
         reach = last - np.searchsorted(self.starts, floors)  # the longest lag that is not too long
 
         # a block goes on, or ends with the sentence before and another one begins
-        go_on = np.exp(np.clip(gain[1:].T.copy(), -300, 300)) * GO_ON[:-1] * (np.arange(1, REACH) <= reach[:, None])
+        share = (self.n_paragraphs + np.cumsum(paragraphs)) / (self.n_sentences + np.arange(n) + 1)
+        end = np.minimum(1, END * (np.where(paragraphs, PARAGRAPH, 1) / (1 + (PARAGRAPH - 1) * share))[:, None])
+        end[:, -1] = 1
+        self.n_sentences += n
+        self.n_paragraphs += int(np.sum(paragraphs))
+        go_on = np.exp(np.clip(gain[1:].T.copy(), -300, 300)) * (1 - end[:, :-1]) * (np.arange(1, REACH) <= reach[:, None])
         self.posterior = np.concatenate([self.posterior[-1:], np.empty((n, REACH))])
         old = self.posterior[0]
-        for now, longer, likely in zip(self.posterior[1:], self.posterior[1:, 1:], go_on):
+        for now, longer, likely, ends in zip(self.posterior[1:], self.posterior[1:, 1:], go_on, end):
             np.multiply(old[:-1], likely, out=longer)
-            now[0] = np.add.reduce(old * END)
+            now[0] = np.add.reduce(old * ends)
             now /= np.add.reduce(now)
             old = now
         self.later = np.cumsum(self.posterior, axis=1)
@@ -370,6 +378,7 @@ class Partitioner:
         self.block = 0  # first token of the running block
         self.seen = 0  # byte that told of the last end
         self.long_lines = False
+        self.paragraph = False  # whether a blank line came before the running sentence
 
     def push(self, tokens):
         """Lookback (uint16) of the next tokens (integers, any number of them)."""
@@ -404,7 +413,7 @@ class Partitioner:
         self.since, self.begins = [first], [self.block]
         begin = 0
         for stop in [i for i, e in enumerate(ends) if e[2] is None] + [len(ends)]:
-            self.take_sentences([e[2] for e in ends[begin:stop]], *at[begin:stop].T)
+            self.take_sentences([e[2] for e in ends[begin:stop]], np.array([e[3] for e in ends[begin:stop]]), *at[begin:stop].T)
             if stop < len(ends):
                 seen = int(at[stop, 1])  # a new document begins with the next token, or with this one if it holds more than the old
                 self.keep_within_reach(-1, seen)
@@ -422,14 +431,14 @@ class Partitioner:
         self.ends = self.ends[np.searchsorted(self.ends, self.data_at + self.at, side="right") :]
         return self.since, self.begins
 
-    def take_sentences(self, sentences, starts, seen):
+    def take_sentences(self, sentences, paragraphs, starts, seen):
         """Move on by some sentences of one document: the next one after each begins at token starts[i], known at token seen[i]."""
         if not sentences:
             return
         best = starts.tolist()
         if self.blocks:
             begun = np.concatenate([[self.start], starts[:-1]])
-            best = self.blocks.observe(*self.stems.of(sentences), begun, seen - self.cap)
+            best = self.blocks.observe(*self.stems.of(sentences), begun, seen - self.cap, paragraphs)
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
@@ -460,15 +469,16 @@ class Partitioner:
             over = stop >= 0
             stop = stop + len(END_OF_TEXT) if over else len(self.data)
             while found := sentence_end(self.data[self.at : min(stop, self.at + LONGEST)], self.long_lines):
-                end, seen, self.long_lines = found
+                end, seen, self.long_lines, paragraph = found
                 self.seen = max(self.seen, self.data_at + self.at + seen)
-                ends.append((self.data_at + self.at + end, self.seen, self.data[self.at : self.at + end]))
+                ends.append((self.data_at + self.at + end, self.seen, self.data[self.at : self.at + end], self.paragraph))
                 self.at += end
+                self.paragraph = paragraph
             if not over:
                 return ends
-            ends.append((self.data_at + stop, self.data_at + stop - 1, None))
+            ends.append((self.data_at + stop, self.data_at + stop - 1, None, None))
             begin = self.at = stop
-            self.long_lines = False
+            self.long_lines = self.paragraph = False
 
 
 CHUNK = 1 << 16  # tokens at a time
