@@ -64,9 +64,15 @@ def load_run(run, device="cpu"):
 
 
 def prepared(config):
-    """The prepared folder that a config (a dict) names, made if it is not there or no longer fits."""
-    return prepare(config["source"], config["data"] or None, config["tokenizer"], config["partition"],
-                   config["max_lookback"], config["val"], config["test"])
+    """The prepared folder that a config (a dict) names, made if it is not there or no longer fits.
+
+    Raises InputError if the config is of a run, and the source is not the text any more that it was trained on.
+    """
+    folder = prepare(config["source"], config["data"] or None, config["tokenizer"], config["partition"],
+                     config["max_lookback"], config["val"], config["test"])
+    if config.get("source_sha256") not in (None, read_meta(folder)["source_sha256"]):
+        raise InputError(f"{config['source']} has changed since this run was trained on it; put the old text back")
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+import locality
 from download import CACHE, download
 from locality import InputError, background, parse_partition, partition
 
@@ -165,7 +166,9 @@ def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=
     if not (val > 0 and test > 0 and val + test < 1):
         raise InputError(f"val and test are fractions of the text, above 0 and together below 1, not {val} and {test}")
     files = source_files(source)
-    made_from = {"source": source, "source_sha256": digest(files), "tokenizer": tokenizer, "partition": method,
+    # the code counts too: a partitioner that was changed makes other blocks
+    made_from = {"source": source, "source_sha256": digest(files), "code_sha256": digest([Path(locality.__file__)]),
+                 "tokenizer": tokenizer, "partition": method,
                  "max_lookback": max_lookback, "val": val, "test": test}
     folder = Path(out) if out else default_folder(source, tokenizer, method, max_lookback)
     if fits(folder, made_from):

@@ -3,6 +3,7 @@ Train or fine-tune a localised GPT-2: one TOML file in, one run folder out.
 
     python train.py configs/quickstart.toml
     python train.py configs/gpt2_quintic.toml --source my_book.txt --out runs/my_book
+    python train.py runs/my_book --resume
 
 Any key of the config can be overridden on the command line. The run folder holds config.toml (everything, as it was
 run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png.
@@ -11,7 +12,7 @@ run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attent
 import difflib
 import json
 import math
-import os
+import signal
 import sys
 import time
 import tomllib
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from eval import autocast, evaluate, figure, pick_device, prepared, provenance, table
 from locality import InputError, parse_partition, schedule
 from model import GPT, GPTConfig, load, save
-from prepare_data import get_encoding, read_split, token_bytes, write_text
+from prepare_data import SPLITS, get_encoding, read_meta, read_split, token_bytes, write_text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,54 +217,77 @@ def utilisation(model, tokens_per_second, T, device):
 # the run
 
 
-def train(config):
+def train(config, resume=False):
     out = Path(config.out)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     encoding = get_encoding(config.tokenizer)
-    folder = prepared(asdict(config))
+    state = load(out / "last.pt") if resume else None
+    folder = prepared(state["config"] if resume else asdict(config))
     model = build_model(config, encoding.n_vocab)
     T = model.config.block_size
-    splits = {split: read_split(folder, split) for split in ("train", "val", "test")}
+    splits = {split: read_split(folder, split) for split in SPLITS}
     if len(splits["train"][0]) <= T:
         raise InputError(f"{config.source}: the training split has {len(splits['train'][0])} tokens, block_size is {T}; "
                          "use a longer text or a smaller block_size")
-    vocabulary = token_bytes(encoding)
+    vocabulary, source_sha256 = token_bytes(encoding), read_meta(folder)["source_sha256"]
     model.to(device)
     optimizer = build_optimizer(model, config, device)
     use_compile = config.compile is True or config.compile == "auto" and device.type == "cuda"
     fast_model = torch.compile(model) if use_compile else model
+    start, best, looks_since_best, written, spent = 0, math.inf, 0, 0, 0.0
+    if resume:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        start, best, val, looks_since_best, written, spent = (
+            state[key] for key in ("step", "best", "val_loss", "looks_since_best", "metrics_bytes", "seconds"))
 
     out.mkdir(parents=True, exist_ok=True)
+    for name in () if resume else RESULTS:    # of a run that is overwritten nothing stays
+        (out / name).unlink(missing_ok=True)
     write_text(out / "config.toml", to_toml(config))
-    metrics = open(out / "metrics.jsonl", "w", buffering=1)
+    metrics = open(out / "metrics.jsonl", "a", buffering=1)
+    metrics.truncate(written)    # what a killed run wrote after its last checkpoint comes again
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}, {config.schedule}, "
-          f"locality {' '.join(f'{x:.3g}' for x in model.locality)}")
+          f"locality {' '.join(f'{x:.3g}' for x in model.locality)}" + (f", from step {start}" if resume else ""))
 
     def checkpoint(step, **more):
         return {"step": step, "model": model.state_dict(), "model_config": asdict(model.config),
-                "config": asdict(config), **more}
+                "config": {**asdict(config), "source_sha256": source_sha256}, **more}
 
-    best, looks_since_best, stopped = math.inf, 0, False
+    def look(step):
+        """Score the validation split; keep the model if it is the best so far. Returns the loss in nats."""
+        nonlocal best, looks_since_best
+        val = evaluate(model, *splits["val"], vocabulary, min(T, len(splits["val"][0]) - 1), config.batch_size,
+                       measure=False, limit=config.eval_contexts, dtype=config.dtype)["loss"]
+        metrics.write(json.dumps({"step": step, "val_loss": val, "val_perplexity": math.exp(val)}) + "\n")
+        looks_since_best += 1
+        if val < best or step == 0:
+            best, looks_since_best = val, 0
+            save(checkpoint(step, val_loss=val), out / "best.pt")
+        return val
+
+    def keep(step):
+        """Write all that the next step depends on, so that a resumed run goes on as if it had never stopped."""
+        save(checkpoint(step, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), best=best, val_loss=val,
+                        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                        looks_since_best=looks_since_best, metrics_bytes=metrics.tell(),
+                        seconds=spent + time.perf_counter() - started), out / "last.pt")
+
+    # SIGINT and SIGTERM end the run after the step in hand
+    asked = []
+    handlers = {number: signal.signal(number, lambda number, frame: asked.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     started = time.perf_counter()
-    bar = tqdm(range(config.max_steps + 1), desc=out.name, unit="step")
-    for step in bar:
-        # look at the validation split
-        if step % config.eval_interval == 0 or step == config.max_steps:
-            val = evaluate(model, *splits["val"], vocabulary, T if T < len(splits["val"][0]) else None,
-                           config.batch_size, measure=False, limit=config.eval_contexts, dtype=config.dtype)
-            metrics.write(json.dumps({"step": step, "val_loss": val["loss"], "val_perplexity": val["perplexity"]}) + "\n")
-            looks_since_best += 1
-            if val["loss"] < best:
-                best, looks_since_best = val["loss"], 0
-                save(checkpoint(step, val_loss=best), out / "best.pt")
-            save(checkpoint(step, val_loss=val["loss"], optimizer=optimizer.state_dict()), out / "last.pt")
-            stopped = 0 < config.patience <= looks_since_best
-            if stopped or step == config.max_steps:
-                break
-            seen, clock = 0, time.perf_counter()
-
-        # one step
+    if not resume:
+        val = look(0)
+        keep(0)
+    step, seen, clock = start, 0, time.perf_counter()
+    bar = tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step")
+    while step < config.max_steps and not 0 < config.patience <= looks_since_best:
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -277,23 +301,35 @@ def train(config):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        step += 1
         seen += config.grad_accum * config.batch_size * T
+        bar.update()
 
-        # say how it goes
-        if (step + 1) % config.log_interval == 0:
+        if step % config.log_interval == 0:
             loss, norm = float(loss), float(norm)    # waits for the device
             if not math.isfinite(loss + norm):
-                raise InputError(f"the loss is {loss} and its gradient {norm} at step {step + 1}: training diverged; "
-                                 f"lower learning_rate ({config.learning_rate:g}); the best model so far is in {out}")
+                raise InputError(f"the loss is {loss} and its gradient {norm} at step {step}: training diverged; lower "
+                                 f"learning_rate ({config.learning_rate:g}); {out / 'best.pt'} has the best model so far")
             speed = seen / (time.perf_counter() - clock)
             seen, clock = 0, time.perf_counter()
             mfu = utilisation(model, speed, T, device)
-            bar.set_postfix_str(f"loss {loss:.3f}, val {val['loss']:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
+            bar.set_postfix_str(f"loss {loss:.3f}, val {val:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
                                 + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
-            metrics.write(json.dumps({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
+            metrics.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                                       "tokens_per_s": round(speed)}) + "\n")
+        if step % config.eval_interval == 0 or step == config.max_steps:
+            val = look(step)
+            keep(step)
+            seen, clock = 0, time.perf_counter()
+        if asked:
+            bar.close()
+            keep(step)
+            print(f"stopped at step {step}; go on with: python train.py {out} --resume", file=sys.stderr)
+            sys.exit(128 + asked[0])
     bar.close()
     metrics.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     # what the best model is worth, on text it has never seen
     chosen = load(out / "best.pt")
@@ -301,8 +337,8 @@ def train(config):
     results = evaluate(model, *splits["test"], vocabulary, batch_size=config.batch_size, dtype=config.dtype)
     results = {"schedule": config.schedule, "fidelity": config.fidelity, "partition": config.partition, "split": "test",
                **results, "val_loss": chosen["val_loss"], "best_step": chosen["step"], "steps": step,
-               "stopped_early": stopped, "seconds": round(time.perf_counter() - started, 1),
-               **provenance(device, config.seed), "config": asdict(config)}
+               "seconds": round(spent + time.perf_counter() - started, 1), **provenance(device, config.seed),
+               "config": asdict(config)}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     figure(model, *splits["test"], results, out / "attention.png", f"{out.name}: {config.schedule}, "
            f"{config.partition} blocks, test split")
@@ -311,13 +347,35 @@ def train(config):
     print(f"figure: {out / 'attention.png'}   all numbers: {out / 'results.json'}")
 
 
+RESULTS = ("results.json", "attention.png", "metrics.jsonl", "best.pt", "last.pt")
+# what a resumed run may change: how long it goes and how often it is looked at
+MAY_CHANGE = {"max_steps", "patience", "eval_interval", "log_interval", "out"}
+
+
+def resumed(argv):
+    """The Config with which the run in folder argv[0] goes on. Raises InputError where it would not be the same run."""
+    out = Path(argv[0]) if argv else Path()
+    if not (out / "last.pt").is_file():
+        raise InputError(f"{out}: no last.pt to resume from; give the folder of a run: python train.py runs/NAME --resume")
+    before = load(out / "last.pt")["config"]
+    config = read_config([str(out / "config.toml"), *argv[1:], "--out", str(out)])
+    changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in asdict(config).items()
+               if key not in MAY_CHANGE and before.get(key) != value]
+    if changed:
+        raise InputError(f"{out} cannot go on with another config ({'; '.join(changed)}); "
+                         f"only {', '.join(sorted(MAY_CHANGE - {'out'}))} may change")
+    return config
+
+
 def main():
-    argv = sys.argv[1:]
-    overwrite = "--overwrite" in argv
-    config = read_config([a for a in argv if a != "--overwrite"])
-    kept = [name for name in ("results.json", "best.pt", "last.pt") if (Path(config.out) / name).exists()]
-    if kept and not overwrite:
-        raise InputError(f"{config.out} holds a run already ({', '.join(kept)}); give another --out, or --overwrite it")
+    argv = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    if "--resume" in sys.argv:
+        return train(resumed(argv), resume=True)
+    config = read_config(argv)
+    kept = [name for name in RESULTS if (Path(config.out) / name).exists()]
+    if kept and "--overwrite" not in sys.argv:
+        raise InputError(f"{config.out} holds a run already ({', '.join(kept)}): go on with it (--resume), give another "
+                         "--out, or --overwrite it")
     train(config)
 
 
@@ -327,6 +385,3 @@ if __name__ == "__main__":
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the best model so far is in the run folder", file=sys.stderr)
-        sys.exit(130)

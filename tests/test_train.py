@@ -2,9 +2,12 @@
 
 import json
 import math
+import random
 import runpy
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -280,6 +283,62 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
     ]
     for command, says in mistakes:
         status, _, error = run(*command)
+        error = error.split("\r")[-1]    # what stands after a progress bar was wiped
         assert status == 2 and error.count("\n") == 1, (command, error)
         assert error.startswith("error: ") and says in error, (command, error)
     assert not (place / "runs" / "x").exists()
+
+
+# ---- stopping and going on
+
+
+def endings(run):
+    """What a finished run is, to the bit: weights, and metrics without their timings."""
+    state = torch.load(run / "last.pt", weights_only=True)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    return state["model"], [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics]
+
+
+def test_killed_at_random_and_resumed_it_ends_at_the_same_bits(place):
+    options = ["--max_steps", "60", "--eval_interval", "10", "--log_interval", "2", "--dropout", "0.1", "--out"]
+    assert python("train.py", TINY, *options, "runs/whole", cwd=place).returncode == 0
+    run, killed = place / "runs" / "killed", 0
+    for lines in sorted(random.Random(5).sample(range(2, 35), 3)):    # kill it when the metrics have so many lines
+        command = ["runs/killed", "--resume"] if killed else [str(TINY), *options, "runs/killed"]
+        with subprocess.Popen([sys.executable, ROOT / "train.py", *command], cwd=place, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (run / "last.pt").exists() or \
+                    process.poll() is None and len((run / "metrics.jsonl").read_bytes().splitlines()) < lines:
+                time.sleep(0.002)
+            killed += process.poll() is None
+            process.kill()
+    assert killed and python("train.py", "runs/killed", "--resume", cwd=place).returncode == 0
+    expected, found = endings(place / "runs" / "whole"), endings(run)
+    assert found[1] == expected[1]
+    assert all(torch.equal(value, found[0][key]) for key, value in expected[0].items())
+
+
+def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run):
+    command = [sys.executable, "-u", str(ROOT / "train.py"), str(TINY), "--max_steps", "3000", "--out", "runs/long"]
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (place / "runs" / "long" / "last.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "python train.py runs/long --resume" in error
+    step = torch.load(place / "runs" / "long" / "last.pt", weights_only=True)["step"]
+    status, printed, _ = run("train.py", "runs/long", "--resume", "--max_steps", step + 4)
+    assert status == 0 and f"from step {step}" in printed
+    assert json.loads((place / "runs" / "long" / "results.json").read_text())["steps"] == step + 4
+    status, _, error = run("train.py", "runs/long", "--resume", "--fidelity", 0.5)
+    assert status == 2 and "fidelity was 1.0, is 0.5" in error
+    assert run("train.py", "runs/none", "--resume")[0] == 2
+
+
+def test_a_run_is_not_measured_on_a_text_that_changed(place, run):
+    (place / "book.txt").write_text((ROOT / "data" / "sample.txt").read_text())
+    assert run("train.py", TINY, "--source", "book.txt", "--max_steps", 2, "--out", "runs/book")[0] == 0
+    (place / "book.txt").write_text("Another text. " * 2000)
+    for command in (["eval.py", "runs/book"], ["train.py", "runs/book", "--resume", "--max_steps", 4]):
+        status, _, error = run(*command)
+        assert status == 2 and "changed" in error
