@@ -324,7 +324,7 @@ class Blocks:
 
     def chance_later(self, i, block):
         """At row i of the posterior, the chance that the block began after token `block`, where some sentence did."""
-        n_later = len(self.starts) - len(self.posterior) + i + 1 - np.searchsorted(self.starts, block, side="right")
+        n_later = len(self.starts) - len(self.posterior) + i % len(self.posterior) + 1 - np.searchsorted(self.starts, block, side="right")
         return self.later[i, min(n_later, REACH) - 1]
 
     def best(self, i, floor):

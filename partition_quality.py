@@ -215,8 +215,8 @@ def trace(text):
     for token in tokens:
         partitioner.push([token])
         if partitioner.start != start:
-            chance = partitioner.blocks.chance_later(-1, block) if block < start else 0.0
-            bits = np.log2(max(chance, 1e-9) / max(1 - chance, 1e-9))
+            chance = np.clip(partitioner.blocks.chance_later(-1, block), 1e-9, 1 - 1e-9)
+            bits = np.log2(chance / (1 - chance)) if block < start else -np.inf
             sentences.append((start, block, partitioner.block, bits))
             start, block = partitioner.start, partitioner.block
     return sentences
@@ -239,12 +239,12 @@ def draw_page(path, first_line, figure):
     print(f"{len(starts)} sentences, {len(blocks)} blocks; {hits:.0%} of the blocks begin a paragraph, {len(paragraphs) / len(starts):.0%} of the sentences do")
 
     begin = blocks[np.searchsorted(blocks, int(text.find(first_line.encode())), side="right") - 1] if first_line else 0
-    width, height, size = 104, 40, 8.0
+    width, height, size = 104, 38, 8.0
     cell = 0.602 * size / 72  # inches a character
-    fig = plt.figure(figsize=((width + 4) * cell, (height + 9) * cell * 2.25))
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(-2, width + 2), ylim=(height + 4.5, -4.5))
+    fig = plt.figure(figsize=((width + 4) * cell, (height + 10) * cell * 2.25))
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-2, width + 2), ylim=(height + 5.5, -4.5))
     ax.axis("off")
-    x = y = 0
+    x = y = 0.0
     position = int(begin)
     said = {}
     for word in re.finditer(rb"\S+", text[position:]):
@@ -254,9 +254,9 @@ def draw_page(path, first_line, figure):
         shown = word[0].decode(errors="replace")
         if at in evidence and at > position:
             _, before, after, bits = evidence[at]
-            label = f"{bits:+.0f}" if before < after or bits > -9.5 else "−"
-            moved = after > before
-            ax.text(x, y - 0.12, label.replace("-", "−"), size=size * 0.72, family="DejaVu Sans Mono", va="center", weight="bold" if moved else "normal", color="#b00000" if moved else "#555555")
+            label = f"{bits:+.0f}".replace("-", "−") if np.isfinite(bits) else ""
+            style = {"weight": "bold", "color": "#b00000"} if after > before else {"color": "#555555"}
+            ax.text(x, y - 0.12, label, size=size * 0.72, family="DejaVu Sans Mono", va="center", **style)
             x += len(label) * 0.72 + 0.8
         if b"\n\n" in text[at - 3 : at] and at > position:
             x, y = 0, y + 1.5
@@ -266,18 +266,19 @@ def draw_page(path, first_line, figure):
             break
         again = False
         for stem in stems.of([word[0]])[0].tolist():
-            again |= said.get(stem) == number
+            again |= said.get(stem) == number and stem >= len(PERSONS)
             said[stem] = number
         ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), len(shown) + 1, 1, color=colour, lw=0))
         ax.text(x, y, shown, size=size, family="DejaVu Sans Mono", va="center", weight="bold" if again else "normal")
         x += len(shown) + 1
-    title = "What the partitioner makes of a page: a colour is a block, found while reading, without looking ahead"
+    title = f"{Path(path).name}: each colour is a block, found while reading, without looking ahead"
     key = (
-        "Small numbers: bits of evidence, when a sentence has ended, that a new block has begun (−3: odds of 1 to 8). Red: it has; its colour starts where it began.\n"
-        f"Bold: a word already said in the block. Paragraphs are not known to the partitioner; yet {hits:.0%} of all blocks in this text begin one, as {len(paragraphs) / len(starts):.0%} of its sentences do."
+        "Bold: a word that was said in the block before. Small numbers: bits of evidence, at the end of a sentence, that a new block has begun\n"
+        "(−3: odds of 1 to 8). Red: that was enough; the new colour begins where the new block is thought to have begun, up to a few sentences back.\n"
+        f"In the whole text {hits:.0%} of the blocks begin with a paragraph, as {len(paragraphs) / len(starts):.0%} of the sentences do. (A paragraph makes a break likelier; the words decide.)"
     )
-    ax.text(-0.5, -3, title, size=size * 1.35, weight="bold", va="center")
-    ax.text(-0.5, height + 3, key, size=size * 0.95, va="center")
+    ax.text(-0.5, -2.6, title, size=size * 1.25, weight="bold", va="center")
+    ax.text(-0.5, height + 3.2, key, size=size * 0.82, va="center", linespacing=1.5)
     save(fig, figure or "figures/semantic_blocks.png")
 
 
@@ -305,7 +306,7 @@ def draw_lengths(paths, figure):
 
 def save(fig, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
+    fig.savefig(path, dpi=150, bbox_inches="tight" if fig.axes[0].axison else None)
     print(f"drew {path}")
 
 
