@@ -53,9 +53,11 @@ END_OF_TEXT = b"<|endoftext|>"
 LONGEST = 800  # bytes; a longer sentence is cut at white space, so that text without punctuation has "sentences" too
 
 FIRST = rb"[.!?\n\xd6\xd8\xdb\xe0-\xe3\xef]"  # the first byte of every pattern, which lets the search skip the others quickly
-STOP = rb"(?:(?<=[.!?])|(?<=\xe2)\x80\xa6|(?<=\xe0)\xa5[\xa4\xa5]|(?<=\xd8)\x9f|(?<=\xdb)\x94|(?<=\xd6)\x89|(?<=\xe1)\x8d\xa2)"  # and … । ॥ ؟ ۔ ։ ።
+STOP = (  # . ! ? and … । ॥ ؟ ۔ ։ ።
+    rb"(?:(?<=[.!?])|(?<=\xe2)\x80\xa6|(?<=\xe0)\xa5[\xa4\xa5]|(?<=\xd8)\x9f|(?<=\xdb)\x94|(?<=\xd6)\x89|(?<=\xe1)\x8d\xa2)"
+)
 WIDE_STOP = rb"(?:(?<=\xe3)\x80\x82|(?<=\xef)\xbc[\x81\x9f]|(?<=\xef)\xbd\xa1)"  # 。！？｡ end a sentence without white space
-CLOSE = rb"(?:[\"')\]*_.!?]|\xe2\x80[\x99\x9d\xa6]|\xc2\xbb)*+"  # quotes and brackets that belong to the sentence they end
+CLOSE = rb"(?:[\"')\]*_.!?]|\xe2\x80[\x99\x9d\xa6]|\xc2\xbb)*+"  # more stops, quotes and brackets that belong to the sentence
 SPACED_CLOSE = rb"(?:[ \t]++(?:''|[)\]]|\xe2\x80\x9d)++)*+"  # tokenised text: said . ''
 WIDE_CLOSE = rb"(?:\xe3\x80[\x82\x8d\x8f\x91]|\xef\xbc[\x81\x89\x9f]|\xef\xbd\xa1|[\"')\]]|\xe2\x80[\x99\x9d])*+"  # 」』】）
 NOT_ASCII = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
@@ -68,10 +70,10 @@ NOT_AFTER = (  # titles, initials and the like: their full stop ends nothing
 )
 SENTENCE = STOP + NOT_AFTER + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
 WIDE_SENTENCE = WIDE_STOP + WIDE_CLOSE + rb"\s*+(?P<wide>" + ANY + rb")"
-PARAGRAPH = rb"(?<=\n)[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
+BLANK_LINE = rb"(?<=\n)[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
 LIST_ITEM = rb"(?<=\n)[ \t]*+(?P<item>[*+-][ \t]|#++[ \t]|\xe2\x80\xa2|\d{1,3}[.)][ \t])"
 LINE = rb"(?<=\n)\s*+(?P<line>" + ANY + rb")"
-WRAPPED_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, PARAGRAPH, LIST_ITEM, WIDE_SENTENCE]) + rb")")
+WRAPPED_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, BLANK_LINE, LIST_ITEM, WIDE_SENTENCE]) + rb")")
 LINE_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, LINE, WIDE_SENTENCE]) + rb")")
 LONG_LINE = re.compile(rb"^[^\n\x80-\xff]{101}", re.M)
 
@@ -88,8 +90,8 @@ def sentence_end(piece, long_lines):
     """Where the sentence at the start of `piece` (bytes, at most LONGEST) ends, if that can be told yet.
 
     long_lines: whether this paragraph is known to hold a line of over 100 characters, hence is not hard-wrapped, so that each of
-    its newlines ends something. Returns (end, seen, long_lines): the next sentence begins at byte `end`, which is known once
-    byte `seen` >= end has been read. Returns None where more text is needed.
+    its newlines ends something. Returns (end, seen, long_lines, paragraph): the next sentence begins at byte `end`, which is known
+    once byte `seen` >= end has been read; long_lines for it; whether it begins a paragraph. None where more text is needed.
     """
     seen = 0
     match = search_end(LINE_END if long_lines else WRAPPED_END, piece)
@@ -137,8 +139,8 @@ N_STEMS = 1 << 18
 class Stems(dict):
     """The bytes of a word -> a tuple of the ids of the stems in it, remembered.
 
-    Ids below len(PERSONS) are the words that tell who is spoken of, and when; they are the same whatever the topic, but not
-    whoever the speaker. Any other id is a hash of a word's first five letters, a crude stem. Stop words have none.
+    Ids below len(PERSONS) are pronouns and auxiliaries: who is spoken of, and when. Any other id is a hash of the first five letters
+    of a word, a crude stem. Stop words have none.
     """
 
     def __init__(self):
@@ -256,7 +258,7 @@ class Bag:
 
 
 def hazard(mean, shape):
-    """The chance that a block which has lasted 1 ... REACH sentences ends there: lengths are gamma distributed; the last is 1."""
+    """The chance that a block ends after 1 ... REACH sentences if it got so far; lengths follow a gamma distribution, cut at REACH."""
     i = np.arange(1, 20 * REACH) - 0.5
     p = i ** (shape - 1) * np.exp(-i * shape / mean)
     chance = p[:REACH] / np.cumsum(p[::-1])[::-1][:REACH]
@@ -264,8 +266,8 @@ def hazard(mean, shape):
     return chance
 
 
-END = hazard(8.0, 4.0)
-PARAGRAPH = 16.0
+END = hazard(mean=8.0, shape=4.0)
+PARAGRAPH = 16.0  # times as likely to begin a block as another sentence
 SURE = 0.6  # a block start cannot be taken back: move on at better than even chances
 
 
@@ -277,7 +279,10 @@ class Blocks:
         if background:
             base[background["stems"]] = np.array(background["counts"]) / background["total"]
         persons = np.full(len(PERSONS), 1 / len(PERSONS))
-        self.bags = [Bag(16.0, 0.7, base, 5000 if background else 1000, 3e-4), Bag(60.0, 0.0, persons, 300, 0.0)]
+        self.bags = [  # what is spoken of; who is spoken of
+            Bag(alpha=16.0, discount=0.7, base=base, prior=5000 if background else 1000, floor=3e-4),
+            Bag(alpha=60.0, discount=0.0, base=persons, prior=300, floor=0.0),
+        ]
         self.reset()
 
     def reset(self):
@@ -292,8 +297,8 @@ class Blocks:
     def observe(self, words, sizes, starts, floors, paragraphs):
         """Take in new sentences (see Stems.of) that begin at tokens `starts`; forget blocks that began before token `floors`.
 
-        paragraphs: whether each sentence begins a paragraph, where a block is PARAGRAPH times as likely to begin as elsewhere; over
-        the document so far blocks are no more and no less likely to begin than END says, be it all paragraphs or a single one.
+        paragraphs: whether a blank line precedes each sentence. It makes a break PARAGRAPH times as likely as elsewhere, while over
+        the document so far breaks stay as likely as END says: a document that is all paragraphs, or has none, is none the wiser.
         Returns a list of the median of the token at which the block began, one for each sentence.
         """
         when = np.repeat(np.arange(len(sizes)), sizes)
@@ -393,13 +398,12 @@ class Partitioner:
             return np.minimum(i, min(self.size - 1, self.cap)).astype(np.uint16)
         if self.method == "block":
             return np.minimum(i % self.size, self.cap).astype(np.uint16)
-        since, block = self.find_blocks(tokens)
-        block = np.repeat(block, np.diff(since + [self.n_tokens]))
+        since, block = zip(*self.find_blocks(tokens))
+        block = np.repeat(block, np.diff([*since, self.n_tokens]))
         return np.minimum(i - block, self.cap).astype(np.uint16)
 
     def find_blocks(self, tokens):
-        """Two lists: from token since[n] on, the block begins at token block[n]."""
-        first = self.n_tokens - len(tokens)
+        """A list of (token, block): from that one of the new tokens on, the block begins at token `block`."""
         n = self.n_bytes[tokens]
         ends = np.cumsum(n)
         letters = np.repeat(self.bytes_at[tokens] - ends + n, n) + np.arange(ends[-1])
@@ -410,7 +414,7 @@ class Partitioner:
         at = np.array([e[:2] for e in ends], np.int64).reshape(-1, 2)
         at = origin + np.searchsorted(self.ends, at, side="right")
 
-        self.since, self.begins = [first], [self.block]
+        self.moves = [(self.n_tokens - len(tokens), self.block)]
         begin = 0
         for stop in [i for i, e in enumerate(ends) if e[2] is None] + [len(ends)]:
             self.take_sentences([e[2] for e in ends[begin:stop]], np.array([e[3] for e in ends[begin:stop]]), *at[begin:stop].T)
@@ -418,8 +422,7 @@ class Partitioner:
                 seen = int(at[stop, 1])  # a new document begins with the next token, or with this one if it holds more than the old
                 self.keep_within_reach(-1, seen)
                 self.start = self.block = self.known = seen + int(self.ends[seen - origin] == ends[stop][0])
-                self.since.append(self.start)
-                self.begins.append(self.start)
+                self.moves.append((self.start, self.start))
                 if self.blocks:
                     self.blocks.reset()
             begin = stop + 1
@@ -429,7 +432,7 @@ class Partitioner:
         drop = max(0, self.at - len(END_OF_TEXT) + 1)
         self.data, self.data_at, self.at = self.data[drop:], self.data_at + drop, self.at - drop
         self.ends = self.ends[np.searchsorted(self.ends, self.data_at + self.at, side="right") :]
-        return self.since, self.begins
+        return self.moves
 
     def take_sentences(self, sentences, paragraphs, starts, seen):
         """Move on by some sentences of one document: the next one after each begins at token starts[i], known at token seen[i]."""
@@ -444,8 +447,7 @@ class Partitioner:
             self.start, self.known = start, known
             if block > self.block and (not self.blocks or self.blocks.chance_later(i + 1, self.block) > SURE):
                 self.block = block
-                self.since.append(known)
-                self.begins.append(block)
+                self.moves.append((known, block))
 
     def keep_within_reach(self, i, until):
         """Where the block after sentence i outgrows the cap before token `until`, move on to the next best start within reach."""
@@ -457,11 +459,13 @@ class Partitioner:
             if best <= self.block:
                 return  # one sentence longer than the cap: the window slides
             self.block = best
-            self.since.append(token)
-            self.begins.append(best)
+            self.moves.append((token, best))
 
     def scan(self):
-        """The sentence ends in data, as (byte the next one begins at, byte that told, the sentence or None for a new document)."""
+        """The ends of sentences in data: (byte the next one begins at, byte that told, the sentence, whether a paragraph begins with it).
+
+        The sentence is None where a document ends.
+        """
         ends = []
         begin = 0
         while True:
@@ -543,8 +547,9 @@ def in_parallel(function, arguments):
                 continue
             if isinstance(result, Exception):
                 raise result
-            n -= result is None
-            if result is not None:
+            if result is None:  # a child is done
+                n -= 1
+            else:
                 yield result
     finally:
         for child in children:
@@ -558,7 +563,7 @@ def background(tokens, token_bytes):
     """
     stems, counts, rest = Stems(), np.zeros(N_STEMS, np.int64), b""
     for i in range(0, len(tokens), CHUNK):
-        data = rest + b"".join(map(token_bytes.__getitem__, np.asarray(tokens[i : i + CHUNK]).tolist()))
+        data = rest + b"".join([token_bytes[t] for t in np.asarray(tokens[i : i + CHUNK]).tolist()])
         cut = max(data.rfind(b" "), data.rfind(b"\n")) + 1  # a word may go on in the next chunk
         if i + CHUNK >= len(tokens) or len(data) - cut > 1 << 20:
             cut = len(data)

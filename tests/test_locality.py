@@ -320,3 +320,24 @@ def test_processes_agree_with_one(method, monkeypatch):
     assert (partition(tokens, vocabulary, method, 100) == whole).all()
     with pytest.raises(InputError):  # also when it is a child that finds out
         partition(np.append(tokens, 257), vocabulary, method, 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# paragraphs
+
+
+def test_paragraphs_tell_nothing_where_every_sentence_is_one():
+    text, begins = document([0, 1, 2, 0, 1], n=8)
+    spaced = text.replace(b". ", b".\n\n")
+    lookback = partition(as_bytes(spaced), BYTES, "semantic", 65535).astype(int)
+    assert len(np.unique(np.arange(len(lookback)) - lookback)) == len(begins)
+
+
+def test_blocks_prefer_paragraphs():
+    """Words picked from one topic: where a break is needed at all, it is at a blank line more often than not."""
+    rng = random.Random(0)
+    sentences = ["The " + " of the ".join(rng.sample(TOPICS[0] + TOPICS[1] + TOPICS[2], 5)) + "." for _ in range(300)]
+    text = "".join(s + ("\n\n" if i % 6 == 5 else " ") for i, s in enumerate(sentences))
+    lookback = partition(as_bytes(text), BYTES, "semantic", 65535).astype(int)
+    first = np.unique(np.arange(len(lookback)) - lookback)[1:]
+    assert len(first) > 10 and np.mean([text[f - 2 : f] == "\n\n" for f in first]) > 0.5
