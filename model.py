@@ -376,9 +376,8 @@ def load(path):
     """torch.load that executes nothing: a dict of tensors and plain values, or InputError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        what = "contains code" if "Unsupported" in str(e) or "GLOBAL" in str(e) else "is damaged"
-        raise InputError(f"{path}: refused, the file {what}; only plain weights are read") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused: it is damaged, or holds more than plain weights; nothing in it was run") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
             MemoryError, ImportError, OSError, zipfile.BadZipFile) as e:
         # whatever a damaged archive trips over

@@ -35,7 +35,7 @@ def published(folder, **shape):
                 p.add_(0.1 * torch.randn_like(p))
     folder.mkdir(exist_ok=True)
     torch.save({k.removeprefix("transformer."): v for k, v in reference.state_dict().items() if k != "lm_head.weight"},
-               folder / "pytorch_model.bin")
+               folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)    # as old as the published files
     reference.config.save_pretrained(folder)
     return reference
 
@@ -249,7 +249,7 @@ def break_zip_pickle(path):
 def test_a_bad_weights_file_is_refused_by_name(tmp_path, damage):
     published(tmp_path, **SMALL)
     damage(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="pytorch_model.bin"):
+    with pytest.raises(InputError, match="pytorch_model.bin.*refused" if "pickle" in damage.__name__ else "pytorch_model.bin"):
         GPT.from_pretrained(tmp_path)
     assert not (tmp_path / "executed").exists()
 
