@@ -70,9 +70,9 @@ NOT_AFTER = (  # titles, initials and the like: their full stop ends nothing
 )
 SENTENCE = STOP + NOT_AFTER + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
 WIDE_SENTENCE = WIDE_STOP + WIDE_CLOSE + rb"\s*+(?P<wide>" + ANY + rb")"
-BLANK_LINE = rb"(?<=\n)[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
+BLANK_LINE = rb"(?<=\n)(?<!\n\n)[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
 LIST_ITEM = rb"(?<=\n)[ \t]*+(?P<item>[*+-][ \t]|#++[ \t]|\xe2\x80\xa2|\d{1,3}[.)][ \t])"
-LINE = rb"(?<=\n)\s*+(?P<line>" + ANY + rb")"
+LINE = rb"(?<=\n)(?<!\n\n)\s*+(?P<line>" + ANY + rb")"
 WRAPPED_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, BLANK_LINE, LIST_ITEM, WIDE_SENTENCE]) + rb")")
 LINE_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, LINE, WIDE_SENTENCE]) + rb")")
 LONG_LINE = re.compile(rb"^[^\n\x80-\xff]{101}", re.M)
@@ -194,11 +194,13 @@ class Bag:
         i = np.arange(REACH * LONGEST)
         self.log_n = np.concatenate([[0.0], np.cumsum(np.log(alpha + i))])  # log of alpha (alpha + 1) ... (alpha + n - 1)
         self.log_v = np.concatenate([[0.0], np.cumsum(np.log(alpha + discount * i))])
+        self.counts, self.total = np.zeros(len(base), np.int32), 1
         self.reset()
 
     def reset(self):
         """A new document: forget everything."""
-        self.counts = np.zeros(len(self.base), np.int64)
+        if self.total:
+            self.counts[:] = 0
         self.total = 0
         self.words = np.zeros(0, np.int64)  # of the last REACH - 1 sentences
         self.sizes = np.zeros(0, np.int64)  # of each of them, in words
@@ -223,7 +225,7 @@ class Bag:
         repeats = np.bincount(ago * n + when, minlength=(REACH + 1) * n).reshape(REACH + 1, n)
         fresh = sizes - np.cumsum(repeats[:REACH], axis=0)
         n_words, n_distinct = np.zeros((2, REACH, n), np.int64)
-        for lag in range(1, REACH):
+        for lag in range(1, min(REACH, n)):
             n_words[lag, lag:] = n_words[lag - 1, lag - 1 : -1] + sizes[lag - 1 : -1]
             n_distinct[lag, lag:] = n_distinct[lag - 1, lag - 1 : -1] + fresh[lag - 1, lag - 1 : -1]
         n_words, n_distinct = n_words[:, n_old:], n_distinct[:, n_old:]
