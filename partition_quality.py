@@ -233,19 +233,20 @@ def draw_page(path, first_line, figure):
     evidence = {next_: s for s, next_ in zip(sentences, [*starts[1:].tolist(), len(text)])}
     stems = Stems()
 
-    # is it by chance that blocks begin where paragraphs do?
     paragraphs = {0} | {i for i in starts.tolist() if text[:i].rstrip(b" ").endswith(b"\n")}
     hits = np.mean([b in paragraphs for b in blocks.tolist()[1:]])
     print(f"{len(starts)} sentences, {len(blocks)} blocks; {hits:.0%} of the blocks begin a paragraph, {len(paragraphs) / len(starts):.0%} of the sentences do")
 
-    begin = blocks[np.searchsorted(blocks, int(text.find(first_line.encode())), side="right") - 1] if first_line else 0
+    position = text.find(first_line.encode())
+    if position < 0:
+        raise InputError(f"{path} does not hold the words {first_line!r}")
+    position = int(blocks[np.searchsorted(blocks, position, side="right") - 1])
     width, height, size = 104, 38, 8.0
     cell = 0.602 * size / 72  # inches a character
     fig = plt.figure(figsize=((width + 4) * cell, (height + 10) * cell * 2.25))
     ax = fig.add_axes((0, 0, 1, 1), xlim=(-2, width + 2), ylim=(height + 5.5, -4.5))
     ax.axis("off")
     x = y = 0.0
-    position = int(begin)
     said = {}
     for word in re.finditer(rb"\S+", text[position:]):
         at = position + word.start()
@@ -275,7 +276,7 @@ def draw_page(path, first_line, figure):
     key = (
         "Bold: a word that was said in the block before. Small numbers: bits of evidence, at the end of a sentence, that a new block has begun\n"
         "(−3: odds of 1 to 8). Red: that was enough; the new colour begins where the new block is thought to have begun, up to a few sentences back.\n"
-        f"In the whole text {hits:.0%} of the blocks begin with a paragraph, as {len(paragraphs) / len(starts):.0%} of the sentences do. (A paragraph makes a break likelier; the words decide.)"
+        f"In the whole text {hits:.0%} of the blocks begin with a paragraph, against {len(paragraphs) / len(starts):.0%} of the sentences do. (A paragraph makes a break likelier; the words decide.)"
     )
     ax.text(-0.5, -2.6, title, size=size * 1.25, weight="bold", va="center")
     ax.text(-0.5, height + 3.2, key, size=size * 0.82, va="center", linespacing=1.5)
@@ -286,7 +287,7 @@ def draw_lengths(paths, figure):
     """Print and plot how long the blocks of each text are, in words."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7, 3.6))
+    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     bins = np.geomspace(4, 1000, 28)
     for path, colour, style in zip(paths, LINES * len(paths), ["-", "--", ":"] * len(paths)):
         text = np.frombuffer(read(path), np.uint8)
@@ -306,7 +307,7 @@ def draw_lengths(paths, figure):
 
 def save(fig, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150, bbox_inches="tight" if fig.axes[0].axison else None)
+    fig.savefig(path, dpi=150)
     print(f"drew {path}")
 
 
