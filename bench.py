@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from locality import InputError, background, partition
+from prepare_data import get_encoding, token_bytes
 
 
 def peak_memory():
@@ -30,32 +31,26 @@ def peak_memory():
 
 def bench_data(args):
     """Encoding against partitioning; one row for each size of the text."""
-    import tiktoken
-
     try:
         text = Path(args.source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read {args.source} as UTF-8 text: {e}") from e
     if len(text) < 1000:
         raise InputError(f"{args.source} is too short to time: {len(text)} characters")
-    if args.tokenizer == "gpt2":
-        encoding = tiktoken.get_encoding("gpt2")
-    else:
-        encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
-    token_bytes = [encoding.decode_single_token_bytes(t) for t in range(encoding.n_vocab)]
-    special = "all" if args.tokenizer == "gpt2" else set()
+    encoding = get_encoding(args.tokenizer)
+    vocabulary = token_bytes(encoding)
 
     rows = []
     print(f"{'text':>6s} {'MB':>7s} {'tokens':>11s} {'encode s':>9s} {'M tok/s':>8s} {'partition s':>12s} {'M tok/s':>8s} {'ratio':>6s} {'peak MB':>8s}")
     for times in (1, 4, 16):
         start = time.perf_counter()
-        parts = [encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=()) for _ in range(times)]
+        parts = [encoding.encode_to_numpy(text, allowed_special="all") for _ in range(times)]
         tokens = np.concatenate([p.astype(np.uint16) for p in parts])
         del parts
         encode = time.perf_counter() - start
-        known = background(tokens[: len(tokens) // times], token_bytes)
+        known = background(tokens[: len(tokens) // times], vocabulary)
         start = time.perf_counter()
-        partition(tokens, token_bytes, "semantic", args.max_lookback, known)
+        partition(tokens, vocabulary, "semantic", args.max_lookback, known)
         split = time.perf_counter() - start
         mb = times * len(text.encode()) / 1e6
         row = {"times": times, "mb": mb, "tokens": len(tokens), "encode_s": encode, "partition_s": split, "peak_mb": peak_memory()}

@@ -29,10 +29,10 @@ def download(url, path, size=None, sha256=None, limit=2 << 30):
     """
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url}: only http:// and https:// addresses can be downloaded")
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     digest, received = hashlib.sha256(), 0
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": "localist-gpt"})
         with urllib.request.urlopen(request, timeout=SILENCE) as response, open(part, "wb") as f:
             length = response.headers.get("Content-Length")
@@ -66,5 +66,6 @@ def download(url, path, size=None, sha256=None, limit=2 << 30):
         reason = e if isinstance(e, urllib.error.HTTPError) else getattr(e, "reason", None) or e
         raise InputError(f"{url}: could not be downloaded ({reason})") from None
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
     return path

@@ -7,7 +7,6 @@ Measure a run: perplexity, bits per byte, accuracy, and per layer how local its 
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -23,7 +22,8 @@ from tqdm import tqdm
 
 from locality import InputError, background, partition, schedule
 from model import GPT, clamp_lookback, in_block, load
-from prepare_data import SPLITS, get_encoding, prepare, read_meta, read_split, token_bytes, write_text
+from prepare_data import (SPLITS, block_starts, check_blocks, digest, get_encoding, prepare, read_meta, read_split,
+                          source_files, token_bytes, write_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,17 +36,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise InputError(f"device {name} is not available here; use auto or cpu") from None
-
-
-def autocast(device, dtype):
-    """The context in which a model runs: bfloat16 arithmetic, or plain float32. dtype auto: bfloat16 on CUDA."""
-    if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def load_run(run, device="cpu"):
@@ -55,11 +48,12 @@ def load_run(run, device="cpu"):
     path = next((run / name for name in ("best.pt", "last.pt") if (run / name).is_file()), None)
     if path is None:
         raise InputError(f"{run}: no checkpoint here; a run is the folder that 'python train.py CONFIG' fills")
-    config = load(path).get("config")
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a checkpoint of train.py")
-    model = GPT.from_pretrained(path, max_lookback=config["max_lookback"])
-    model.set_locality(schedule(config["schedule"], model.config.n_layer, config["fidelity"]))
+    try:
+        config = load(path)["config"]
+        model = GPT.from_pretrained(path, max_lookback=config["max_lookback"])
+        model.set_locality(schedule(config["schedule"], model.config.n_layer, config["fidelity"]))
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: not a checkpoint of train.py") from None
     return model.to(device).eval(), config
 
 
@@ -68,11 +62,10 @@ def prepared(config):
 
     Raises InputError if the config is of a run, and the source is not the text any more that it was trained on.
     """
-    folder = prepare(config["source"], config["data"] or None, config["tokenizer"], config["partition"],
-                     config["max_lookback"], config["val"], config["test"])
-    if config.get("source_sha256") not in (None, read_meta(folder)["source_sha256"]):
+    if config.get("source_sha256") not in (None, digest(source_files(config["source"]))):
         raise InputError(f"{config['source']} has changed since this run was trained on it; put the old text back")
-    return folder
+    return prepare(config["source"], config["data"] or None, config["tokenizer"], config["partition"],
+                   config["max_lookback"], config["val"], config["test"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,8 +85,8 @@ def windows(n, block_size, stride):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, measure=True, limit=None, dtype="auto"):
-    """Score a split, two uint16 arrays of n tokens.
+def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, measure=True, limit=None):
+    """Score a split, two uint16 arrays of n tokens, in float32: bfloat16 would round the logits by up to half a nat.
 
     vocabulary: list of bytes per token id. stride: tokens between two contexts, default half a context.
     measure: also the attention of every layer (dense, slower). limit: at most so many contexts, evenly spread.
@@ -102,7 +95,7 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
     was_training, device = model.training, model.wte.weight.device
     model.eval()
     T = min(model.config.block_size, len(tokens) - 1)
-    stride = stride or max(T // 2, 1)
+    stride = max(T // 2, 1) if stride is None else stride
     if not 1 <= stride <= T:
         raise InputError(f"stride must be in 1 … {T}, the length of a context, not {stride}")
     contexts = windows(len(tokens), T, stride)
@@ -119,9 +112,8 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
             (tokens[s:s + T], lookback[s:s + T], tokens[s + 1:s + T + 1]) for s, _ in batch)))    # (B, T) each
         first = torch.tensor([f for _, f in batch], device=device)[:, None]
         score = torch.arange(T, device=device) >= first                        # (B, T)
-        with autocast(device, dtype):
-            logits = model(x, r)[0]                                            # (B, T, V)
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").view_as(y)
+        logits = model(x, r)[0]                                                # (B, T, V)
+        nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         nats += nll[score].double().sum().item()
         correct += (logits.argmax(-1) == y)[score].sum().item()
         scored += score.sum().item()
@@ -162,6 +154,7 @@ def table(results):
 @torch.no_grad()
 def figure(model, tokens, lookback, results, path, title):
     """Draw `path`: the attention of the first and last layer over one stretch of text, and the layers in numbers."""
+    model.eval()
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -169,10 +162,10 @@ def figure(model, tokens, lookback, results, path, title):
 
     device = model.wte.weight.device
     T = min(model.config.block_size, len(tokens), 256)
-    # of all stretches, the one with the most new blocks in it (not counting a block that slides at the cap)
-    starts = np.arange(len(tokens)) - lookback.astype(np.int64)
-    at = max(range(0, len(tokens) - T + 1, max(T // 8, 1)),
-             key=lambda at: np.count_nonzero(np.diff(starts[at:at + T].clip(min=at)) > 1))
+    # of all stretches, the one with the most new blocks in it
+    starts = block_starts(lookback)
+    places = np.arange(0, len(tokens) - T + 1, max(T // 8, 1))
+    at = int(places[np.argmax(np.searchsorted(starts, places + T) - np.searchsorted(starts, places, side="right"))])
     x, r = (torch.from_numpy(a[at:at + T].astype(np.int64))[None].to(device) for a in (tokens, lookback))
     maps = [a[0].mean(0).cpu().numpy() for a in model.attention_maps(x, r)]    # heads averaged, (T, T) each
     start = np.arange(T) - clamp_lookback(r, model.config.max_lookback)[0].cpu().numpy()
@@ -183,7 +176,7 @@ def figure(model, tokens, lookback, results, path, title):
     for ax, layer in zip(axes[0], (0, n_layer - 1)):
         shown = np.where(np.tri(T, dtype=bool), maps[layer], np.nan)
         image = ax.imshow(shown, cmap="Blues", norm=PowerNorm(0.35, 0, 1), interpolation="nearest")
-        ax.step(start - 0.5, np.arange(T) - 0.5, where="post", color="#d55e00", lw=1.3)
+        ax.step([*start - 0.5, start[-1] - 0.5], np.arange(T + 1) - 0.5, where="pre", color="#d55e00", lw=1.3)
         ax.set(title=f"layer {layer + 1}, locality {model.locality[layer]:.2f}", xlabel="key (token)", xlim=(-0.5, T - 0.5))
     axes[0, 0].set_ylabel("query (token)")
     axes[0, 0].plot([], [], color="#d55e00", label="start of the query's block")
@@ -201,12 +194,14 @@ def figure(model, tokens, lookback, results, path, title):
     axes[1, 1].set(xlabel="layer", ylabel="bits", xticks=layers, ylim=(0, None), title="entropy of the attention")
     for ax in axes[1]:
         ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(title)
-    path = Path(path)
+    fig.suptitle(title, parse_math=False)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    fig.savefig(temporary, dpi=130)
-    os.replace(temporary, path)
-    plt.close(fig)
+    try:
+        fig.savefig(temporary, dpi=130)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(fig)
 
 
 def provenance(device, seed):
@@ -236,10 +231,13 @@ def main():
     parser.add_argument("--figure", type=Path, help="draw the figure here, .png, .svg or .pdf")
     args = parser.parse_args()
     for path in (args.json, args.figure):
-        if path and not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: its folder does not exist")
+        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise InputError(f"{path}: a file cannot be written there")
     if args.figure and args.figure.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"{args.figure}: a figure ends in .png, .svg or .pdf")
+
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
 
     device = pick_device(args.device)
     model, config = load_run(args.run, device)
@@ -250,12 +248,13 @@ def main():
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     method = args.partition or config["partition"]
     if method != config["partition"]:
+        check_blocks(method, config["max_lookback"], config["val"], config["test"])
         words = read_meta(folder)["background"]
         if words is None and method == "semantic":
             words = background(read_split(folder, "train")[0], vocabulary)
         lookback = partition(tokens, vocabulary, method, config["max_lookback"], words)
 
-    results = evaluate(model, tokens, lookback, vocabulary, args.stride, args.batch_size, dtype=config["dtype"])
+    results = evaluate(model, tokens, lookback, vocabulary, args.stride, args.batch_size)
     results = {"run": str(args.run), "split": args.split, "schedule": dial[0], "fidelity": dial[1], "partition": method,
                **results, **provenance(device, config["seed"])}
     print(f"{args.run}, {args.split} split: {dial[0]}, fidelity {dial[1]:g}, {method} blocks")
@@ -269,6 +268,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

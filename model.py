@@ -68,11 +68,12 @@ def clamp_lookback(lookback, max_lookback):
 def block_mask(lookback, max_lookback):
     """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their own and the previous chunk.
 
-    lookback: (B, T) as `clamp_lookback` gives it; C = min(max_lookback, T), so a block never reaches a third chunk.
-    Returns (B * n, 1, C, 2C) booleans for the n = ceil(T / C) chunks, or (B, 1, T, T) when one chunk holds them all.
+    lookback: (B, T) as `clamp_lookback` gives it; C = max_lookback, so a block never reaches a third chunk.
+    Returns (B * n, 1, C, 2C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= 2C: cutting
+    such a context in two would save nothing.
     """
     B, T = lookback.shape
-    C = min(max_lookback, T)
+    C = max_lookback if 2 * max_lookback < T else T
     n = -(-T // C)
     r = F.pad(lookback, (0, n * C - T)).view(B * n, 1, C, 1)                   # a padded query sees only itself
     i = torch.arange(C, device=lookback.device)[:, None]                       # (C, 1)
@@ -263,7 +264,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = int(logits.argmax())
             else:
-                logits = logits / temperature
+                logits = (logits - logits.max()) / temperature
                 if top_k:
                     kth = logits.topk(min(top_k, logits.size(0))).values[-1]
                     logits = logits.masked_fill(logits < kth, -math.inf)
@@ -348,12 +349,14 @@ def download_gpt2(name):
     path = CACHE / name / "pytorch_model.bin"
     size, sha256 = PRETRAINED[name]
     if path.exists() and path.stat().st_size == size:
-        return path    # it was checked before it got this name
-    hub = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/openai-community/{name}"
+        return path    # a download was checked before it got this name; what is put here by hand is the user's word
+    hub = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/openai-community/{name}"
     try:
         if sha256 is None:
-            pointer = download(f"{hub}/raw/main/pytorch_model.bin", path.with_name("pointer"), limit=1000).read_text()
-            sha256 = next(line[-64:] for line in pointer.splitlines() if line.startswith("oid sha256:"))
+            pointer = download(f"{hub}/raw/main/pytorch_model.bin", path.with_name("pointer"), limit=1000)
+            lines = pointer.read_text(errors="replace").splitlines()
+            pointer.unlink()
+            sha256 = next(line[-64:] for line in lines if line.startswith("oid sha256:"))
         return download(f"{hub}/resolve/main/pytorch_model.bin", path, size, sha256)
     except StopIteration:
         raise InputError(f"{hub} names no sha256 for pytorch_model.bin; try another HF_ENDPOINT") from None
@@ -414,25 +417,48 @@ def read_weights(path):
             raise InputError(f"{path}: not a readable weights file ({e})") from None
     else:
         state = load(path)
-    if isinstance(state, dict) and "model_config" in state and "model" in state:
-        config, state = GPTConfig(**state["model_config"]), state["model"]
-        state["wte.weight"] = state["wte.weight"][:config.vocab_size]
-        return state, config
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict):
         raise InputError(f"{path}: not the weights of a model")
-    state = {name.removeprefix("transformer."): v for name, v in state.items()}
-    state = {name: v.t() if name.endswith(TRANSPOSED) and v.dim() == 2 else v for name, v in state.items()}
+    ours = "model_config" in state
+    tensors = state.get("model") if ours else state
+    if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in tensors.items()):
+        raise InputError(f"{path}: not the weights of a model")
+    tensors = {name.removeprefix("transformer."): v for name, v in tensors.items()}
     try:
-        vocab_size, n_embd = state["wte.weight"].shape
-        block_size, _ = state["wpe.weight"].shape
-    except (KeyError, ValueError):
-        raise InputError(f"{path}: no GPT-2 in this file (it lacks wte.weight or wpe.weight)") from None
-    n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
-    n_head = max(n_embd // 64, 1)    # leaves no trace in the tensors; 64 a head is true of every published GPT-2
+        vocab_size, n_embd = tensors["wte.weight"].shape
+        block_size, _ = tensors["wpe.weight"].shape
+        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+        if ours:
+            config = GPTConfig(**state["model_config"])
+            return {**tensors, "wte.weight": tensors["wte.weight"][:config.vocab_size]}, config
+        config = GPTConfig(vocab_size, block_size, n_layer, read_n_head(path, n_embd), n_embd)
+    except (KeyError, ValueError, TypeError) as e:    # InputError is a ValueError
+        reason = e if isinstance(e, InputError) else "it lacks wte.weight or wpe.weight, or their shape is another"
+        raise InputError(f"{path}: no GPT-2 in this file ({reason})") from None
+    if not torch.equal(tensors.get("lm_head.weight", tensors["wte.weight"]), tensors["wte.weight"]):
+        raise InputError(f"{path}: its lm_head.weight is not tied to wte.weight, as it is in GPT-2")
+    return {name: v.t() if name.endswith(TRANSPOSED) and v.dim() == 2 else v for name, v in tensors.items()}, config
+
+
+def read_n_head(path, n_embd):
+    """The number of heads, which leaves no trace in the weights: from the config.json beside them, or the published size.
+
+    Raises InputError where that config.json is of another model than GPT-2, or there is none and the size is not published.
+    """
     beside = path.with_name("config.json")
-    if beside.is_file():
-        try:
-            n_head = int(json.loads(beside.read_text())["n_head"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{beside}: not the config.json of a GPT-2 (it lacks n_head)") from None
-    return state, GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd)
+    if not beside.is_file():
+        if n_embd not in (768, 1024, 1280, 1600):
+            raise InputError(f"{beside} is missing, which tells the number of heads")
+        return n_embd // 64
+    try:
+        other = json.loads(beside.read_text(encoding="utf-8"))
+        n_head = int(other["n_head"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{beside} lacks n_head") from None
+    gpt2 = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,), "n_inner": (None, 4 * n_embd),
+            "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+    for key, values in gpt2.items():
+        if key in other and other[key] not in values:
+            raise InputError(f"{beside} has {key} = {other[key]}; GPT-2 has {values[0]}")
+    return n_head

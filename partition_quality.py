@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from locality import END_OF_TEXT, PERSONS, STOP_WORDS, InputError, Partitioner, Stems, background, partition
+from prepare_data import get_encoding, token_bytes
 
 SETS = {"3-11": (3, 11), "3-5": (3, 5), "6-8": (6, 8), "9-11": (9, 11)}
 BYTES = [bytes([i]) for i in range(256)]
@@ -101,28 +102,15 @@ def window_diff(begin, piece):
 # ours, and what it has to beat: (sentences, piece) -> begin
 
 
-def tokenizer(name):
-    """(encode: bytes -> array of tokens, the bytes of every token)"""
-    if name == "bytes":
-        return lambda text: np.frombuffer(text, np.uint8), BYTES
-    import tiktoken
-
-    gpt2 = tiktoken.get_encoding("gpt2")
-    return (
-        lambda text: gpt2.encode_to_numpy(text.decode(), allowed_special="all"),
-        [gpt2.decode_single_token_bytes(t) for t in range(gpt2.n_vocab)],
-    )
-
-
-def partitioned(method, encode, token_bytes, known=None, joint=b" "):
+def partitioned(method, encode, vocabulary, known=None, joint=b" "):
     """The blocks of a partition, read at the first token of the sentence that follows."""
 
     def begins(sentences, piece):
         tokens = encode(joint.join(sentences))
-        ends = np.cumsum([len(token_bytes[t]) for t in tokens])
+        ends = np.cumsum([len(vocabulary[t]) for t in tokens])
         first_bytes = np.cumsum([0] + [len(s) + len(joint) for s in sentences[:-1]])
         first = np.searchsorted(ends, first_bytes, side="right")  # token of each sentence
-        block = np.arange(len(tokens)) - partition(tokens, token_bytes, method, MAX_LOOKBACK, known)
+        block = np.arange(len(tokens)) - partition(tokens, vocabulary, method, MAX_LOOKBACK, known)
         return np.searchsorted(first, block[np.append(first[1:], len(tokens) - 1)], side="right") - 1
 
     return begins
@@ -161,12 +149,14 @@ def quality(path, encoding, seeds, n, use_background):
     books = read(path).split(END_OF_TEXT)
     if len(books) < 3:
         raise InputError(f"{path} holds {len(books)} books; at least 3 are needed, with {END_OF_TEXT.decode()} between them")
-    encode, token_bytes = tokenizer(encoding)
+    encoding = get_encoding(encoding)
+    vocabulary = token_bytes(encoding)
+    encode = lambda text: encoding.encode_to_numpy(text.decode(), allowed_special="all")
     known = background(np.frombuffer(END_OF_TEXT.join(books[0::3]), np.uint8), BYTES) if use_background else None
     sources = [s for s in map(sentences_of, books[2::3]) if len(s) >= 200]
     if not sources:
         raise InputError(f"{path}: no book among the 2nd, 5th, 8th ... has 200 sentences")
-    rivals = {"semantic": partitioned("semantic", encode, token_bytes, known)}
+    rivals = {"semantic": partitioned("semantic", encode, vocabulary, known)}
     rivals |= {"one block": one_block, "a block per sentence": block_per_sentence, "fixed blocks, mean length": fixed_blocks}
     try:
         import nltk  # noqa: F401

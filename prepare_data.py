@@ -66,24 +66,39 @@ def source_files(source):
     """The local text files that SOURCE (a string, or a list of them) stands for; what is remote is fetched once."""
     if not isinstance(source, str):
         return [path for one in source for path in source_files(one)]
+    if not source or not source.isprintable():
+        raise InputError(f"{source!r} does not name a source")
     if match := re.fullmatch(r"gutenberg:(\d+)", source):
         number = match[1]
         path = CACHE / "texts" / f"gutenberg-{number}.txt"
         if not path.exists():
             mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
             raw = download(f"{mirror}/cache/epub/{number}/pg{number}.txt", path.with_suffix(".raw"))
-            text = strip_gutenberg(raw.read_text(encoding="utf-8-sig", errors="replace"))
-            write_text(path, text)
-            raw.unlink()
+            try:
+                write_text(path, strip_gutenberg("".join(pieces(raw))))
+            except InputError as e:
+                raise InputError(f"{source}: {e}") from None
+            finally:
+                raw.unlink()
         return [path]
     if source.startswith("gutenberg:"):
         raise InputError(f"{source}: a Gutenberg source is gutenberg:NUMBER, for example gutenberg:2529")
     if source.startswith(("http://", "https://")):
         path = CACHE / "texts" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.txt"
-        return [path if path.exists() else download(source, path)]
+        if not path.exists():
+            raw = download(source, path.with_suffix(".raw"))
+            try:
+                start = next((piece for piece in pieces(raw)), "")
+                if not start.strip() or re.match(r"\s*<(!doctype )?html", start, re.I):
+                    raise InputError("a web page or nothing, not a plain text")
+                os.replace(raw, path)
+            except InputError as e:
+                raw.unlink()
+                raise InputError(f"{source}: {e}") from None
+        return [path]
     path = Path(source)
     if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
+        files = sorted(file for file in path.rglob("*.txt") if file.is_file())
         if not files:
             raise InputError(f"{source}: no .txt file in this folder")
         return files
@@ -94,11 +109,15 @@ def source_files(source):
 
 
 def strip_gutenberg(text):
-    """The book alone: what stands between Project Gutenberg's START and END lines, without licence and headers."""
+    """The book alone: what stands between Project Gutenberg's START and END lines, without licence and headers.
+
+    Raises InputError where one of them is missing: then it is not the whole book.
+    """
     start = re.search(r"^\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG.*?\*\*\*[ \t]*$", text, re.M | re.I | re.S)
     end = re.search(r"^\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG", text, re.M | re.I)
-    text = text[start.end() if start else 0:end.start() if end else len(text)]
-    return text.strip() + "\n"
+    if not start or not end:
+        raise InputError("the START or END line of a Project Gutenberg text is missing: not a book, or half a download")
+    return text[start.end():end.start()].strip() + "\n"
 
 
 def pieces(path):
@@ -129,9 +148,13 @@ def pieces(path):
 
 
 def write_text(path, text):
+    """Write to a temporary name, then rename: `path` is always a whole file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(files):
@@ -147,11 +170,24 @@ def digest(files):
 # the prepared folder
 
 
-def default_folder(source, tokenizer, method, max_lookback):
+def check_blocks(method, max_lookback, val, test):
+    """Raises InputError for parameters of `prepare` that make no sense, or not together."""
+    name, n = parse_partition(method)
+    if not 1 <= max_lookback <= 65535:
+        raise InputError(f"max_lookback must be in 1 … 65535, not {max_lookback}")
+    if n and n - 1 > max_lookback:
+        raise InputError(f"{method} reaches {n - 1} tokens back, max_lookback allows {max_lookback}: "
+                         f"raise max_lookback or use {name}:{max_lookback + 1}")
+    if not (val > 0 and test > 0 and val + test < 1):
+        raise InputError(f"val and test are fractions of the text, above 0 and together below 1, not {val} and {test}")
+
+
+def default_folder(source, tokenizer, method, max_lookback, val, test):
+    """A folder under data/ that says what is in it; the six digits tell apart what the name leaves out."""
     first = source if isinstance(source, str) else source[0]
-    name = re.sub(r"[^\w]+", "-", Path(first).stem if ":" not in first else first).strip("-")
-    more = "" if isinstance(source, str) or len(source) == 1 else f"-and-{len(source) - 1}-more"
-    return Path("data") / f"{name}{more}.{tokenizer}.{method.replace(':', '')}.{max_lookback}"
+    name = re.sub(r"\W+", "-", first if ":" in first else Path(first).stem).strip("-")[:60]
+    rest = hashlib.sha256(json.dumps([source, val, test]).encode()).hexdigest()[:6]
+    return Path("data") / f"{name}.{tokenizer}.{method.replace(':', '')}.{max_lookback}.{rest}"
 
 
 def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=256, val=0.1, test=0.1):
@@ -160,23 +196,22 @@ def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=
     source: a string or a list of strings; val, test: the fractions held out, taken from the end of the text.
     Raises InputError for a source that is no text or too short; then nothing is left behind.
     """
-    parse_partition(method)
-    if not 1 <= max_lookback <= 65535:
-        raise InputError(f"max_lookback must be in 1 … 65535, not {max_lookback}")
-    if not (val > 0 and test > 0 and val + test < 1):
-        raise InputError(f"val and test are fractions of the text, above 0 and together below 1, not {val} and {test}")
+    check_blocks(method, max_lookback, val, test)
     files = source_files(source)
     # the code counts too: a partitioner that was changed makes other blocks
     made_from = {"source": source, "source_sha256": digest(files), "code_sha256": digest([Path(locality.__file__)]),
-                 "tokenizer": tokenizer, "partition": method,
-                 "max_lookback": max_lookback, "val": val, "test": test}
-    folder = Path(out) if out else default_folder(source, tokenizer, method, max_lookback)
+                 "tokenizer": tokenizer, "partition": method, "max_lookback": max_lookback, "val": val, "test": test}
+    folder = Path(out) if out else default_folder(source, tokenizer, method, max_lookback, val, test)
     if fits(folder, made_from):
         return folder
+    foreign = [path.name for path in folder.iterdir() if not re.fullmatch(
+        r"(train|val|test)(\.lookback)?\.bin|meta\.json|\.preparing-\d+", path.name)] if folder.exists() else []
+    if foreign:
+        raise InputError(f"{folder} holds other files ({foreign[0]}, …); prepare into a folder of its own")
 
     encoding = get_encoding(tokenizer)
     vocabulary = token_bytes(encoding)
-    is_new = not folder.exists()
+    new = next((path for path in [*reversed(folder.parents), folder] if not path.exists()), None)
     work = folder / f".preparing-{os.getpid()}"
     work.mkdir(parents=True)
     try:
@@ -209,9 +244,8 @@ def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if is_new and not (folder / "meta.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-    describe(folder, encoding)
+        if new and not (folder / "meta.json").exists():
+            shutil.rmtree(new, ignore_errors=True)
     return folder
 
 
@@ -258,27 +292,36 @@ def encode(files, encoding, path):
                 bar.update(len(text.encode()))
 
 
+def block_starts(lookback):
+    """The tokens at which blocks begin. Where a block slides at the cap, a token at a time, no new one begins.
+
+    lookback: (n,) uint16. Returns int64, ascending; reads a memory map stretch by stretch.
+    """
+    starts = [np.zeros(min(len(lookback), 1), np.int64)]
+    for at in range(0, len(lookback), PIECE):
+        before = max(at - 1, 0)
+        start = np.arange(before, min(at + PIECE, len(lookback))) - lookback[before:at + PIECE]
+        starts.append(start[1:][np.diff(start) > 1])
+    return np.concatenate(starts)
+
+
 def statistics(tokens, lookback, vocabulary, method):
     """What meta.json counts of a split: tokens, bytes, blocks and their lengths in tokens. Reads it stretch by stretch."""
     length = np.array([len(b) for b in vocabulary])
-    n_bytes, total, starts = 0, 0, []
-    for at in range(0, len(tokens), PIECE):
-        r = lookback[at:at + PIECE].astype(np.int64)
-        n_bytes += int(length[tokens[at:at + PIECE]].sum())
-        total += int(r.sum())
-        if not method.startswith("window"):
-            starts.append(np.unique(np.arange(at, at + len(r)) - r))
-    counts = {"tokens": len(tokens), "bytes": n_bytes, "mean_lookback": round(total / len(tokens), 2)}
-    if starts:
-        starts = np.unique(np.concatenate(starts))
-        quartiles = np.percentile(np.diff([*starts, len(tokens)]), (25, 50, 75)).tolist()
+    n_bytes = sum(int(length[tokens[at:at + PIECE]].sum()) for at in range(0, len(tokens), PIECE))
+    counts = {"tokens": len(tokens), "bytes": n_bytes,
+              "mean_lookback": round(float(lookback.sum(dtype=np.int64)) / len(tokens), 2)}
+    if not method.startswith("window"):
+        starts = block_starts(lookback)
+        quartiles = np.percentile(np.diff(starts, append=len(tokens)), (25, 50, 75)).tolist()
         counts |= {"blocks": len(starts), "block_length_quartiles": quartiles}
     return counts
 
 
-def describe(folder, encoding):
+def describe(folder):
     """Print what the partition found, with three boundaries in context."""
     meta = read_meta(folder)
+    encoding = get_encoding(meta["tokenizer"])
     counts = meta["splits"]
     print(f"{folder}: " + ", ".join(f"{split} {counts[split]['tokens']:,}" for split in SPLITS) + f" tokens "
           f"({meta['tokenizer']}), {counts['train']['bytes'] / counts['train']['tokens']:.2f} bytes a token")
@@ -290,7 +333,7 @@ def describe(folder, encoding):
     print(f"{meta['partition']}: {train['blocks']:,} blocks in train, median length {median:.0f} tokens "
           f"(quartiles {q1:.0f} and {q3:.0f}), mean lookback {train['mean_lookback']:.0f}; three of them begin at")
     tokens, lookback = (x[:PIECE] for x in read_split(folder, "train"))
-    starts = np.unique(np.arange(len(tokens)) - lookback.astype(np.int64))[1:]
+    starts = block_starts(lookback)[1:]
     width = 60 if meta["tokenizer"] == "bytes" else 16
     for start in starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]] if len(starts) > 3 else starts:
         before, after = (encoding.decode(tokens[a:b].tolist()).replace("\n", " ")
@@ -310,13 +353,12 @@ def main():
     parser.add_argument("--test", type=float, default=0.1, help="fraction of the text for the final test")
     args = parser.parse_args()
     source = args.source[0] if len(args.source) == 1 else args.source
-    folder = prepare(source, args.out, args.tokenizer, args.partition, args.max_lookback, args.val, args.test)
-    print(f"prepared: {folder}")
+    describe(prepare(source, args.out, args.tokenizer, args.partition, args.max_lookback, args.val, args.test))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -6,13 +6,14 @@ Generate text with a run, at its own dial; the partitioner finds the blocks as t
 
 import argparse
 import codecs
+import math
 import sys
 
 import torch
 
-from eval import load_run, pick_device, prepared
+from eval import load_run, pick_device
 from locality import InputError, Partitioner, schedule
-from prepare_data import get_encoding, read_meta, token_bytes
+from prepare_data import get_encoding, token_bytes
 
 
 def main():
@@ -30,8 +31,8 @@ def main():
     args = parser.parse_args()
     if not args.prompt:
         raise InputError("the prompt is empty; give at least one character")
-    if args.temperature < 0 or args.top_k < 0 or args.tokens < 0:
-        raise InputError("--temperature, --top-k and --tokens cannot be negative")
+    if not 0 <= args.temperature < math.inf or args.top_k < 0 or args.tokens < 0 or not 0 <= args.seed < 2 ** 63:
+        raise InputError("--temperature, --top-k, --tokens and --seed are numbers of 0 or more")
 
     device = pick_device(args.device)
     model, config = load_run(args.run, device)
@@ -40,8 +41,7 @@ def main():
         model.set_locality(schedule(args.schedule or config["schedule"], model.config.n_layer, fidelity))
     encoding = get_encoding(config["tokenizer"])
     vocabulary = token_bytes(encoding)
-    words = read_meta(prepared(config))["background"]
-    partitioner = Partitioner(vocabulary, config["partition"], config["max_lookback"], words)
+    partitioner = Partitioner(vocabulary, config["partition"], config["max_lookback"], config["background"])
     generator = torch.Generator(device).manual_seed(args.seed)
 
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # a character may come in several tokens
@@ -55,6 +55,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

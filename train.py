@@ -9,9 +9,12 @@ Any key of the config can be overridden on the command line. The run folder hold
 run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png.
 """
 
+import contextlib
 import difflib
 import json
 import math
+import os
+import shutil
 import signal
 import sys
 import time
@@ -23,10 +26,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import autocast, evaluate, figure, pick_device, prepared, provenance, table
-from locality import InputError, parse_partition, schedule
+from eval import evaluate, figure, pick_device, prepared, provenance, table
+from locality import InputError, schedule
 from model import GPT, GPTConfig, load, save
-from prepare_data import SPLITS, get_encoding, read_meta, read_split, token_bytes, write_text
+from prepare_data import (SPLITS, check_blocks, describe, get_encoding, read_meta, read_split, token_bytes,
+                          write_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,8 +92,12 @@ class Config:
             value, (types, words) = getattr(self, field.name), KINDS[field.type]
             if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
                 raise InputError(f"{field.name} must be {words}, not {json.dumps(value, default=str)}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{field.name} must be a finite number, not {value}")
+            if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) >= 2 ** 63:
+                raise InputError(f"{field.name} must be a finite number, of reasonable size")
+            if isinstance(value, str) and value and not value.isprintable():
+                raise InputError(f"{field.name} holds characters that cannot be written: {value!r}")
+            if field.type is float:
+                setattr(self, field.name, float(value))
         if not self.source or isinstance(self.source, list) and not all(s and isinstance(s, str) for s in self.source):
             raise InputError("source must name a text, or be a list of names")
         least = {"max_lookback": 1, "block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "batch_size": 1, "seed": 0,
@@ -108,7 +116,11 @@ class Config:
                 shown = ", ".join(json.dumps(a) for a in allowed)
                 raise InputError(f"{key} must be one of {shown}, not {json.dumps(getattr(self, key))}")
         schedule(self.schedule, 1, self.fidelity)
-        parse_partition(self.partition)
+        check_blocks(self.partition, self.max_lookback, self.val, self.test)
+        if self.min_lr > self.learning_rate:
+            raise InputError(f"min_lr ({self.min_lr:g}) is above learning_rate ({self.learning_rate:g})")
+        if self.n_embd and self.n_head and self.n_embd % self.n_head:
+            raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
 
 def read_config(argv):
@@ -146,8 +158,8 @@ def to_toml(config):
     """The config as TOML, every key written out, so that a run folder says all of what was run."""
     lines = []
     for key, value in asdict(config).items():
-        if value is not None:    # JSON writes strings, numbers, booleans and lists as TOML does
-            lines.append(f"{key} = {json.dumps(value)}".replace("\x7f", "\\u007f"))
+        if value is not None:    # JSON writes numbers, booleans, lists and printable strings as TOML does
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
 
 
@@ -160,7 +172,10 @@ def build_model(config, vocab_size):
     shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd")}
     shape = {key: value for key, value in shape.items() if value is not None}
     if config.init_from == "scratch":
-        model = GPT(GPTConfig(vocab_size, dropout=config.dropout, max_lookback=config.max_lookback, **shape))
+        try:
+            model = GPT(GPTConfig(vocab_size, dropout=config.dropout, max_lookback=config.max_lookback, **shape))
+        except (RuntimeError, MemoryError, OverflowError):
+            raise InputError(f"a model of this shape does not fit in memory: {shape}") from None
     else:
         model = GPT.from_pretrained(config.init_from, config.block_size, config.dropout, config.max_lookback)
         for key, value in shape.items():
@@ -201,6 +216,34 @@ def random_batch(tokens, lookback, T, config, number, device):
     return [b.to(device) for b in batch]
 
 
+def precision(device, dtype):
+    """The context of a forward pass: bfloat16 arithmetic, or plain float32. dtype auto: bfloat16 on a CUDA card that has it."""
+    if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"
+                               and torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def compiles(device, choice):
+    """Whether to use torch.compile. auto: on CUDA, where there is the C compiler that it needs."""
+    if choice == "auto":
+        return device.type == "cuda" and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return choice
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect SIGINT and SIGTERM in a list in place of dying of them: the step in hand is finished and saved first."""
+    asked = []
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
@@ -230,11 +273,10 @@ def train(config, resume=False):
     if len(splits["train"][0]) <= T:
         raise InputError(f"{config.source}: the training split has {len(splits['train'][0])} tokens, block_size is {T}; "
                          "use a longer text or a smaller block_size")
-    vocabulary, source_sha256 = token_bytes(encoding), read_meta(folder)["source_sha256"]
+    vocabulary, meta = token_bytes(encoding), read_meta(folder)
     model.to(device)
     optimizer = build_optimizer(model, config, device)
-    use_compile = config.compile is True or config.compile == "auto" and device.type == "cuda"
-    fast_model = torch.compile(model) if use_compile else model
+    fast_model = torch.compile(model) if compiles(device, config.compile) else model
     start, best, looks_since_best, written, spent = 0, math.inf, 0, 0, 0.0
     if resume:
         model.load_state_dict(state["model"])
@@ -244,6 +286,7 @@ def train(config, resume=False):
             torch.cuda.set_rng_state(state["cuda_rng"], device)
         start, best, val, looks_since_best, written, spent = (
             state[key] for key in ("step", "best", "val_loss", "looks_since_best", "metrics_bytes", "seconds"))
+        del state    # as large as the model three times over
 
     out.mkdir(parents=True, exist_ok=True)
     for name in () if resume else RESULTS:    # of a run that is overwritten nothing stays
@@ -251,21 +294,30 @@ def train(config, resume=False):
     write_text(out / "config.toml", to_toml(config))
     metrics = open(out / "metrics.jsonl", "a", buffering=1)
     metrics.truncate(written)    # what a killed run wrote after its last checkpoint comes again
+    metrics.seek(written)
+    describe(folder)
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}, {config.schedule}, "
           f"locality {' '.join(f'{x:.3g}' for x in model.locality)}" + (f", from step {start}" if resume else ""))
 
     def checkpoint(step, **more):
         return {"step": step, "model": model.state_dict(), "model_config": asdict(model.config),
-                "config": {**asdict(config), "source_sha256": source_sha256}, **more}
+                "config": {**asdict(config), "source_sha256": meta["source_sha256"], "background": meta["background"]},
+                **more}
+
+    def check_finite(step, *values):
+        if not all(map(math.isfinite, values)):
+            raise InputError(f"training diverged by step {step} (loss, gradient: {', '.join(map(str, values))}); lower "
+                             f"learning_rate ({config.learning_rate:g}); the best model so far stays in {out}")
 
     def look(step):
         """Score the validation split; keep the model if it is the best so far. Returns the loss in nats."""
         nonlocal best, looks_since_best
         val = evaluate(model, *splits["val"], vocabulary, min(T, len(splits["val"][0]) - 1), config.batch_size,
-                       measure=False, limit=config.eval_contexts, dtype=config.dtype)["loss"]
-        metrics.write(json.dumps({"step": step, "val_loss": val, "val_perplexity": math.exp(val)}) + "\n")
+                       measure=False, limit=config.eval_contexts)["loss"]
+        check_finite(step, val)
+        metrics.write(json.dumps({"step": step, "val_loss": val, "val_perplexity": math.exp(min(val, 700))}) + "\n")
         looks_since_best += 1
-        if val < best or step == 0:
+        if val < best:
             best, looks_since_best = val, 0
             save(checkpoint(step, val_loss=val), out / "best.pt")
         return val
@@ -277,64 +329,58 @@ def train(config, resume=False):
                         looks_since_best=looks_since_best, metrics_bytes=metrics.tell(),
                         seconds=spent + time.perf_counter() - started), out / "last.pt")
 
-    # SIGINT and SIGTERM end the run after the step in hand
-    asked = []
-    handlers = {number: signal.signal(number, lambda number, frame: asked.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
     started = time.perf_counter()
     if not resume:
         val = look(0)
         keep(0)
     step, seen, clock = start, 0, time.perf_counter()
-    bar = tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step")
-    while step < config.max_steps and not 0 < config.patience <= looks_since_best:
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = 0.0
-        for micro in range(config.grad_accum):
-            x, r, y = random_batch(*splits["train"], T, config, step * config.grad_accum + micro, device)
-            with autocast(device, config.dtype):
-                part = fast_model(x, r, y)[1] / config.grad_accum
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        seen += config.grad_accum * config.batch_size * T
-        bar.update()
+    with stop_signals() as asked, tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step") as bar:
+        while step < config.max_steps and not 0 < config.patience <= looks_since_best:
+            lr = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = 0.0
+            for micro in range(config.grad_accum):
+                x, r, y = random_batch(*splits["train"], T, config, step * config.grad_accum + micro, device)
+                with precision(device, config.dtype):
+                    part = fast_model(x, r, y)[1] / config.grad_accum
+                part.backward()
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            seen += config.grad_accum * config.batch_size * T
+            bar.update()
+            if step == start + 1:    # compiling is not training
+                seen, clock = 0, time.perf_counter()
 
-        if step % config.log_interval == 0:
-            loss, norm = float(loss), float(norm)    # waits for the device
-            if not math.isfinite(loss + norm):
-                raise InputError(f"the loss is {loss} and its gradient {norm} at step {step}: training diverged; lower "
-                                 f"learning_rate ({config.learning_rate:g}); {out / 'best.pt'} has the best model so far")
-            speed = seen / (time.perf_counter() - clock)
-            seen, clock = 0, time.perf_counter()
-            mfu = utilisation(model, speed, T, device)
-            bar.set_postfix_str(f"loss {loss:.3f}, val {val:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
-                                + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
-            metrics.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                                      "tokens_per_s": round(speed)}) + "\n")
-        if step % config.eval_interval == 0 or step == config.max_steps:
-            val = look(step)
-            keep(step)
-            seen, clock = 0, time.perf_counter()
-        if asked:
-            bar.close()
-            keep(step)
-            print(f"stopped at step {step}; go on with: python train.py {out} --resume", file=sys.stderr)
-            sys.exit(128 + asked[0])
-    bar.close()
+            if step % config.log_interval == 0:
+                loss, norm = float(loss), float(norm)    # waits for the device
+                check_finite(step, loss, norm)
+                speed = seen / max(time.perf_counter() - clock, 1e-9)
+                seen, clock = 0, time.perf_counter()
+                mfu = utilisation(model, speed, T, device)
+                bar.set_postfix_str(f"loss {loss:.3f}, val {val:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
+                                    + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
+                metrics.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
+                                          "tokens_per_s": round(speed)}) + "\n")
+            if step % config.eval_interval == 0 or step == config.max_steps:
+                val = look(step)
+                keep(step)
+                seen, clock = 0, time.perf_counter()
+            if asked:
+                keep(step)
+                break
     metrics.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    if asked:
+        print(f"stopped at step {step}; go on with: python train.py {out} --resume", file=sys.stderr)
+        sys.exit(128 + asked[0])
 
     # what the best model is worth, on text it has never seen
     chosen = load(out / "best.pt")
     model.load_state_dict(chosen["model"])
-    results = evaluate(model, *splits["test"], vocabulary, batch_size=config.batch_size, dtype=config.dtype)
+    results = evaluate(model, *splits["test"], vocabulary, batch_size=config.batch_size)
     results = {"schedule": config.schedule, "fidelity": config.fidelity, "partition": config.partition, "split": "test",
                **results, "val_loss": chosen["val_loss"], "best_step": chosen["step"], "steps": step,
                "seconds": round(spent + time.perf_counter() - started, 1), **provenance(device, config.seed),
@@ -357,7 +403,9 @@ def resumed(argv):
     out = Path(argv[0]) if argv else Path()
     if not (out / "last.pt").is_file():
         raise InputError(f"{out}: no last.pt to resume from; give the folder of a run: python train.py runs/NAME --resume")
-    before = load(out / "last.pt")["config"]
+    before = load(out / "last.pt").get("config")
+    if not isinstance(before, dict):
+        raise InputError(f"{out / 'last.pt'}: not a checkpoint of train.py")
     config = read_config([str(out / "config.toml"), *argv[1:], "--out", str(out)])
     changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in asdict(config).items()
                if key not in MAY_CHANGE and before.get(key) != value]
@@ -372,16 +420,20 @@ def main():
     if "--resume" in sys.argv:
         return train(resumed(argv), resume=True)
     config = read_config(argv)
-    kept = [name for name in RESULTS if (Path(config.out) / name).exists()]
-    if kept and "--overwrite" not in sys.argv:
-        raise InputError(f"{config.out} holds a run already ({', '.join(kept)}): go on with it (--resume), give another "
-                         "--out, or --overwrite it")
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and "--overwrite" not in sys.argv:
+        raise InputError(f"{out} is not an empty folder: if it holds a run, go on with it (--resume) or --overwrite it; "
+                         "or give another --out")
+    if config.data and out.absolute() == Path(config.data).absolute():
+        raise InputError(f"data and out are the same folder, {out}; a run wants a folder of its own")
     train(config)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -266,7 +266,7 @@ def test_names_that_lead_nowhere(tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch, serve):
     """A mirror that serves a small GPT-2 as `gpt2`: (its files, a dict that tests may break; the published folder)."""
-    published(tmp_path / "published", **SMALL)
+    published(tmp_path / "published", **{**SMALL, "n_layer": 1, "n_embd": 768, "n_head": 12})
     content = (tmp_path / "published" / "pytorch_model.bin").read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     base, files = serve({"/openai-community/gpt2/resolve/main/pytorch_model.bin": content,
