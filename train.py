@@ -22,6 +22,10 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+# before torch is loaded: a CPU thread that waits for another gives up its core soon (GNU OpenMP). otherwise one busy
+# process beside the training makes it not twice but tens of times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import numpy as np
 import torch
 from tqdm import tqdm
