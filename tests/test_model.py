@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from locality import InputError
+from locality import InputError, Partitioner, partition
 from model import (GPT, GPTConfig, attention_weights, block_mask, clamp_lookback, download_gpt2, in_block,
                    local_attention)
 
@@ -23,6 +23,16 @@ def tiny(max_lookback=8, **shape):
     torch.manual_seed(0)
     return GPT(GPTConfig(**{"vocab_size": 101, "block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 32, **shape},
                          max_lookback=max_lookback)).eval()
+
+
+def lively(model):
+    """The model with larger matrices, so that it neither repeats the last token for ever nor finds all as likely."""
+    with torch.no_grad():
+        model.ln_f.weight.mul_(4)
+        for p in model.h.parameters():
+            if p.dim() == 2:
+                p.mul_(4)
+    return model
 
 
 def published(folder, **shape):
@@ -64,6 +74,16 @@ def test_logits_and_loss_equal_transformers_and_back_again(tmp_path, shape):
         assert (again(idx).logits - expected.logits).abs().max() < 1e-5
 
 
+def test_a_model_begins_as_gpt2_does():
+    torch.manual_seed(0)
+    model, std = GPT(GPTConfig(64, 64, n_layer=8, n_head=1, n_embd=192)), 0.04    # a quarter of the width, twice the std
+    for name, p in model.named_parameters():
+        if p.dim() == 2:    # the two matrices of a layer that add to the residual stream are smaller by sqrt(2 * 8)
+            assert p.std().item() == pytest.approx(std / 4 if "c_proj" in name else std, rel=0.05), name
+        else:
+            assert (p == (1 if ".ln_" in f".{name}" and name.endswith("weight") else 0)).all(), name
+
+
 def test_what_transformers_saves_loads_too(tmp_path):
     pytest.importorskip("safetensors")
     reference = published(tmp_path / "bin", **SMALL)
@@ -96,10 +116,23 @@ def random_lookback(B, T, max_lookback, seed=0):
     return (torch.arange(T) - start).clamp(max=max_lookback)
 
 
+def plain_gpt2(model, idx):
+    """GPT-2 written down once more, without any locality, with the weights of `model`."""
+    B, T = idx.shape
+    x = model.wte.weight[idx] + model.wpe.weight[:T]
+    for block in model.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, model.config.n_head, -1).transpose(1, 3).unbind(2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + block.attn.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
+    return (model.ln_f(x) @ model.wte.weight.T)[..., :model.config.vocab_size]
+
+
 def test_dial_zero_is_plain_gpt2_to_the_bit():
-    model, idx = tiny(), torch.randint(0, 101, (2, 40))
+    model, idx = lively(tiny()), torch.randint(0, 101, (2, 40))
     with torch.no_grad():
-        plain = model(idx)[0]
+        plain = plain_gpt2(model, idx)
+        assert torch.equal(model(idx)[0], plain)
         model.set_locality([1, 0.5, 0.2])
         turned = model(idx, random_lookback(2, 40, 8))[0]
         model.set_locality([0, 0, 0])
@@ -188,13 +221,68 @@ def test_compiles_to_one_graph():
     assert torch.allclose(compiled(idx, r, idx)[1], model(idx, r, idx)[1], atol=1e-6)
 
 
+def test_dropout_is_in_training_alone_and_in_every_place():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(101, 64, n_layer=1, n_head=4, n_embd=32, dropout=0.5, max_lookback=8))
+    attn, mask = model.h[0].attn, block_mask(random_lookback(2, 64, 8), 8)
+    x, idx = torch.randn(2, 64, 32), torch.randint(0, 101, (2, 64))
+    with torch.no_grad():    # every value is 1: what comes out is the sum of the attention weights
+        for p in attn.parameters():
+            p.zero_()
+        attn.c_attn.bias[64:] = 1
+        attn.c_proj.weight.copy_(torch.eye(32))
+    for locality in (0, 0.5, 1):
+        attn.locality = locality
+        y = attn.train()(x, mask)
+        left = y[y != 0]
+        assert 0.3 < len(left) / y.numel() < 0.6 and (left - 2).abs().mean() > 0.1    # of the output, of the weights
+        assert torch.allclose(attn.eval()(x, mask), torch.ones(()))
+    for part, value in ((model.embed, idx), (model.h[0].mlp, x)):
+        model.train()
+        assert 0.4 < (part(value) == 0).float().mean() < 0.6
+        model.eval()
+        assert (part(value) != 0).all() and torch.equal(part(value), part(value))
+
+
+# ---- generation
+
+
 def test_greedy_generation_follows_the_logits_past_the_block_size():
-    model, prompt = tiny(block_size=16), [3, 1, 4, 1, 5]
+    model, prompt = lively(tiny(block_size=16)), [3, 1, 4, 1, 5]
     tokens = list(prompt)
-    for token in model.generate(prompt, 20, temperature=0):
+    for token in model.generate(prompt, 30, temperature=0):
         assert token == model(torch.tensor([tokens[-16:]]))[0][0, -1].argmax()
         tokens.append(token)
-    assert len(tokens) == 25
+    assert len(tokens) == 35 and len(set(tokens[-18:])) > 5    # one token over and over would prove nothing
+
+
+@pytest.mark.parametrize("method", ["block:6", "sentence"])
+def test_generation_with_the_dial_up_sees_the_blocks_that_the_whole_text_has(method):
+    model, vocabulary = lively(tiny(block_size=16)), [b"ab. "[i % 4:i % 4 + 1] for i in range(101)]
+    model.set_locality([0.5, 1, 1])
+    tokens = [3, 1, 4, 1, 5]
+    for token in model.generate(tokens, 30, Partitioner(vocabulary, method, 8), temperature=0):
+        lookback = torch.from_numpy(partition(tokens, vocabulary, method, 8).astype(int))
+        logits = model(torch.tensor([tokens[-16:]]), lookback[None, -16:])[0][0, -1]
+        assert token == logits.argmax()
+        tokens.append(token)
+    assert len(set(tokens[-18:])) > 5 and lookback.unique().numel() > 3
+
+
+def test_temperature_and_top_k_shape_the_choice():
+    model, generator = lively(tiny()), torch.Generator().manual_seed(0)
+
+    def ranks(**how):    # how many tokens were likelier than the one that was chosen
+        tokens, ranks = [3], []
+        for token in model.generate([3], 60, generator=generator, **how):
+            logits = model(torch.tensor([tokens]))[0][0, -1]
+            ranks.append(int((logits > logits[token]).sum()))
+            tokens.append(token)
+        return ranks
+
+    hot = ranks(temperature=50, top_k=3)
+    assert max(hot) == 2 and min(hot.count(rank) for rank in range(3)) > 8    # any of three, each about as often
+    assert max(ranks(temperature=50)) > 90 > max(ranks(temperature=0.5)) > 0 == max(ranks(temperature=1e-4))
 
 
 # ---- weights that are not what they should be
@@ -252,6 +340,39 @@ def test_a_bad_weights_file_is_refused_by_name(tmp_path, damage):
     with pytest.raises(InputError, match="pytorch_model.bin.*refused" if "pickle" in damage.__name__ else "pytorch_model.bin"):
         GPT.from_pretrained(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("activation_function", "relu"), ("layer_norm_epsilon", 1e-6), ("n_inner", 100), ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", True)])
+def test_another_model_than_gpt2_is_refused(tmp_path, key, value):
+    published(tmp_path, **SMALL)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(InputError, match=key):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_say_enough_or_say_too_much_are_refused(tmp_path):
+    reference = published(tmp_path, **SMALL)
+    path, untied = tmp_path / "pytorch_model.bin", tmp_path / "untied.bin"
+    torch.save({**reference.state_dict(), "lm_head.weight": torch.zeros(101, 48)}, untied)
+    with pytest.raises(InputError, match="lm_head"):
+        GPT.from_pretrained(untied)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match="config.json.*heads"):    # 48 wide: of how many heads?
+        GPT.from_pretrained(path)
+    torch.save({"model": tiny().state_dict(), "model_config": {}}, tmp_path / "best.pt")
+    with pytest.raises(InputError, match="best.pt"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_the_export_says_what_the_model_is(tmp_path):
+    tiny(dropout=0.25).save_pretrained(tmp_path)
+    config = transformers.GPT2Config.from_pretrained(tmp_path)
+    assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.25
+    assert (config.vocab_size, config.n_positions, config.n_layer, config.n_head, config.n_embd) == (101, 64, 3, 4, 32)
+    assert GPT.from_pretrained(tmp_path, dropout=0.25, max_lookback=8).config == tiny(dropout=0.25).config
 
 
 def test_names_that_lead_nowhere(tmp_path):

@@ -61,6 +61,25 @@ def test_a_prepared_folder_is_made_again_only_when_something_changed():
                                                                for e in (".bin", ".lookback.bin"))}
 
 
+def test_where_a_block_slides_at_the_cap_no_new_one_is_counted():
+    write("book.txt", ("Here " + "are words " * 8 + "and then some. ") * 50)    # sentences of 100 bytes
+    folder = prepare("book.txt", "out", "bytes", "sentence", max_lookback=20)
+    for split, blocks in (("train", 40), ("val", 5), ("test", 5)):
+        counts = read_meta(folder)["splits"][split]
+        assert counts["blocks"] == blocks and counts["block_length_quartiles"] == [100, 100, 100]
+
+
+def test_a_folder_of_someone_elses_is_left_alone(tmp_path):
+    write("book.txt", TEXT)
+    os.mkdir("mine")
+    write("mine/diary.txt", "Dear diary.")
+    write("mine/train.bin", "not tokens")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    with pytest.raises(InputError, match="diary.txt"):
+        prepare("book.txt", "mine", "bytes")
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
 def words_encoding():
     """A small BPE-like encoding of whole words, standing in for gpt2's, which would have to be downloaded."""
     words = sorted({" " + w for w in TEXT.split() if w.isalpha()})
@@ -113,6 +132,20 @@ def test_gutenberg_and_addresses_are_fetched_once_and_stripped(serve, monkeypatc
         prepare("gutenberg:8", tokenizer="bytes")
 
 
+def test_a_page_that_is_no_book_is_refused_and_not_cached(serve, monkeypatch, tmp_path):
+    start = "*** START OF THE PROJECT GUTENBERG EBOOK NOTHING ***\n"
+    base, _ = serve({"/cache/epub/7/pg7.txt": (start + TEXT[:5000]).encode(),
+                     "/cache/epub/8/pg8.txt": (TEXT[:5000] + start.replace("START", "END")).encode(),
+                     "/page": b"\n<!DOCTYPE html>\n<p>" + TEXT[:5000].encode(), "/nothing": b" \n",
+                     "/old": b"<HTML>" + TEXT[:5000].encode()})
+    monkeypatch.setenv("GUTENBERG_MIRROR", base)
+    for source, says in (("gutenberg:7", "half a download"), ("gutenberg:8", "not a book"),
+                         (f"{base}/page", "web page"), (f"{base}/old", "web page"), (f"{base}/nothing", "nothing")):
+        with pytest.raises(InputError, match=says):
+            prepare(source, "out", "bytes", "sentence")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("content, says", [
     (None, "no such file"), (b"", "empty"), (b"Hi.", "too short"), (b"\x89PNG\r\n\x1a\n\0\0\0", "binary|UTF-8"),
     (b"a\0b" * 100, "binary"), ("Caf\u00e9. ".encode("latin1") * 100, "UTF-8")])
@@ -128,9 +161,12 @@ def test_a_bad_source_is_refused_and_leaves_nothing(content, says, tmp_path):
 def test_bad_parameters_are_refused():
     write("book.txt", TEXT)
     for wrong in ({"method": "paragraph"}, {"method": "window:0"}, {"max_lookback": 0}, {"max_lookback": 70000},
+                  {"method": "window:66", "max_lookback": 64}, {"method": "block:66", "max_lookback": 64},
                   {"val": 0}, {"val": 0.6, "test": 0.5}, {"tokenizer": "gpt5"}):
         with pytest.raises(InputError):
             prepare("book.txt", "out", **{"tokenizer": "bytes", **wrong})
+    for fits in ("window:65", "block:65"):
+        prepare("book.txt", fits.replace(":", ""), "bytes", fits, max_lookback=64)
     with pytest.raises(InputError, match="gutenberg:2529"):
         prepare("gutenberg:russell", "out", "bytes")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import runpy
 import signal
@@ -17,11 +18,12 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from eval import evaluate, load_run, windows
+import locality
+from eval import evaluate, figure, load_run, windows
 from locality import InputError, partition, schedule
 from model import GPT, GPTConfig
-from prepare_data import get_encoding, token_bytes
-from train import Config, learning_rate, read_config, to_toml
+from prepare_data import get_encoding, read_meta, read_split, token_bytes
+from train import Config, build_model, build_optimizer, learning_rate, random_batch, read_config, to_toml
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.toml"
@@ -63,6 +65,12 @@ def place(tmp_path_factory):
     return folder
 
 
+def prepared_folder(place):
+    """Where the run of configs/tiny.toml has put its data."""
+    folder, = (place / "data").glob("sample.bytes.semantic.128.*")
+    return folder
+
+
 # ---- a run
 
 
@@ -81,6 +89,8 @@ def test_a_run_leaves_what_it_promises(place):
     assert results["layers"][-1]["fidelity"] == pytest.approx(1) == results["layers"][-1]["pointer_accuracy"]
     assert results["bits_per_byte"] == pytest.approx(math.log2(results["perplexity"]), abs=1e-6)    # a token is a byte
     assert {"command", "commit", "device", "date", "seed", "torch"} <= results.keys()
+    state = torch.load(run / "last.pt", weights_only=True)    # the optimizer was told the rate that the metrics tell
+    assert {group["lr"] for group in state["optimizer"]["param_groups"]} == {learning_rate(59, Config(**config))}
     printed = (place / "printed.txt").read_text()
     assert f"perplexity {results['perplexity']:.3f}" in printed and "three of them begin at" in printed
 
@@ -102,17 +112,57 @@ def test_eval_reproduces_the_results_and_turns_the_dial(place, run):
     results = json.loads((place / "r.json").read_text())
     assert results["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
     assert results["layers"] == expected["layers"] and "</svg>" in (place / "f.svg").read_text()
-    assert run("eval.py", "runs/tiny", "--schedule", "localist", "--fidelity", 0.5, "--partition", "block:16",
-               "--stride", 100, "--json", "r.json")[0] == 0
-    results = json.loads((place / "r.json").read_text())
-    assert [layer["locality"] for layer in results["layers"]] == [0.5, 0.5]
-    assert results["perplexity"] != expected["perplexity"] and results["partition"] == "block:16"
+    layers = expected["layers"]
+    for option, value, key, says in (
+            ("--schedule", "localist", "schedule", [1, 1]), ("--fidelity", 0.5, "fidelity", [0, 0.5]),
+            ("--partition", "block:16", "partition", [0, 1]), ("--stride", 150, "stride", [0, 1]),
+            ("--split", "val", "split", [0, 1])):    # each on its own
+        assert run("eval.py", "runs/tiny", option, value, "--json", "r.json")[0] == 0
+        results = json.loads((place / "r.json").read_text())
+        assert [layer["locality"] for layer in results["layers"]] == says and results[key] == value != expected[key]
+        assert abs(results["loss"] - expected["loss"]) > 1e-6 and results["layers"] != layers, option
+        same = {"schedule", "fidelity", "partition", "stride", "split"} - {key}
+        assert all(results[k] == expected[k] for k in same)
+        if option != "--split":
+            assert results["tokens"] == expected["tokens"]
+        if option == "--partition":    # blocks of 16 bytes hold less of the attention of the first layer
+            assert results["layers"][0]["fidelity"] < 0.5 * layers[0]["fidelity"]
 
 
 def test_sample_writes_text_the_same_for_the_same_seed(run):
     texts = [run("sample.py", "runs/tiny", "--prompt", "The mind ", "--tokens", 60, "--top-k", 20) for _ in range(2)]
     assert texts[0] == texts[1] and texts[0][0] == 0
     assert texts[0][1].startswith("The mind ") and len(texts[0][1]) > 30
+
+
+def test_sample_uses_the_dial_and_the_blocks_of_the_run(place, run, monkeypatch):
+    dials, partitioners = [], []
+    monkeypatch.setattr(GPT, "generate", lambda model, *args: dials.append(model.locality) or [])
+    monkeypatch.setattr(locality, "Partitioner", lambda *args: partitioners.append(args))
+    for options in ([], ["--schedule", "localist"], ["--fidelity", "0.5"]):
+        assert run("sample.py", "runs/tiny", *options)[0] == 0
+    assert dials == [[0, 1], [1, 1], [0, 0.5]]
+    words = read_meta(prepared_folder(place))["background"]
+    assert words and partitioners == [(VOCABULARY, "semantic", 128, words)] * 3
+
+
+def test_a_run_is_its_best_model_not_its_last(place, run):
+    # a rate that rises until it undoes what was learnt
+    assert run("train.py", TINY, "--learning_rate", 1, "--warmup_steps", 40, "--max_steps", 40, "--eval_interval", 1,
+               "--patience", 3, "--eval_contexts", 2, "--dropout", 0.1, "--out", "runs/undone")[0] == 0
+    folder = place / "runs" / "undone"
+    results = json.loads((folder / "results.json").read_text())
+    val = [m["val_loss"] for m in map(json.loads, (folder / "metrics.jsonl").open()) if "val_loss" in m]
+    best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert 0 < results["best_step"] == np.argmin(val) == results["steps"] - 3 == len(val) - 4 < 36
+    assert (best["step"], last["step"], best["val_loss"]) == (results["best_step"], results["steps"], min(val))
+    for model in (load_run(folder)[0], GPT.from_pretrained(folder)):
+        assert all(torch.equal(value, best["model"][key]) for key, value in model.state_dict().items())
+    assert not torch.equal(best["model"]["wte.weight"], last["model"]["wte.weight"])
+    model, config = load_run(folder)
+    assert model.locality == [0, 1] and not model.training
+    loss = evaluate(model, *read_split(prepared_folder(place), "test"), VOCABULARY, measure=False)["loss"]
+    assert results["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_run_fine_tunes_into_another_and_leaves_for_transformers(place, run):
@@ -156,28 +206,100 @@ def test_nothing_after_a_token_reaches_its_lookback_or_its_logits(method):
 
 
 def test_localisation_is_learnt_around():
-    """Recovery: the token before a block is copied inside it only by a model whose first layers may look out of it."""
-    torch.manual_seed(0)
-    tokens = torch.randint(1, 9, (64, 24))
-    tokens[:, 12:] = tokens[:, :12]                             # the second block repeats the first
-    lookback = torch.arange(24).remainder(12).expand(64, 24)    # … and cannot see it
+    """A localised last layer costs nothing if an earlier layer may look further.
+
+    A text is eight random tokens and their copy, a block each. To predict the copy a model must look back into the
+    first block: `localist` cannot and is left to guess among 8 tokens, `quintic` does it in its first layer.
+    """
     losses = {}
     for name in ("localist", "quintic"):
         torch.manual_seed(1)
-        model = GPT(GPTConfig(16, 24, n_layer=3, n_head=2, n_embd=48, max_lookback=12))
-        model.set_locality(schedule(name, 3))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for step in range(250):
-            tokens[:, :12] = torch.randint(1, 9, (64, 12), generator=torch.Generator().manual_seed(step))
-            tokens[:, 12:] = tokens[:, :12]
+        model = GPT(GPTConfig(8, 16, n_layer=2, n_head=2, n_embd=32, max_lookback=8))
+        model.set_locality(schedule(name, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        lookback = torch.arange(16).remainder(8).expand(64, 16)
+        for step in range(150):
+            tokens = torch.randint(8, (64, 8)).repeat(1, 2)
             logits = model(tokens, lookback)[0]
-            loss = F.cross_entropy(logits[:, 12:-1].flatten(0, 1), tokens[:, 13:].flatten())
+            loss = F.cross_entropy(logits[:, 8:-1].flatten(0, 1), tokens[:, 9:].flatten())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         losses[name] = loss.item()
-    assert losses["localist"] > 0.95 * math.log(8)    # nothing inside the block tells what comes
+    assert losses["localist"] > 0.95 * math.log(8)
     assert losses["quintic"] < 0.5 * math.log(8)
+
+
+# ---- a step
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone():
+    tokens, lookback = np.arange(5000, dtype=np.uint16), np.arange(5000, dtype=np.uint16) % 7
+
+    def batch(seed, number):
+        return random_batch(tokens, lookback, 20, Config(seed=seed, batch_size=6), number, torch.device("cpu"))
+
+    x, r, y = batch(1, 5)
+    assert x.shape == (6, 20) and torch.equal(y, x + 1) and torch.equal(r, x % 7) and len(x[:, 0].unique()) > 3
+    assert all(map(torch.equal, batch(1, 5), (x, r, y)))
+    assert not torch.equal(batch(1, 6)[0], x) and not torch.equal(batch(2, 5)[0], x)
+
+
+def test_the_optimizer_decays_matrices_alone():
+    model = GPT(GPTConfig(64, 16, n_layer=2, n_head=2, n_embd=16))
+    optimizer = build_optimizer(model, Config(weight_decay=0.3, beta1=0.8, beta2=0.7), torch.device("cpu"))
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters())) and all(g["betas"] == (0.8, 0.7) for g in optimizer.param_groups)
+    for name, p in model.named_parameters():
+        assert decay[p] == (0 if "ln_" in name or name.endswith("bias") else 0.3), name
+
+
+@pytest.mark.parametrize("grad_clip", [0.05, 0])
+def test_a_step_follows_the_mean_gradient_of_its_batches_clipped(place, run, grad_clip):
+    # at a rate of 0 the model stays where it began, and the optimizer's moving average of the gradients can be foretold
+    assert run("train.py", TINY, "--learning_rate", 0, "--min_lr", 0, "--max_steps", 2, "--log_interval", 1,
+               "--batch_size", 2, "--grad_accum", 2, "--grad_clip", grad_clip, "--eval_contexts", 1,
+               "--out", f"runs/clip{grad_clip}")[0] == 0
+    folder = place / "runs" / f"clip{grad_clip}"
+    config = Config(**tomllib.loads((folder / "config.toml").read_text()))
+    torch.manual_seed(config.seed)
+    model, train, cpu = build_model(config, 256), read_split(prepared_folder(place), "train"), torch.device("cpu")
+    parameters = [p for group in build_optimizer(model, config, cpu).param_groups for p in group["params"]]
+    metrics = [m for m in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in m]
+    average = 0
+    for step in range(2):
+        loss = sum(model(*random_batch(*train, 192, config, 2 * step + i, cpu))[1] for i in range(2)) / 2
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+        norm = gradient.norm().item()
+        assert (metrics[step]["loss"], metrics[step]["grad_norm"]) == pytest.approx((loss.item(), norm), rel=1e-4)
+        assert norm > 0.1
+        average = 0.9 * average + 0.1 * gradient * min(1, (grad_clip or math.inf) / norm)
+    moments = torch.load(folder / "last.pt", weights_only=True)["optimizer"]["state"]
+    found = torch.cat([moments[i]["exp_avg"].flatten() for i in range(len(parameters))])
+    assert (found - average).norm() < 1e-4 * average.norm()
+
+
+def test_dropout_is_what_the_config_says_from_scratch_and_from_weights(place):
+    small = {"block_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    for init in (small, {"init_from": str(place / "runs" / "tiny")}):
+        model = build_model(Config(tokenizer="bytes", dropout=0.25, max_lookback=77, **init), 256)
+        assert (model.config.dropout, model.config.max_lookback, model.h[0].attn.dropout) == (0.25, 77, 0.25)
+
+
+def test_a_run_that_diverges_says_so_and_leaves_clean_metrics(place, run):
+    status, _, error = run("train.py", TINY, "--learning_rate", 100, "--warmup_steps", 0, "--grad_clip", 0,
+                           "--max_steps", 30, "--log_interval", 100, "--eval_interval", 15, "--eval_contexts", 1,
+                           "--out", "runs/diverged")
+    error = error[error.index("error: "):]    # what comes after the progress bar
+    assert status == 2 and error.count("\n") == 1
+    assert error.startswith("error: training diverged by step 15") and "learning_rate" in error
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (place / "runs" / "diverged" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == [0]
+    assert load_run(place / "runs" / "diverged")[0].wte.weight.isfinite().all()
 
 
 # ---- evaluation
@@ -194,25 +316,53 @@ def test_strided_windows_score_every_token_but_the_first_exactly_once(n, T, stri
 
 def test_evaluate_equals_counting_by_hand():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(256, 20, n_layer=2, n_head=2, n_embd=16, max_lookback=8)).eval()
+    model = GPT(GPTConfig(5, 20, n_layer=2, n_head=2, n_embd=16, dropout=0.5, max_lookback=8)).eval()
     model.set_locality([0.3, 1])
-    text = (ROOT / "data" / "sample.txt").read_bytes()[:130]
-    tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
-    lookback = partition(tokens, VOCABULARY, "block:6", 8)
-    results = evaluate(model, tokens, lookback, VOCABULARY, stride=5)
-    nats, fidelity, at = 0.0, 0.0, 0
+    tokens = np.random.default_rng(0).integers(0, 5, 130).astype(np.uint16)
+    vocabulary = [b"a", b"bc", b"def", b"ghij", b"klmno"]    # tokens of several bytes
+    lookback = partition(tokens, vocabulary, "block:6", 8)
+    nats, correct, layers = 0.0, 0, np.zeros((2, 3))
     for start, first in windows(130, 20, 5):
         x, r, y = (torch.from_numpy(a.astype(np.int64))[None] for a in (
             tokens[start:start + 20], lookback[start:start + 20], tokens[start + 1:start + 21]))
         with torch.no_grad():
-            nats += F.cross_entropy(model(x, r)[0][0, first:], y[0, first:], reduction="sum").item()
-            a = list(model.attention_maps(x, r))[0][0]
-        for i in range(first, 20):
-            back = min(int(r[0, i]), i)
-            fidelity += a[:, i, i - back:i + 1].sum(-1).mean().item()
-    assert results["tokens"] == 129 and results["loss"] == pytest.approx(nats / 129, rel=1e-5)
-    assert results["layers"][0]["fidelity"] == pytest.approx(fidelity / 129, rel=1e-5)
-    assert results["bits_per_byte"] == pytest.approx(nats / 129 / math.log(2), rel=1e-5)
+            logits = model(x, r)[0][0, first:]
+        nats += F.cross_entropy(logits, y[0, first:], reduction="sum").item()
+        correct += (logits.argmax(-1) == y[0, first:]).sum().item()
+        for layer, a in enumerate(model.attention_maps(x, r)):
+            for i in range(first, 20):
+                for row in a[0, :, i].tolist():
+                    back = min(int(r[0, i]), i)
+                    entropy = -sum(p * math.log2(p) for p in row if p > 0)
+                    layers[layer] += sum(row[i - back:i + 1]), i - back <= np.argmax(row) <= i, entropy
+    n_bytes, layers = sum(len(vocabulary[t]) for t in tokens[1:]), layers / 129 / 2    # two heads
+    assert 10 < correct < 60    # of 129
+    for training in (False, True):    # it measures without dropout, and leaves the model as it was
+        results = evaluate(model.train(training), tokens, lookback, vocabulary, stride=5)
+        assert model.training == training and results["tokens"] == 129
+        assert results["loss"] == pytest.approx(nats / 129, rel=1e-5)
+        assert results["perplexity"] == pytest.approx(math.exp(nats / 129), rel=1e-5)
+        assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+        assert (results["bytes"], results["accuracy"]) == (n_bytes, correct / 129)
+        for layer, expected in zip(results["layers"], layers.tolist()):
+            found = [layer[key] for key in ("fidelity", "pointer_accuracy", "entropy")]
+            assert found == pytest.approx(expected, rel=1e-5)
+        assert [layer["locality"] for layer in results["layers"]] == [0.3, 1]
+
+
+def test_a_figure_is_drawn_without_dropout(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, 20, n_layer=2, n_head=2, n_embd=16, dropout=0.5, max_lookback=8)).train()
+    tokens = np.arange(60, dtype=np.uint16)
+    maps, drawn = model.attention_maps, []
+    monkeypatch.setattr(model, "attention_maps", lambda *a: drawn.append((a, list(maps(*a)))) or drawn[-1][1])
+    results = {"layers": [{"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": 1}] * 2}
+    figure(model, tokens, tokens % 8, results, tmp_path / "f.png", "$ a title")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    (args, found), = drawn
+    assert all(map(torch.equal, found, maps(*args)))
+    model.train()
+    assert not all(map(torch.equal, found, maps(*args)))
 
 
 # ---- configurations
@@ -333,6 +483,39 @@ def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run):
     status, _, error = run("train.py", "runs/long", "--resume", "--fidelity", 0.5)
     assert status == 2 and "fidelity was 1.0, is 0.5" in error
     assert run("train.py", "runs/none", "--resume")[0] == 2
+
+
+def test_a_resumed_run_that_is_stopped_at_once_leaves_whole_metrics(place, run, monkeypatch):
+    options = ["--eval_interval", 2, "--eval_contexts", 1, "--log_interval", 100]
+    assert run("train.py", TINY, *options, "--max_steps", 2, "--out", "runs/stopped")[0] == 0
+    metrics = place / "runs" / "stopped" / "metrics.jsonl"
+    with metrics.open("a") as f:    # as a run does that is killed while it writes, after its last checkpoint
+        f.write('{"step": 4, "val_loss": 3.0}\n' * 20 + '{"step": 6, "val')
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def stop_and_clip(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_and_clip)
+        assert run("train.py", "runs/stopped", "--resume", "--max_steps", 6)[0] == 128 + signal.SIGTERM
+    assert torch.load(place / "runs" / "stopped" / "last.pt", weights_only=True)["step"] == 3
+    assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2]
+    assert run("train.py", "runs/stopped", "--resume", "--max_steps", 6)[0] == 0
+    assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2, 4, 6]
+
+
+def test_a_checkpoint_without_its_config_is_refused(place, run):
+    (place / "runs" / "bare").mkdir()
+    state = torch.load(place / "runs" / "tiny" / "best.pt", weights_only=True)
+    for config in ({}, [], None):
+        torch.save({**state, "config": config}, place / "runs" / "bare" / "best.pt")
+        with pytest.raises(InputError, match="best.pt"):
+            load_run(place / "runs" / "bare")
+    for script in ("eval.py", "sample.py"):
+        status, _, error = run(script, "runs/bare")
+        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_run_is_not_measured_on_a_text_that_changed(place, run):
