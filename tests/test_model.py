@@ -118,14 +118,18 @@ def random_lookback(B, T, max_lookback, seed=0):
 
 def plain_gpt2(model, idx):
     """GPT-2 written down once more, without any locality, with the weights of `model`."""
+    def norm(x, layer):
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, 1e-5)
+
     B, T = idx.shape
     x = model.wte.weight[idx] + model.wpe.weight[:T]
     for block in model.h:
-        q, k, v = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, model.config.n_head, -1).transpose(1, 3).unbind(2)
+        qkv = block.attn.c_attn(norm(x, block.ln_1)).view(B, T, 3, model.config.n_head, -1)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + block.attn.c_proj(y.transpose(1, 2).reshape(B, T, -1))
-        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
-    return (model.ln_f(x) @ model.wte.weight.T)[..., :model.config.vocab_size]
+        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(norm(x, block.ln_2)), approximate="tanh"))
+    return (norm(x, model.ln_f) @ model.wte.weight.T)[..., :model.config.vocab_size]
 
 
 def test_dial_zero_is_plain_gpt2_to_the_bit():
