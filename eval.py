@@ -9,6 +9,7 @@ Measure a run: perplexity, bits per byte, accuracy, and per layer how local its 
 import argparse
 import datetime
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -123,12 +124,12 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
             for layer, a in enumerate(model.attention_maps(x, r)):             # (B, H, T, T)
                 inside = (a * block).sum(-1)                                   # (B, H, T)
                 pointer = block.expand_as(a).gather(-1, a.argmax(-1, keepdim=True)).squeeze(-1)
-                entropy = torch.special.entr(a).sum(-1) / np.log(2)
+                entropy = torch.special.entr(a).sum(-1) / math.log(2)
                 for column, value in enumerate((inside, pointer, entropy)):
                     sums[layer, column] += value.double().mean(1)[score].sum().item()
     model.train(was_training)
-    results = {"perplexity": float(np.exp(nats / scored)), "loss": nats / scored,
-               "bits_per_byte": nats / np.log(2) / size, "accuracy": correct / scored,
+    results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored,
+               "bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored,
                "tokens": scored, "bytes": size, "stride": stride, "context": T}
     if measure:
         results["layers"] = [

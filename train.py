@@ -317,14 +317,14 @@ def train(config, resume=False):
         """Score the validation split; keep the model if it is the best so far. Returns the loss in nats."""
         nonlocal best, looks_since_best
         val = evaluate(model, *splits["val"], vocabulary, min(T, len(splits["val"][0]) - 1), config.batch_size,
-                       measure=False, limit=config.eval_contexts)["loss"]
-        check_finite(step, val)
-        metrics.write(json.dumps({"step": step, "val_loss": val, "val_perplexity": math.exp(min(val, 700))}) + "\n")
+                       measure=False, limit=config.eval_contexts)
+        check_finite(step, val["loss"])
+        metrics.write(json.dumps({"step": step, "val_loss": val["loss"], "val_perplexity": val["perplexity"]}) + "\n")
         looks_since_best += 1
-        if val < best:
-            best, looks_since_best = val, 0
-            save(checkpoint(step, val_loss=val), out / "best.pt")
-        return val
+        if val["loss"] < best:
+            best, looks_since_best = val["loss"], 0
+            save(checkpoint(step, val_loss=best), out / "best.pt")
+        return val["loss"]
 
     def keep(step):
         """Write all that the next step depends on, so that a resumed run goes on as if it had never stopped."""
