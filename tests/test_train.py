@@ -22,7 +22,7 @@ import locality
 from eval import evaluate, figure, load_run, windows
 from locality import InputError, partition, schedule
 from model import GPT, GPTConfig
-from prepare_data import get_encoding, read_meta, read_split, token_bytes
+from prepare_data import read_meta, read_split
 from train import Config, build_model, build_optimizer, learning_rate, random_batch, read_config, to_toml
 
 ROOT = Path(__file__).parent.parent
