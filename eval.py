@@ -163,10 +163,9 @@ def figure(model, tokens, lookback, results, path, title):
 
     device = model.wte.weight.device
     T = min(model.config.block_size, len(tokens), 256)
-    # of all stretches, the one with the most new blocks in it
-    starts = block_starts(lookback)
-    places = np.arange(0, len(tokens) - T + 1, max(T // 8, 1))
-    at = int(places[np.argmax(np.searchsorted(starts, places + T) - np.searchsorted(starts, places, side="right"))])
+    # of all stretches, the one in which the block moves on most often
+    at = max(range(0, len(tokens) - T + 1, max(T // 8, 1)),
+             key=lambda at: len(block_starts(lookback[at:at + T].clip(max=np.arange(T)))))
     x, r = (torch.from_numpy(a[at:at + T].astype(np.int64))[None].to(device) for a in (tokens, lookback))
     maps = [a[0].mean(0).cpu().numpy() for a in model.attention_maps(x, r)]    # heads averaged, (T, T) each
     start = np.arange(T) - clamp_lookback(r, model.config.max_lookback)[0].cpu().numpy()
@@ -192,7 +191,8 @@ def figure(model, tokens, lookback, results, path, title):
                    title="attention that stays in the block")
     axes[1, 0].legend(frameon=False, loc="upper left")
     axes[1, 1].plot(layers, values["entropy"], "o-", color="#0072b2")
-    axes[1, 1].set(xlabel="layer", ylabel="bits", xticks=layers, ylim=(0, None), title="entropy of the attention")
+    axes[1, 1].set(xlabel="layer", ylabel="bits", xticks=layers, ylim=(0, 1.1 * max(values["entropy"])),
+                   title="entropy of the attention")
     for ax in axes[1]:
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(title, parse_math=False)
