@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from locality import InputError, background, partition, schedule
-from model import GPT, clamp_lookback, in_block, load
+from model import GPT, clamp_lookback, load
 from prepare_data import (SPLITS, block_starts, check_blocks, digest, get_encoding, prepare, read_meta, read_split,
                           source_files, token_bytes, write_text)
 
@@ -51,7 +51,7 @@ def load_run(run, device="cpu"):
         raise InputError(f"{run}: no checkpoint here; a run is the folder that 'python train.py CONFIG' fills")
     try:
         config = load(path)["config"]
-        model = GPT.from_pretrained(path, max_lookback=config["max_lookback"])
+        model = GPT.from_pretrained(path)
         model.set_locality(schedule(config["schedule"], model.config.n_layer, config["fidelity"]))
     except (KeyError, TypeError):
         raise InputError(f"{path}: not a checkpoint of train.py") from None
@@ -106,7 +106,7 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
         batch_size = max(1, min(batch_size, 2 ** 27 // (model.config.n_head * T * T)))
     n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
     nats, correct, scored, size = 0.0, 0, 0, 0
-    sums = torch.zeros(model.config.n_layer, 3, dtype=torch.double)    # fidelity, pointer accuracy, entropy
+    sums = torch.zeros(model.config.n_layer, 4, dtype=torch.double)    # fidelity, pointer accuracy, entropy, first token
     for at in tqdm(range(0, len(contexts), batch_size), desc="evaluating", leave=False, disable=not measure):
         batch = contexts[at:at + batch_size]
         x, r, y = (torch.from_numpy(np.stack(rows).astype(np.int64)).to(device) for rows in zip(*(
@@ -120,12 +120,12 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
         scored += score.sum().item()
         size += n_bytes[y[score]].sum().item()
         if measure:
-            block = in_block(clamp_lookback(r, model.config.max_lookback))[:, None]    # (B, 1, T, T)
+            block = model.blocks(r)                                            # (B, 1, T, T)
             for layer, a in enumerate(model.attention_maps(x, r)):             # (B, H, T, T)
                 inside = (a * block).sum(-1)                                   # (B, H, T)
                 pointer = block.expand_as(a).gather(-1, a.argmax(-1, keepdim=True)).squeeze(-1)
                 entropy = torch.special.entr(a).sum(-1) / math.log(2)
-                for column, value in enumerate((inside, pointer, entropy)):
+                for column, value in enumerate((inside, pointer, entropy, a[..., 0])):
                     sums[layer, column] += value.double().mean(1)[score].sum().item()
     model.train(was_training)
     results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored,
@@ -133,8 +133,8 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
                "tokens": scored, "bytes": size, "stride": stride, "context": T}
     if measure:
         results["layers"] = [
-            {"locality": locality, "fidelity": f, "pointer_accuracy": p, "entropy": e}
-            for locality, (f, p, e) in zip(model.locality, (sums / scored).tolist())]
+            {"locality": locality, "fidelity": f, "pointer_accuracy": p, "entropy": e, "first_token": first}
+            for locality, (f, p, e, first) in zip(model.locality, (sums / scored).tolist())]
     return results
 
 
@@ -144,9 +144,9 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
 
 def table(results):
     """The results as lines of text."""
-    lines = ["layer  locality  fidelity  pointer accuracy  entropy (bits)"]
+    lines = ["layer  locality  fidelity  pointer accuracy  entropy (bits)  on the first token"]
     lines += [f"{number:5d}  {layer['locality']:8.3f}  {layer['fidelity']:8.3f}  {layer['pointer_accuracy']:16.3f}  "
-              f"{layer['entropy']:14.2f}" for number, layer in enumerate(results["layers"], 1)]
+              f"{layer['entropy']:14.2f}  {layer['first_token']:18.3f}" for number, layer in enumerate(results["layers"], 1)]
     lines.append(f"perplexity {results['perplexity']:.3f}   bits per byte {results['bits_per_byte']:.4f}   "
                  f"accuracy {100 * results['accuracy']:.2f} %   ({results['tokens']:,} tokens, stride {results['stride']})")
     return "\n".join(lines)
@@ -168,7 +168,7 @@ def figure(model, tokens, lookback, results, path, title):
              key=lambda at: len(block_starts(lookback[at:at + T].clip(max=np.arange(T)))))
     x, r = (torch.from_numpy(a[at:at + T].astype(np.int64))[None].to(device) for a in (tokens, lookback))
     maps = [a[0].mean(0).cpu().numpy() for a in model.attention_maps(x, r)]    # heads averaged, (T, T) each
-    start = np.arange(T) - clamp_lookback(r, model.config.max_lookback)[0].cpu().numpy()
+    start = np.arange(T) - clamp_lookback(r, model.config.max_lookback, model.config.min_lookback)[0].cpu().numpy()
 
     n_layer = model.config.n_layer
     layers = np.arange(1, n_layer + 1)

@@ -18,7 +18,7 @@ import numpy as np
 # ---------------------------------------------------------------------------------------------------------------------
 # schedules: lambda_l = fidelity * (l / (L-1)) ** degree
 
-SCHEDULES = {"distributed": None, "localist": 0, "linear": 1, "quadratic": 2, "cubic": 3, "quartic": 4, "quintic": 5}
+SCHEDULES = {"distributed": None, "localist": 0, "linear": 1, "quadratic": 2, "cubic": 3, "quartic": 4, "quintic": 5, "reversed": 5}
 
 
 class InputError(ValueError):
@@ -28,6 +28,7 @@ class InputError(ValueError):
 def schedule(name, n_layer, fidelity=1.0):
     """The locality of each layer, a list of n_layer floats in [0, 1]: `fidelity` at the last layer, fading towards the first.
 
+    `reversed` is quintic upside down, a control: `fidelity` at the first layer, fading towards the last.
     Raises InputError for an unknown name, n_layer < 1, or a fidelity outside (0, 1].
     """
     if name not in SCHEDULES:
@@ -40,7 +41,8 @@ def schedule(name, n_layer, fidelity=1.0):
     if name == "distributed":
         return [0.0] * n_layer
     last = n_layer - 1  # a single layer is the last layer
-    return [float(fidelity) * ((l / last) ** SCHEDULES[name] if last else 1.0) for l in range(n_layer)]
+    lambdas = [float(fidelity) * ((l / last) ** SCHEDULES[name] if last else 1.0) for l in range(n_layer)]
+    return lambdas[::-1] if name == "reversed" else lambdas
 
 
 # ---------------------------------------------------------------------------------------------------------------------

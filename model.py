@@ -6,7 +6,7 @@ Loads the published weights, exports them again, and equals `transformers` to wi
 
 What localisation adds (everything else is GPT-2):
   1. `clamp_lookback`, `block_mask`, `local_attention`: attention inside a token's semantic block, in O(T * W);
-  2. four lines in `CausalSelfAttention.forward` that blend it with the global attention;
+  2. a few lines in `CausalSelfAttention.forward` that blend it with the global attention;
   3. `GPT.set_locality`: the dial, one number per layer, changed at any time without retraining.
 
 The blend of layer l, with its dial lambda_l in [0, 1] and the block B_i = {i - lookback_i, …, i} of query i:
@@ -21,7 +21,7 @@ import math
 import os
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,9 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     max_lookback: int = 256    # no block reaches back further, in tokens
+    min_lookback: int = 0      # every block reaches back at least so far
+    anchor: bool = False       # the first token of the context belongs to every block
+    dial: str = "blend"        # how lambda works: blend (certified), or penalty on the weights outside the block
 
     def __post_init__(self):
         for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "max_lookback"):
@@ -50,36 +53,46 @@ class GPTConfig:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), not {self.dropout}")
+        if not 0 <= self.min_lookback <= self.max_lookback:
+            raise InputError(f"min_lookback must be in 0 … max_lookback ({self.max_lookback}), not {self.min_lookback}")
+        if self.dial not in ("blend", "penalty"):
+            raise InputError(f"dial must be blend or penalty, not {self.dial!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # attention inside the block
 
 
-def clamp_lookback(lookback, max_lookback):
-    """The lookback that holds in this context: no further than its first token, nor than max_lookback.
+def clamp_lookback(lookback, max_lookback, min_lookback=0):
+    """The lookback that holds in this context: within min_lookback … max_lookback, and no further than its first token.
 
     lookback: (B, T) integers, tokens back from each query to the start of its block; returns (B, T) int64.
     """
     position = torch.arange(lookback.size(1), device=lookback.device)          # (T,)
-    return lookback.long().clamp(max=max_lookback).minimum(position)           # (B, T)
+    return lookback.long().clamp(min_lookback, max_lookback).minimum(position) # (B, T)
 
 
-def block_mask(lookback, max_lookback):
+def block_mask(lookback, max_lookback, anchor=False):
     """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their own and the previous chunk.
 
     lookback: (B, T) as `clamp_lookback` gives it; C = max_lookback, so a block never reaches a third chunk.
     Returns (B * n, 1, C, 2C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= 2C: cutting
-    such a context in two would save nothing.
+    such a context in two would save nothing. anchor: every query sees token 0 as well, in a column of its own, the last,
+    where there are chunks.
     """
     B, T = lookback.shape
     C = max_lookback if 2 * max_lookback < T else T
     n = -(-T // C)
+    if n == 1:
+        return in_block(lookback, anchor)[:, None]                             # (B, 1, T, T)
+    outside = lookback < torch.arange(T, device=lookback.device)               # (B, T), whose block lacks token 0
+    outside = F.pad(outside, (0, n * C - T)).view(B * n, 1, C, 1)
     r = F.pad(lookback, (0, n * C - T)).view(B * n, 1, C, 1)                   # a padded query sees only itself
     i = torch.arange(C, device=lookback.device)[:, None]                       # (C, 1)
-    j = torch.arange(-C if n > 1 else 0, C, device=lookback.device)[None, :]   # (1, 2C), counted from the chunk's start
+    j = torch.arange(-C, C, device=lookback.device)[None, :]                   # (1, 2C), counted from the chunk's start
     distance = i - j
-    return (distance >= 0) & (distance <= r)                                   # (B * n, 1, C, 2C)
+    mask = (distance >= 0) & (distance <= r)                                   # (B * n, 1, C, 2C)
+    return torch.cat((mask, outside), -1) if anchor else mask
 
 
 def local_attention(q, k, v, mask, dropout=0.0):
@@ -90,32 +103,51 @@ def local_attention(q, k, v, mask, dropout=0.0):
     B, H, T, D = q.shape
     C = mask.size(-2)
     n = mask.size(0) // B
+    first = [x[:, None, :, :1].expand(B, n, H, 1, D) for x in (k, v)]          # token 0, for the anchor
     if n == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).unflatten(2, (n, C)).transpose(1, 2) for x in (q, k, v))  # (B, n, H, C, D)
     k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x), dim=3) for x in (k, v))         # (B, n, H, 2C, D)
+    if mask.size(-1) > 2 * C:
+        k, v = (torch.cat(pair, dim=3) for pair in zip((k, v), first))         # (B, n, H, 2C + 1, D)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))                             # (B * n, H, C or 2C, D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)                      # (B * n, H, C, D)
     return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]      # (B, H, T, D)
 
 
-def in_block(lookback):
-    """(B, T) lookback, clamped -> (B, T, T) booleans: key j is in the block of query i. For evaluation and figures."""
+def in_block(lookback, anchor=False):
+    """(B, T) lookback, clamped -> (B, T, T) booleans: key j is in the block of query i. anchor: so is token 0, always."""
     position = torch.arange(lookback.size(1), device=lookback.device)
     distance = position[:, None] - position[None, :]                           # (T, T)
-    return (distance >= 0) & (distance <= lookback[:, :, None])                # (B, T, T)
+    inside = (distance >= 0) & (distance <= lookback[:, :, None])              # (B, T, T)
+    return inside | (position == 0) if anchor else inside
 
 
-def attention_weights(q, k, lookback, locality):
+def penalty_bias(block, locality):
+    """What the dial as a penalty adds to the scores: log(1 - lambda) outside the block, so that a_ij is in proportion to
+    exp(s_ij) * (1 - lambda * [j outside]). Larger scores can undo it: the fidelity is not certified, unless lambda is 1.
+
+    block: (B, 1, T, T) booleans from `in_block`. Returns (B, 1, T, T) float32, -inf above the diagonal.
+    """
+    T = block.size(-1)
+    outside = math.log1p(-locality) if locality < 1 else -math.inf
+    later = torch.full((T, T), -math.inf, device=block.device).triu(1)         # (T, T)
+    return torch.zeros(block.shape, device=block.device).masked_fill(~block, outside) + later
+
+
+def attention_weights(q, k, block, locality, dial="blend"):
     """The attention probabilities written down densely: the reference that the fast path is tested against.
 
-    q, k: (B, H, T, D); lookback: (B, T), clamped; locality: the layer's lambda. Returns (B, H, T, T), rows sum to 1.
+    q, k: (B, H, T, D); block: (B, 1, T, T) booleans from `in_block`; locality: the layer's lambda; dial: as in GPTConfig.
+    Returns (B, H, T, T), rows sum to 1.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                   # (B, H, T, T)
+    if dial == "penalty":
+        return (scores + penalty_bias(block, locality)).softmax(-1)
     T = q.size(2)
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()        # (T, T)
     a_global = scores.masked_fill(~causal, -math.inf).softmax(-1)
-    a_local = scores.masked_fill(~in_block(lookback)[:, None], -math.inf).softmax(-1)
+    a_local = scores.masked_fill(~block, -math.inf).softmax(-1)
     return (1 - locality) * a_global + locality * a_local                      # (B, H, T, T)
 
 
@@ -130,6 +162,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.dial = config.dial
         self.locality = 0.0    # lambda of this layer; GPT.set_locality turns it
 
     def qkv(self, x):
@@ -139,9 +172,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, mask):
         q, k, v = self.qkv(x)                                                  # (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
-        if self.locality < 1:
+        if self.dial == "penalty" and self.locality > 0:
+            bias = penalty_bias(mask, self.locality).to(q.dtype)               # (B, 1, T, T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        elif self.locality < 1:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        if self.locality > 0:
+        if self.dial == "blend" and self.locality > 0:
             y_local = local_attention(q, k, v, mask, dropout)
             y = y_local if self.locality == 1 else torch.lerp(y, y_local, self.locality)
         y = self.c_proj(y.transpose(1, 2).flatten(2))                          # (B, T, C)
@@ -189,6 +225,10 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 # residual branches start smaller, so that depth does not blow up the stream (Radford et al. 2019)
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
+        # sinusoids (Vaswani et al. 2017) in place of noise: a place can be told from its neighbours from the first step on
+        angle = torch.arange(config.block_size)[:, None] * 1e4 ** -torch.linspace(0, 1, -(-config.n_embd // 2))
+        with torch.no_grad():
+            self.wpe.weight.copy_(math.sqrt(2) * std * torch.cat((angle.sin(), angle.cos()), 1)[:, :config.n_embd])
 
     def forward(self, idx, lookback=None, targets=None):
         """idx: (B, T) int64 token ids; lookback: (B, T) integers (needed unless every lambda is 0);
@@ -231,18 +271,24 @@ class GPT(nn.Module):
             return None
         if lookback is None:
             raise InputError("this model's attention is localised: it needs the lookback of its tokens")
-        lookback = clamp_lookback(lookback, self.config.max_lookback)
-        return block_mask(lookback, self.config.max_lookback)
+        if self.config.dial == "penalty":
+            return self.blocks(lookback)
+        lookback = clamp_lookback(lookback, self.config.max_lookback, self.config.min_lookback)
+        return block_mask(lookback, self.config.max_lookback, self.config.anchor)
+
+    def blocks(self, lookback):
+        """(B, T) lookback as prepared -> (B, 1, T, T) booleans: which keys this model counts to the block of each query."""
+        lookback = clamp_lookback(lookback, self.config.max_lookback, self.config.min_lookback)
+        return in_block(lookback, self.config.anchor)[:, None]
 
     @torch.no_grad()
     def attention_maps(self, idx, lookback):
         """Yield each layer's attention probabilities, (B, H, T, T), dense: for measurement, not for training."""
-        mask = self._mask(idx, lookback)
-        lookback = clamp_lookback(lookback, self.config.max_lookback)
+        mask, inside = self._mask(idx, lookback), self.blocks(lookback)
         x = self.embed(idx)
         for block in self.h:
             q, k, _ = block.attn.qkv(block.ln_1(x))
-            yield attention_weights(q, k, lookback, block.attn.locality)
+            yield attention_weights(q, k, inside, block.attn.locality, self.config.dial)
             x = block(x, mask)
 
     # -- generation
@@ -277,19 +323,19 @@ class GPT(nn.Module):
     # -- weights in and out
 
     @classmethod
-    def from_pretrained(cls, name_or_path, block_size=None, dropout=0.0, max_lookback=256):
+    def from_pretrained(cls, name_or_path, block_size=None, **settings):
         """GPT-2 with published or saved weights, every lambda 0.
 
         name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once, then cached); or a folder or file in the
         published format (pytorch_model.bin, or model.safetensors where that package is installed), or a run of train.py.
-        block_size: use fewer positions than the weights have. Raises InputError for anything that is not a whole GPT-2.
+        block_size: use fewer positions than the weights have. settings: dropout, max_lookback, min_lookback, anchor, dial
+        of GPTConfig; a run has its own. Raises InputError for anything that is not a whole GPT-2.
         """
         path = download_gpt2(name_or_path) if name_or_path in PRETRAINED else find_weights(Path(name_or_path))
         state, config = read_weights(path)
         if block_size and block_size > config.block_size:
             raise InputError(f"block_size {block_size} is more than the {config.block_size} positions of {name_or_path}")
-        config.block_size = block_size or config.block_size
-        config.dropout, config.max_lookback = dropout, max_lookback
+        config = replace(config, block_size=block_size or config.block_size, **settings)
         with torch.device("meta"):
             model = cls(config)
         expected = {name: p.shape for name, p in model.state_dict().items()}

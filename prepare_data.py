@@ -39,15 +39,27 @@ PIECE = 1 << 22    # characters in memory at a time
 # tokens
 
 
+def check_tokenizer(name):
+    """Raises InputError for a name that `get_encoding` does not know."""
+    if name not in ("gpt2", "bytes") and not (re.fullmatch(r"gpt2:[0-9]{3,5}", name) and 257 <= int(name[5:]) < 50257):
+        raise InputError(f"tokenizer must be gpt2, gpt2:N with N in 257 … 50256, or bytes, not {json.dumps(name)}")
+
+
 def get_encoding(name):
-    """The tokenizer as a tiktoken.Encoding: `gpt2` (fetched once by tiktoken), or `bytes`, 256 tokens, no download."""
+    """The tokenizer as a tiktoken.Encoding: `gpt2` (fetched once by tiktoken); `gpt2:N`, the N - 1 tokens that GPT-2's
+    byte pair encoding learned first, and <|endoftext|>; or `bytes`, 256 tokens, no download."""
+    check_tokenizer(name)
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
-    if name != "gpt2":
-        raise InputError(f"tokenizer must be gpt2 or bytes, not {name}")
     try:
-        return tiktoken.get_encoding("gpt2")
+        gpt2 = tiktoken.get_encoding("gpt2")
+        if name == "gpt2":
+            return gpt2
+        n = int(name[5:])
+        ranks = {token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < n - 1}
+        return tiktoken.Encoding(name, pat_str=gpt2._pat_str, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": n - 1})
     except (OSError, ValueError) as e:    # requests' errors are OSErrors, a bad hash is a ValueError
         raise InputError(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); check the network, set "
                          "TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer 'bytes'") from None
@@ -187,7 +199,7 @@ def default_folder(source, tokenizer, method, max_lookback, val, test):
     first = source if isinstance(source, str) else source[0]
     name = re.sub(r"\W+", "-", first if ":" in first else Path(first).stem).strip("-")[:60]
     rest = hashlib.sha256(json.dumps([source, val, test]).encode()).hexdigest()[:6]
-    return Path("data") / f"{name}.{tokenizer}.{method.replace(':', '')}.{max_lookback}.{rest}"
+    return Path("data") / f"{name}.{tokenizer.replace(':', '')}.{method.replace(':', '')}.{max_lookback}.{rest}"
 
 
 def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=256, val=0.1, test=0.1):
@@ -346,7 +358,7 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
     parser.add_argument("--out", help="folder to write (default: one under data/, named after the source)")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or bytes")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, gpt2:N (its first N tokens) or bytes")
     parser.add_argument("--partition", default="semantic", help="semantic, sentence, window:N or block:N")
     parser.add_argument("--max-lookback", type=int, default=256, help="no block reaches back further, in tokens")
     parser.add_argument("--val", type=float, default=0.1, help="fraction of the text for validation")

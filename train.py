@@ -33,7 +33,7 @@ from tqdm import tqdm
 from eval import evaluate, figure, pick_device, prepared, provenance, table
 from locality import InputError, schedule
 from model import GPT, GPTConfig, load, save
-from prepare_data import (SPLITS, check_blocks, describe, get_encoding, read_meta, read_split, token_bytes,
+from prepare_data import (SPLITS, check_blocks, check_tokenizer, describe, get_encoding, read_meta, read_split, token_bytes,
                           write_text)
 
 
@@ -44,22 +44,25 @@ from prepare_data import (SPLITS, check_blocks, describe, get_encoding, read_met
 # what a value of each type in Config may be in TOML, and how we call it
 KINDS = {str: ((str,), "a string"), int: ((int,), "a whole number"), float: ((float, int), "a number"),
          int | None: ((int, type(None)), "a whole number"), str | list: ((str, list), "a string or a list of strings"),
-         str | bool: ((str, bool), "true, false or \"auto\"")}
+         bool: ((bool,), "true or false"), str | bool: ((str, bool), "true, false or \"auto\"")}
 
 
 @dataclass
 class Config:
     # text: see prepare_data.py
     source: str | list = "data/sample.txt"    # file, folder, http(s) address, gutenberg:NUMBER, or a list of these
-    tokenizer: str = "gpt2"                   # gpt2 or bytes
+    tokenizer: str = "gpt2"                   # gpt2, gpt2:N (the first N of its tokens) or bytes
     partition: str = "semantic"               # semantic, sentence, window:N or block:N
     max_lookback: int = 256                   # no block reaches back further, in tokens
     val: float = 0.1                          # fractions of the text held out
     test: float = 0.1
     data: str = ""                            # prepared folder; empty: one under data/, named after the source
     # locality
-    schedule: str = "quintic"                 # distributed, localist, linear, quadratic, cubic, quartic, quintic
+    schedule: str = "quintic"                 # distributed, localist, linear, quadratic, cubic, quartic, quintic, reversed
     fidelity: float = 1.0                     # lambda of the last layer, in (0, 1]
+    min_lookback: int = 0                     # every block reaches back at least so many tokens
+    anchor: bool = False                      # the first token of a context belongs to every block
+    dial: str = "blend"                       # blend: certified; penalty: on the weights outside the block, to compare
     # model
     init_from: str = "scratch"                # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path
     block_size: int | None = None             # context in tokens; None: what init_from has, from scratch 1024
@@ -67,7 +70,8 @@ class Config:
     n_head: int | None = None                 # … 12
     n_embd: int | None = None                 # … 768
     dropout: float = 0.0
-    # optimisation: AdamW, linear warm-up, cosine decay
+    # optimisation: linear warm-up, cosine decay
+    optimizer: str = "adamw"                  # adamw; or muon, for the matrices inside the layers (AdamW for the rest)
     batch_size: int = 8                       # contexts in one forward pass
     grad_accum: int = 1                       # forward passes in one step
     max_steps: int = 1000
@@ -113,14 +117,17 @@ class Config:
         for key in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise InputError(f"{key} must be in [0, 1), not {getattr(self, key)}")
-        choices = {"tokenizer": ("gpt2", "bytes"), "dtype": ("auto", "float32", "bfloat16"),
+        choices = {"dial": ("blend", "penalty"), "optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16"),
                    "compile": ("auto", True, False)}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 shown = ", ".join(json.dumps(a) for a in allowed)
                 raise InputError(f"{key} must be one of {shown}, not {json.dumps(getattr(self, key))}")
+        check_tokenizer(self.tokenizer)
         schedule(self.schedule, 1, self.fidelity)
         check_blocks(self.partition, self.max_lookback, self.val, self.test)
+        if not 0 <= self.min_lookback <= self.max_lookback:
+            raise InputError(f"min_lookback must be in 0 … max_lookback ({self.max_lookback}), not {self.min_lookback}")
         if self.min_lr > self.learning_rate:
             raise InputError(f"min_lr ({self.min_lr:g}) is above learning_rate ({self.learning_rate:g})")
         if self.n_embd and self.n_head and self.n_embd % self.n_head:
@@ -175,13 +182,14 @@ def build_model(config, vocab_size):
     """The model to train, from scratch or from weights, its dial set. Raises InputError where the config contradicts it."""
     shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd")}
     shape = {key: value for key, value in shape.items() if value is not None}
+    settings = {key: getattr(config, key) for key in ("dropout", "max_lookback", "min_lookback", "anchor", "dial")}
     if config.init_from == "scratch":
         try:
-            model = GPT(GPTConfig(vocab_size, dropout=config.dropout, max_lookback=config.max_lookback, **shape))
+            model = GPT(GPTConfig(vocab_size, **settings, **shape))
         except (RuntimeError, MemoryError, OverflowError):
             raise InputError(f"a model of this shape does not fit in memory: {shape}") from None
     else:
-        model = GPT.from_pretrained(config.init_from, config.block_size, config.dropout, config.max_lookback)
+        model = GPT.from_pretrained(config.init_from, config.block_size, **settings)
         for key, value in shape.items():
             if getattr(model.config, key) != value:
                 raise InputError(f"{key} is {value} in the config but {getattr(model.config, key)} in "
@@ -193,12 +201,19 @@ def build_model(config, vocab_size):
     return model
 
 
-def build_optimizer(model, config, device):
-    decay = [p for p in model.parameters() if p.dim() >= 2]
+def build_optimizers(model, config, device):
+    """A list of optimizers, which share the learning rate: AdamW, and for the matrices of the layers Muon if asked for."""
+    inner = [p for p in model.h.parameters() if p.dim() == 2]
+    outer = [model.wte.weight, model.wpe.weight]
     plain = [p for p in model.parameters() if p.dim() < 2]    # biases and norms
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                             fused=device.type == "cuda")
+    muon = config.optimizer == "muon"
+    groups = [{"params": outer if muon else outer + inner, "weight_decay": config.weight_decay},
+              {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    if not muon:
+        return [adamw]
+    return [adamw, torch.optim.Muon(inner, lr=config.learning_rate, weight_decay=config.weight_decay,
+                                    adjust_lr_fn="match_rms_adamw")]
 
 
 def learning_rate(step, config):
@@ -279,12 +294,13 @@ def train(config, resume=False):
                          "use a longer text or a smaller block_size")
     vocabulary, meta = token_bytes(encoding), read_meta(folder)
     model.to(device)
-    optimizer = build_optimizer(model, config, device)
+    optimizers = build_optimizers(model, config, device)
     fast_model = torch.compile(model) if compiles(device, config.compile) else model
     start, best, looks_since_best, written, spent = 0, math.inf, 0, 0, 0.0
     if resume:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
@@ -328,7 +344,7 @@ def train(config, resume=False):
 
     def keep(step):
         """Write all that the next step depends on, so that a resumed run goes on as if it had never stopped."""
-        save(checkpoint(step, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), best=best, val_loss=val,
+        save(checkpoint(step, optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state(), best=best, val_loss=val,
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                         looks_since_best=looks_since_best, metrics_bytes=metrics.tell(),
                         seconds=spent + time.perf_counter() - started), out / "last.pt")
@@ -341,7 +357,7 @@ def train(config, resume=False):
     with stop_signals() as asked, tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step") as bar:
         while step < config.max_steps and not 0 < config.patience <= looks_since_best:
             lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
             loss = 0.0
             for micro in range(config.grad_accum):
@@ -351,8 +367,9 @@ def train(config, resume=False):
                 part.backward()
                 loss += part.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             seen += config.grad_accum * config.batch_size * T
             bar.update()

@@ -74,6 +74,8 @@ def test_schedule(name, n_layer):
             assert got == [0.0] * n_layer
         elif n_layer == 1:
             assert got == [fidelity]
+        elif name == "reversed":
+            assert got == schedule("quintic", n_layer, fidelity)[::-1]
         else:
             assert got == pytest.approx([fidelity * (l / (n_layer - 1)) ** degree[name] for l in range(n_layer)])
             assert got[-1] == fidelity

@@ -78,7 +78,11 @@ def test_a_model_begins_as_gpt2_does():
     torch.manual_seed(0)
     model, std = GPT(GPTConfig(64, 64, n_layer=8, n_head=1, n_embd=192)), 0.04    # a quarter of the width, twice the std
     for name, p in model.named_parameters():
-        if p.dim() == 2:    # the two matrices of a layer that add to the residual stream are smaller by sqrt(2 * 8)
+        if name == "wpe.weight":    # sinusoids: as large, and the nearer two places the more alike
+            assert p.square().mean().sqrt().item() == pytest.approx(std, rel=0.05)
+            alike = F.cosine_similarity(p[:1], p)
+            assert (alike[1:8] < alike[:7]).all() and alike[8:].max() < alike[3]
+        elif p.dim() == 2:    # the two matrices of a layer that add to the residual stream are smaller by sqrt(2 * 8)
             assert p.std().item() == pytest.approx(std / 4 if "c_proj" in name else std, rel=0.05), name
         else:
             assert (p == (1 if ".ln_" in f".{name}" and name.endswith("weight") else 0)).all(), name
@@ -146,13 +150,14 @@ def test_dial_zero_is_plain_gpt2_to_the_bit():
 
 @pytest.mark.parametrize("T", [1, 5, 8, 9, 16, 24, 37, 64])
 @pytest.mark.parametrize("max_lookback", [1, 8, 15, 100])
-def test_local_attention_equals_the_dense_reference(T, max_lookback):
+@pytest.mark.parametrize("anchor", [False, True])
+def test_local_attention_equals_the_dense_reference(T, max_lookback, anchor):
     torch.manual_seed(T)
     q, k, v = torch.randn(3, 2, 4, T, 12).unbind(0)
     r = clamp_lookback(random_lookback(2, T, max_lookback, seed=T), max_lookback)
     fast, dense = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
-    y = local_attention(*fast, block_mask(r, max_lookback))
-    z = attention_weights(dense[0], dense[1], r, 1.0) @ dense[2]
+    y = local_attention(*fast, block_mask(r, max_lookback, anchor))
+    z = attention_weights(dense[0], dense[1], in_block(r, anchor)[:, None], 1.0) @ dense[2]
     assert (y - z).abs().max() < 1e-5
     weight = torch.randn_like(y)
     for a, b in zip(torch.autograd.grad((y * weight).sum(), fast), torch.autograd.grad((z * weight).sum(), dense)):
@@ -165,16 +170,50 @@ def test_the_layer_equals_the_dense_blend(locality):
     attn.locality = locality
     x, r = torch.randn(2, 37, 32), random_lookback(2, 37, 8)
     q, k, v = attn.qkv(x)
-    expected = attn.c_proj((attention_weights(q, k, r, locality) @ v).transpose(1, 2).flatten(2))
+    block = in_block(r)[:, None]
+    expected = attn.c_proj((attention_weights(q, k, block, locality) @ v).transpose(1, 2).flatten(2))
     assert (attn(x, block_mask(r, 8)) - expected).abs().max() < 1e-5
+    attn.dial = "penalty"
+    expected = attn.c_proj((attention_weights(q, k, block, locality, "penalty") @ v).transpose(1, 2).flatten(2))
+    assert (attn(x, block) - expected).abs().max() < 1e-5
+
+
+def test_the_penalty_is_a_factor_on_the_weights_outside_and_larger_scores_undo_it():
+    q, k = torch.randn(2, 1, 2, 20, 8)
+    block = in_block(clamp_lookback(random_lookback(1, 20, 5), 5))[:, None]
+    before = (q @ k.transpose(-2, -1) / math.sqrt(8)).exp().tril()
+    expected = before * torch.where(block, 1, 0.25)
+    weights = attention_weights(q, k, block, 0.75, "penalty")
+    assert torch.allclose(weights, expected / expected.sum(-1, keepdim=True), atol=1e-6)
+    for dial, certified in (("blend", True), ("penalty", False)):
+        inside = (attention_weights(30 * q, k, block, 0.75, dial) * block).sum(-1)
+        assert bool((inside >= 0.75 - 1e-6).all()) == certified
+    for locality in (0, 1):    # at its ends the dial is the same dial
+        assert torch.allclose(attention_weights(q, k, block, locality, "penalty"),
+                              attention_weights(q, k, block, locality), atol=1e-6)
+
+
+def test_min_lookback_and_anchor_widen_the_blocks_and_nothing_else():
+    r = random_lookback(2, 40, 8)
+    plain = tiny(max_lookback=8)
+    wide = tiny(max_lookback=8, min_lookback=3, anchor=True)
+    i, j = torch.arange(40)[:, None], torch.arange(40)[None, :]
+    assert torch.equal(wide.blocks(r), plain.blocks(r) | (i - j <= 3) & (j <= i) | (j == 0))
+    idx = torch.randint(0, 101, (2, 40))
+    wide.set_locality([1, 1, 1])
+    plain.set_locality([1, 1, 1])
+    for a in wide.attention_maps(idx, r):
+        assert not a[~wide.blocks(r).expand_as(a)].any() and torch.allclose(a.sum(-1), torch.ones(()), atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(wide(idx, r)[0], plain(idx, r)[0], atol=1e-4)
 
 
 def test_dial_one_gives_exactly_nothing_outside_the_block():
     T, i = 50, 30
     q, k, v = torch.randn(3, 1, 2, T, 16).unbind(0)
     r = clamp_lookback(random_lookback(1, T, 8), 8)
-    outside = ~in_block(r)[:, None].expand(1, 2, T, T)
-    assert not attention_weights(q, k, r, 1.0)[outside].any()
+    block = in_block(r)[:, None]
+    assert not attention_weights(q, k, block, 1.0)[~block.expand(1, 2, T, T)].any()
     before = local_attention(q, k, v, block_mask(r, 8))[:, :, i]
     far = torch.ones(T, dtype=torch.bool)
     far[i - int(r[0, i]):i + 1] = False
@@ -218,8 +257,9 @@ def test_the_dial_wants_one_number_a_layer_and_a_lookback():
         model(torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_compiles_to_one_graph():
-    model, idx, r = tiny(), torch.randint(0, 101, (2, 40)), random_lookback(2, 40, 8)
+@pytest.mark.parametrize("settings", [{}, {"anchor": True}, {"min_lookback": 3}, {"dial": "penalty"}])
+def test_compiles_to_one_graph(settings):
+    model, idx, r = tiny(**settings), torch.randint(0, 101, (2, 40)), random_lookback(2, 40, 8)
     model.set_locality([0, 0.5, 1])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(idx, r, idx)[1], model(idx, r, idx)[1], atol=1e-6)
@@ -270,7 +310,7 @@ def test_generation_with_the_dial_up_sees_the_blocks_that_the_whole_text_has(met
         logits = model(torch.tensor([tokens[-16:]]), lookback[None, -16:])[0][0, -1]
         assert token == logits.argmax()
         tokens.append(token)
-    assert len(set(tokens[-18:])) > 5 and lookback.unique().numel() > 3
+    assert len(set(tokens[-18:])) > 4 and lookback.unique().numel() > 3
 
 
 def test_temperature_and_top_k_shape_the_choice():
