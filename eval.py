@@ -4,6 +4,8 @@ Measure a run: perplexity, bits per byte, accuracy, and per layer how local its 
     python eval.py runs/quickstart
     python eval.py runs/quickstart --schedule localist --figure localist.png     # turn the dial, no retraining
     python eval.py runs/quickstart --partition block:64 --json block64.json      # other blocks, same weights
+    python eval.py runs/quickstart --dial-sweep --figure dials.png               # what would each dial cost this model?
+    python eval.py gpt2 --source my_book.txt --dial-sweep --contexts 32          # the same of weights never fine-tuned
 """
 
 import argparse
@@ -21,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from locality import InputError, background, partition, schedule
-from model import GPT, clamp_lookback, load
+from locality import SCHEDULES, InputError, background, partition, schedule
+from model import GPT, PRETRAINED, clamp_lookback, load
 from prepare_data import (SPLITS, block_starts, check_blocks, digest, get_encoding, prepare, read_meta, read_split,
                           source_files, token_bytes, write_text)
 
@@ -56,6 +58,18 @@ def load_run(run, device="cpu"):
     except (KeyError, TypeError):
         raise InputError(f"{path}: not a checkpoint of train.py") from None
     return model.to(device).eval(), config
+
+
+def load_weights(name, source, device="cpu"):
+    """A GPT-2 that train.py never saw, and a config (a dict) to measure it with on `source`; its dial is at 0."""
+    if not source:
+        raise InputError(f"{name}: no run of train.py; to measure weights, say on which text: --source my_book.txt")
+    model = GPT.from_pretrained(name)
+    if model.config.vocab_size != get_encoding("gpt2").n_vocab:
+        raise InputError(f"{name} has {model.config.vocab_size} tokens, which is not GPT-2's vocabulary")
+    return model.to(device).eval(), {
+        "source": source, "data": "", "tokenizer": "gpt2", "partition": "semantic", "val": 0.1, "test": 0.1, "seed": None,
+        "max_lookback": model.config.max_lookback, "schedule": "distributed", "fidelity": 1.0}
 
 
 def prepared(config):
@@ -138,8 +152,33 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
     return results
 
 
+def dial_sweep(model, split, vocabulary, **how):
+    """Turn the dial of one model through every schedule at four fidelities, without retraining; distributed comes first.
+
+    split: token ids and lookbacks, as `read_split` gives them; how: further arguments of `evaluate`. Returns a list of
+    dicts: what `evaluate` returns, and the schedule, the fidelity, and the ratio of the perplexity to distributed's.
+    """
+    dials = [("distributed", 1.0)] + [(name, f) for name in SCHEDULES if name != "distributed" for f in (0.25, 0.5, 0.75, 1.0)]
+    rows = []
+    for name, f in tqdm(dials, desc="dials", unit="dial"):
+        model.set_locality(schedule(name, model.config.n_layer, f))
+        results = evaluate(model, *split, vocabulary, **how)
+        rows.append({"schedule": name, "fidelity": f, "ratio": math.exp(results["loss"] - (rows or [results])[0]["loss"]),
+                     **results})
+    return rows
+
+
+def layer_mean(results, key):
+    return sum(layer[key] for layer in results["layers"]) / len(results["layers"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # showing
+
+# colours told apart by every eye (Okabe & Ito), and markers for print in black and white
+STYLES = {"distributed": ("#000000", "o"), "localist": ("#d55e00", "s"), "linear": ("#e69f00", "^"),
+          "quadratic": ("#56b4e9", "v"), "cubic": ("#009e73", "D"), "quartic": ("#0072b2", "P"),
+          "quintic": ("#cc79a7", "*"), "reversed": ("#888888", "X")}
 
 
 def table(results):
@@ -152,13 +191,58 @@ def table(results):
     return "\n".join(lines)
 
 
+def dial_table(rows):
+    """The dials as lines of text."""
+    lines = ["schedule     fidelity  perplexity  ratio to distributed  accuracy  mean over layers: locality  fidelity  entropy (bits)"]
+    lines += [f"{row['schedule']:11s}  {row['fidelity']:8.2f}  {row['perplexity']:10.3f}  {row['ratio']:20.4f}  "
+              f"{100 * row['accuracy']:6.2f} %  {layer_mean(row, 'locality'):26.3f}  {layer_mean(row, 'fidelity'):8.3f}  "
+              f"{layer_mean(row, 'entropy'):14.2f}" for row in rows]
+    return "\n".join(lines)
+
+
+def dial_figure(rows, path, title):
+    """Draw `path`: what each dial costs in perplexity, against the dial's mean and against the fidelity that it gives."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    for ax, key, label in ((axes[0], "locality", "locality, mean over layers: what the dial is set to"),
+                           (axes[1], "fidelity", "fidelity, mean over layers: attention inside the block")):
+        for name in dict.fromkeys(row["schedule"] for row in rows):
+            color, marker = STYLES[name]
+            mine = [row for row in rows if row["schedule"] in (name, "distributed")]    # every curve begins at dial 0
+            ax.plot([layer_mean(row, key) for row in mine], [row["ratio"] for row in mine], color=color, marker=marker,
+                    label=name, lw=1.5, ls="--" if name == "reversed" else "-")
+        ax.set(xlabel=label)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("perplexity, ratio to distributed")
+    axes[1].legend(frameon=False)
+    fig.suptitle(title, parse_math=False)
+    save_figure(fig, path)
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def save_figure(fig, path, close=True):
+    """Save to a temporary name, then rename; and close."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        fig.savefig(temporary, dpi=130)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        if close:
+            pyplot().close(fig)
+
+
 @torch.no_grad()
 def figure(model, tokens, lookback, results, path, title):
     """Draw `path`: the attention of the first and last layer over one stretch of text, and the layers in numbers."""
     model.eval()
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.colors import PowerNorm
 
     device = model.wte.weight.device
@@ -196,13 +280,7 @@ def figure(model, tokens, lookback, results, path, title):
     for ax in axes[1]:
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(title, parse_math=False)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        fig.savefig(temporary, dpi=130)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(fig)
+    save_figure(fig, path)
 
 
 def provenance(device, seed):
@@ -220,11 +298,14 @@ def provenance(device, seed):
 
 def main():
     parser = argparse.ArgumentParser(description="measure a run, at its own dial or another")
-    parser.add_argument("run", help="a run folder of train.py")
+    parser.add_argument("run", help="a run folder of train.py; or weights: gpt2, gpt2-medium … or a path, with --source")
+    parser.add_argument("--source", help="the text to measure weights on, as in prepare_data.py")
     parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--schedule", help="another schedule than the one it was trained with")
     parser.add_argument("--fidelity", type=float, help="another fidelity, in (0, 1]")
     parser.add_argument("--partition", help="other blocks: semantic, sentence, window:N or block:N")
+    parser.add_argument("--dial-sweep", action="store_true", help="every schedule at four fidelities, without retraining")
+    parser.add_argument("--contexts", type=int, help="measure on so many contexts, evenly spread (default: all)")
     parser.add_argument("--stride", type=int, help="tokens between two contexts (default: half a context)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="auto")
@@ -237,11 +318,16 @@ def main():
     if args.figure and args.figure.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"{args.figure}: a figure ends in .png, .svg or .pdf")
 
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.batch_size < 1 or args.contexts is not None and args.contexts < 1:
+        raise InputError("--batch-size and --contexts must be at least 1")
+    if args.dial_sweep and (args.schedule or args.fidelity is not None):
+        raise InputError("--dial-sweep goes through all schedules and fidelities; leave out --schedule and --fidelity")
 
     device = pick_device(args.device)
-    model, config = load_run(args.run, device)
+    is_run = args.run not in PRETRAINED and any((Path(args.run) / name).is_file() for name in ("best.pt", "last.pt"))
+    if is_run and args.source:
+        raise InputError(f"{args.run} is a run and has its own text; --source is for weights")
+    model, config = load_run(args.run, device) if is_run else load_weights(args.run, args.source, device)
     dial = args.schedule or config["schedule"], config["fidelity"] if args.fidelity is None else args.fidelity
     model.set_locality(schedule(dial[0], model.config.n_layer, dial[1]))
     folder = prepared(config)
@@ -255,15 +341,25 @@ def main():
             words = background(read_split(folder, "train")[0], vocabulary)
         lookback = partition(tokens, vocabulary, method, config["max_lookback"], words)
 
-    results = evaluate(model, tokens, lookback, vocabulary, args.stride, args.batch_size)
-    results = {"run": str(args.run), "split": args.split, "schedule": dial[0], "fidelity": dial[1], "partition": method,
-               **results, **provenance(device, config["seed"])}
-    print(f"{args.run}, {args.split} split: {dial[0]}, fidelity {dial[1]:g}, {method} blocks")
-    print(table(results))
+    how = {"stride": args.stride, "batch_size": args.batch_size, "limit": args.contexts}
+    common = {"run": str(args.run), "split": args.split, "partition": method, **provenance(device, config["seed"])}
+    title = f"{args.run}, {args.split} split, {method} blocks"
+    if args.dial_sweep:
+        rows = dial_sweep(model, (tokens, lookback), vocabulary, **how)
+        results = {**common, "dials": rows}
+        print(f"{title}: the dial turned, nothing retrained ({rows[0]['tokens']:,} tokens)")
+        print(dial_table(rows))
+    else:
+        results = evaluate(model, tokens, lookback, vocabulary, **how)
+        results = {**common, "schedule": dial[0], "fidelity": dial[1], **results}
+        print(f"{title}: {dial[0]}, fidelity {dial[1]:g}")
+        print(table(results))
     if args.json:
         write_text(args.json, json.dumps(results, indent=1) + "\n")
-    if args.figure:
-        figure(model, tokens, lookback, results, args.figure, f"{args.run}: {dial[0]}, {method} blocks")
+    if args.figure and args.dial_sweep:
+        dial_figure(rows, args.figure, title)
+    elif args.figure:
+        figure(model, tokens, lookback, results, args.figure, f"{title}: {dial[0]}, fidelity {dial[1]:g}")
 
 
 if __name__ == "__main__":

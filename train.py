@@ -134,8 +134,11 @@ class Config:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
 
-def read_config(argv):
-    """The Config of a command line: `CONFIG.toml [--key value …]`. Raises InputError for what it does not understand."""
+def read_values(argv, more=()):
+    """The keys that a command line, `CONFIG.toml [--key value …]`, sets, a dict; `more` names what Config does not know.
+
+    Raises InputError for what it does not understand.
+    """
     if not argv or argv[0].startswith("-"):
         raise InputError("give a config: python train.py configs/quickstart.toml [--key value …]")
     path = Path(argv[0])
@@ -157,12 +160,17 @@ def read_config(argv):
                 values[name] = tomllib.loads(f"value = {text}")["value"]
             except ValueError:
                 pass    # a word; Config says what it should have been
-    for key in values:
+    for key in values.keys() - set(more):
         if key not in names:
             near = difflib.get_close_matches(key, names, 1, cutoff=0)[0]
             raise InputError(f"unknown key {key}; the nearest known one is {near}")
     values.setdefault("out", f"runs/{path.stem}")
-    return Config(**values)
+    return values
+
+
+def read_config(argv):
+    """The Config of a command line. Raises InputError for what it does not understand."""
+    return Config(**read_values(argv))
 
 
 def to_toml(config):

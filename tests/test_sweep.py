@@ -1,0 +1,123 @@
+"""A sweep runs each cell once, says which one broke, and its statistics are what they are called."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from locality import InputError
+from prepare_data import read_meta
+from sweep import interval, paired, read_cells, sign_flip_p
+from train import read_values
+
+ROOT = Path(__file__).parent.parent
+TINY = {"source": str(ROOT / "data" / "sample.txt"), "tokenizer": "bytes", "max_lookback": 100, "block_size": 64, "n_layer": 2,
+        "n_head": 2, "n_embd": 16, "batch_size": 2, "max_steps": 3, "eval_interval": 3, "eval_contexts": 2, "out": "sweep"}
+
+
+def test_intervals_are_students_and_hold_the_mean_as_often_as_they_say():
+    assert interval([4.0]) == (4.0, None, None)
+    mean, sd, half = interval([1.0, 2.0, 4.0])
+    assert (mean, sd) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert half == pytest.approx(4.303 * sd / math.sqrt(3))
+    for n in (2, 5, 12):
+        draws = np.random.default_rng(n).normal(3, 2, (2000, n))
+        holds = sum(abs(mean - 3) <= half for mean, _, half in map(interval, draws)) / 2000
+        assert 0.935 < holds < 0.965
+
+
+def test_the_permutation_test_is_exact():
+    assert sign_flip_p([1, 2, 3]) == 0.25 and sign_flip_p([1, -1]) == 1 and sign_flip_p([0, 0, 0]) == 1
+    d = np.random.default_rng(0).normal(0.4, 1, 7)
+    means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=7)]
+    assert sign_flip_p(d) == pytest.approx(np.mean([m >= abs(d.mean()) - 1e-12 for m in means]))
+    assert sign_flip_p(d) == sign_flip_p(-d)
+    with pytest.raises(InputError):
+        sign_flip_p(range(21))
+
+
+def test_pairs_share_their_seeds():
+    row = paired({1: 1.0, 2: 2.0, 3: 9.0}, {1: 0.9, 2: 1.8, 4: 7.0})
+    assert row["seeds"] == 2 and row["ratio"] == pytest.approx(math.exp(0.15)) and row["p"] == row["p_least"] == 0.5
+    assert row["low"] < row["ratio"] < row["high"]
+    assert paired({1: 1.0}, {2: 1.0}) is None and paired({1: 1.0}, {1: 1.0})["low"] is None
+
+
+def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for floor in (0, 40):
+        cells = read_cells({**TINY, "min_lookback": floor, "sweep": [
+            {"partition": ["semantic", "window:matched", "block:matched"]}]})
+        reach = []
+        for cell in cells.values():
+            folder = next(Path("data").glob(f"*.{cell.partition.replace(':', '')}.{cell.max_lookback}.*"))
+            lookback = np.fromfile(folder / "train.lookback.bin", np.uint16)
+            reach.append(np.maximum(lookback, floor).mean() if cell.partition == "semantic" else lookback.mean())
+            assert read_meta(folder)["partition"] == cell.partition
+        assert len(reach) == 3 and reach[1:] == pytest.approx([reach[0]] * 2, abs=0.8)
+        assert reach[0] > floor + 5
+
+
+@pytest.mark.parametrize("sweep, says", [
+    (None, "sweep"), ([], "sweep"), ({"seed": [1]}, "sweep"), ([{"seed": 1}], "list"), ([{"seed": []}], "list"),
+    ([{"sched": ["quintic"]}], "sched"), ([{"out": ["a"]}], "out"), ([{"schedule": ["quintc"]}], "quintic"),
+    ([{"partition": ["window:mached"]}], "partition")])
+def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=says):
+        read_cells({**TINY, **({"sweep": sweep} if sweep is not None else {})})
+
+
+def test_every_sweep_in_the_folder_is_understood():
+    paths = sorted((ROOT / "configs").glob("sweep_*.toml"))
+    assert len(paths) > 1
+    for path in paths:
+        values = read_values([str(path)], more=("sweep",))
+        assert values["out"] == f"runs/{path.stem}" and all(isinstance(v, list) for table in values["sweep"] for v in table.values())
+
+
+def test_a_sweep_from_end_to_end(tmp_path):
+    lines = [f"{key} = {json.dumps(value)}" for key, value in TINY.items()]
+    config = tmp_path / "sweep.toml"
+    config.write_text("\n".join([*lines, "[[sweep]]", 'schedule = ["distributed", "localist"]', "seed = [1, 2]", "[[sweep]]",
+                                 'schedule = ["quintic"]', "seed = [1]", "learning_rate = [1e30]", "warmup_steps = [0]", ""]))
+
+    def sweep(*more):
+        return subprocess.run([sys.executable, ROOT / "sweep.py", config, *more], cwd=tmp_path, text=True, capture_output=True,
+                              timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    first = sweep("--jobs", "2")
+    assert first.returncode == 1 and first.stderr.strip().count("broken: quintic") == 1 and "diverged" in first.stderr
+    cells = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/results.json"))
+    assert len(cells) == 4 and not any("quintic" in name for name in cells)
+    for name in ("ratio", "tradeoff", "layers", "curves"):
+        assert (tmp_path / "sweep" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "sweep" / f"{name}.svg").read_text()
+    table = json.loads((tmp_path / "sweep" / "table.json").read_text())
+    found = {c["name"]: c for c in table["configurations"]}
+    assert [len(c["runs"]) for c in found.values()] == [2, 2] and table["about"]["seeds"] == "1, 2"
+    losses = {}
+    for name in cells:
+        r = json.loads((tmp_path / "sweep" / name / "results.json").read_text())
+        losses.setdefault(r["schedule"], {})[r["seed"]] = r["loss"]
+    ratio = next(c["ratio"] for name, c in found.items() if name.startswith("localist"))
+    assert ratio["ratio"] == pytest.approx(math.exp(np.mean([losses["localist"][s] - losses["distributed"][s] for s in (1, 2)])))
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/results.json")}
+    text = (tmp_path / "sweep" / "table.md").read_text()
+    config.write_text(config.read_text().replace("learning_rate = [1e30]\n", "").replace("warmup_steps = [0]\n", ""))
+    again = sweep()    # the broken cell is mended: it alone is run
+    assert again.returncode == 0, again.stderr
+    assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 5
+    assert all(p.stat().st_mtime_ns == then for p, then in before.items())
+    assert (tmp_path / "sweep" / "table.md").read_text() != text
+    (tmp_path / "sweep" / "table.md").unlink()
+    assert sweep("--report").returncode == 0 and "quintic" in (tmp_path / "sweep" / "table.md").read_text()
+    assert sweep("--jobs", "no").returncode == 2
