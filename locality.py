@@ -270,13 +270,16 @@ def hazard(mean, shape):
     return chance
 
 
-END = hazard(mean=8.0, shape=4.0)
+# how long blocks are, and how regular, differs from text to text: a document is taken to follow one of these, (mean, shape), and
+# the posterior finds out which as it goes
+LENGTHS = ((4, 16), (7, 16), (10, 16), (7, 4))
+END = np.stack([hazard(mean, shape) for mean, shape in LENGTHS])  # (len(LENGTHS), REACH)
 PARAGRAPH = 16.0  # times as likely to begin a block as another sentence
 SURE = 0.6  # a block start cannot be taken back: move on at better than even chances
 
 
 class Blocks:
-    """The posterior over where the running block began, one sentence after the other."""
+    """The posterior over where the running block began and which of LENGTHS the document follows, sentence by sentence."""
 
     def __init__(self, background):
         base = np.zeros(N_STEMS)
@@ -284,7 +287,7 @@ class Blocks:
             base[background["stems"]] = np.array(background["counts"]) / background["total"]
         persons = np.full(len(PERSONS), 1 / len(PERSONS))
         self.bags = [  # what is spoken of; who is spoken of
-            Bag(alpha=16.0, discount=0.7, base=base, prior=5000 if background else 1000, floor=3e-4),
+            Bag(alpha=16.0, discount=0.7, base=base, prior=5000 if background else 1000, floor=1e-4),
             Bag(alpha=60.0, discount=0.0, base=persons, prior=300, floor=0.0),
         ]
         self.reset()
@@ -295,8 +298,9 @@ class Blocks:
             bag.reset()
         self.starts = np.zeros(0, np.int64)  # first tokens of the last sentences
         self.n_sentences = self.n_paragraphs = 0
-        self.posterior = np.zeros((1, REACH))  # row i: p(block began `lag` sentences before the i-th of the last ones | text up to it)
-        self.posterior[0, -1] = 1.0  # a block has just ended
+        self.joint = np.zeros((len(LENGTHS), REACH))  # p(lengths, block began `lag` sentences before the last one | text up to it)
+        self.joint[:, -1] = 1 / len(LENGTHS)  # a block has just ended
+        self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, REACH), over all lengths
 
     def observe(self, words, sizes, starts, floors, paragraphs):
         """Take in new sentences (see Stems.of) that begin at tokens `starts`; forget blocks that began before token `floors`.
@@ -316,18 +320,21 @@ class Blocks:
 
         # a block goes on, or ends with the sentence before and another one begins
         share = (self.n_paragraphs + np.cumsum(paragraphs)) / (self.n_sentences + np.arange(n) + 1)
-        end = np.minimum(1, END * (np.where(paragraphs, PARAGRAPH, 1) / (1 + (PARAGRAPH - 1) * share))[:, None])
-        end[:, -1] = 1
+        factor = np.where(paragraphs, PARAGRAPH, 1) / (1 + (PARAGRAPH - 1) * share)
+        end = np.minimum(1, END * factor[:, None, None])  # (n, len(LENGTHS), REACH)
+        end[:, :, -1] = 1
         self.n_sentences += n
         self.n_paragraphs += int(np.sum(paragraphs))
-        go_on = np.exp(np.clip(gain[1:].T.copy(), -300, 300)) * (1 - end[:, :-1]) * (np.arange(1, REACH) <= reach[:, None])
-        self.posterior = np.concatenate([self.posterior[-1:], np.empty((n, REACH))])
-        old = self.posterior[0]
-        for now, longer, likely, ends in zip(self.posterior[1:], self.posterior[1:, 1:], go_on, end):
-            np.multiply(old[:-1], likely, out=longer)
-            now[0] = np.add.reduce(old * ends)
-            now /= np.add.reduce(now)
-            old = now
+        likely = np.exp(np.clip(gain[1:].T.copy(), -300, 300)) * (np.arange(1, REACH) <= reach[:, None])
+        go_on = likely[:, None] * (1 - end[:, :, :-1])
+        joint = np.empty((n + 1, *self.joint.shape))
+        joint[0] = self.joint
+        for old, now, goes_on, ends in zip(joint, joint[1:], go_on, end):
+            np.multiply(old[:, :-1], goes_on, out=now[:, 1:])
+            np.add.reduce(old * ends, axis=1, out=now[:, 0])
+            now /= np.add.reduce(now, axis=None)
+        self.joint = joint[-1].copy()
+        self.posterior = joint.sum(axis=1)
         self.later = np.cumsum(self.posterior, axis=1)
         return self.starts[last - (self.later[1:] < 0.5).sum(axis=1)].tolist()
 
