@@ -63,9 +63,9 @@ def load_run(run, device="cpu"):
 def load_weights(name, source, device="cpu"):
     """A GPT-2 that train.py never saw, and a config (a dict) to measure it with on `source`; its dial is at 0."""
     if not source:
-        raise InputError(f"{name}: no run of train.py; to measure weights, say on which text: --source my_book.txt")
+        raise InputError(f"{name}: no checkpoint of a run here; to measure other weights, say on which text: --source my_book.txt")
     model = GPT.from_pretrained(name)
-    if model.config.vocab_size != get_encoding("gpt2").n_vocab:
+    if model.config.vocab_size != 50257:
         raise InputError(f"{name} has {model.config.vocab_size} tokens, which is not GPT-2's vocabulary")
     return model.to(device).eval(), {
         "source": source, "data": "", "tokenizer": "gpt2", "partition": "semantic", "val": 0.1, "test": 0.1, "seed": None,

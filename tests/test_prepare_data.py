@@ -179,6 +179,10 @@ def test_gpt2_tokenizer_where_it_is_at_hand():
     vocabulary = token_bytes(encoding)
     tokens = np.array(encoding.encode_ordinary(TEXT[:20000]))
     assert b"".join(vocabulary[t] for t in tokens).decode() == TEXT[:20000]
+    small = get_encoding("gpt2:1000")    # its first tokens, which spell the same text
+    fewer = small.encode("a b<|endoftext|>" + TEXT[:20000], allowed_special="all")
+    assert max(fewer) == 999 == small.eot_token and fewer[2] == 999 and small.decode(fewer[3:]) == TEXT[:20000]
+    assert token_bytes(small)[:999] == vocabulary[:999] and len(fewer) > len(tokens)
     stream = Partitioner(vocabulary, "semantic", 128)
     assert np.array_equal(partition(tokens, vocabulary, "semantic", 128),
                           np.concatenate([stream.push(tokens[i:i + 7]) for i in range(0, len(tokens), 7)]))

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import locality
-from eval import evaluate, figure, load_run, windows
-from locality import InputError, partition, schedule
+from eval import evaluate, figure, layer_mean, load_run, windows
+from locality import SCHEDULES, InputError, partition, schedule
 from model import GPT, GPTConfig
 from prepare_data import read_meta, read_split
 from train import Config, build_model, build_optimizers, learning_rate, random_batch, read_config, to_toml
@@ -127,6 +127,22 @@ def test_eval_reproduces_the_results_and_turns_the_dial(place, run):
             assert results["tokens"] == expected["tokens"]
         if option == "--partition":    # blocks of 16 bytes hold less of the attention of the first layer
             assert results["layers"][0]["fidelity"] < 0.5 * layers[0]["fidelity"]
+
+
+def test_the_dial_goes_through_every_schedule(place, run):
+    status, printed, _ = run("eval.py", "runs/tiny", "--dial-sweep", "--contexts", 2, "--json", "d.json", "--figure", "d.png")
+    rows = json.loads((place / "d.json").read_text())["dials"]
+    assert status == 0 and (place / "d.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["schedule"] for row in rows] == ["distributed"] + [s for s in SCHEDULES if s != "distributed" for _ in range(4)]
+    assert rows[0]["ratio"] == 1 and len({row["tokens"] for row in rows}) == 1
+    for row in rows:
+        assert [layer["locality"] for layer in row["layers"]] == schedule(row["schedule"], 2, row["fidelity"])
+        assert row["ratio"] == pytest.approx(row["perplexity"] / rows[0]["perplexity"])
+        assert f"{row['perplexity']:.3f}" in printed and layer_mean(row, "fidelity") >= layer_mean(row, "locality") - 1e-6
+    found = {(row["schedule"], row["fidelity"]): row["loss"] for row in rows}
+    for name, f in (("quintic", 1.0), ("reversed", 0.5), ("localist", 0.25)):
+        assert run("eval.py", "runs/tiny", "--schedule", name, "--fidelity", f, "--contexts", 2, "--json", "r.json")[0] == 0
+        assert json.loads((place / "r.json").read_text())["loss"] == pytest.approx(found[name, f], abs=1e-9)
 
 
 def test_sample_writes_text_the_same_for_the_same_seed(run):
@@ -245,13 +261,19 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone():
     assert not torch.equal(batch(1, 6)[0], x) and not torch.equal(batch(2, 5)[0], x)
 
 
-def test_the_optimizer_decays_matrices_alone():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_matrices_alone_decay(name):
     model = GPT(GPTConfig(64, 16, n_layer=2, n_head=2, n_embd=16))
-    optimizer = build_optimizer(model, Config(weight_decay=0.3, beta1=0.8, beta2=0.7), torch.device("cpu"))
-    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == len(list(model.parameters())) and all(g["betas"] == (0.8, 0.7) for g in optimizer.param_groups)
-    for name, p in model.named_parameters():
-        assert decay[p] == (0 if "ln_" in name or name.endswith("bias") else 0.3), name
+    config = Config(optimizer=name, weight_decay=0.3, beta1=0.8, beta2=0.7)
+    optimizers = build_optimizers(model, config, torch.device("cpu"))
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    owned = [(p, type(optimizer).__name__, group["weight_decay"]) for optimizer, group in groups for p in group["params"]]
+    assert len(owned) == len(list(model.parameters())) and all(g["betas"] == (0.8, 0.7) for _, g in groups if "betas" in g)
+    found = {p: rest for p, *rest in owned}
+    for parameter, p in model.named_parameters():
+        assert found[p][1] == (0 if "ln_" in parameter or parameter.endswith("bias") else 0.3), parameter
+        inner = name == "muon" and parameter.startswith("h.") and p.dim() == 2
+        assert found[p][0] == ("Muon" if inner else "AdamW"), parameter
 
 
 @pytest.mark.parametrize("grad_clip", [0.05, 0])
@@ -397,7 +419,8 @@ def test_overrides_and_the_learning_rate():
     (["--fidelity", "0"], "fidelity"), (["--fidelity", "1.5"], "fidelity"), (["--fidelity", "nan"], "fidelity"),
     (["--learning_rate", "inf"], "learning_rate"), (["--dropout", "1"], "dropout"), (["--compile", "maybe"], "compile"),
     (["--dtype", "float16"], "dtype"), (["--partition", "window:x"], "window"), (["--tokenizer", "bpe"], "tokenizer"),
-    (["--tokenizer", "gpt2:99"], "tokenizer"), (["--min_lookback", "200"], "min_lookback"), (["--dial", "half"], "dial"), (["--anchor", "1"], "anchor"),
+    (["--tokenizer", "gpt2:99"], "tokenizer"), (["--min_lookback", "200"], "min_lookback"), (["--dial", "half"], "dial"),
+    (["--anchor", "1"], "anchor"), (["--optimizer", "sgd"], "optimizer"),
     (["--seed", "true"], "seed"), (["--seed"], "seed"), (["seed", "3"], "seed"), (["--max_lookback", "-1"], "max_lookback"),
     (["--source", ""], "source"), (["--batch_size", "[4]"], "batch_size")])
 def test_a_wrong_value_is_named(override, says):
@@ -426,6 +449,14 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         ([*new_run, "--init_from", tmp_path / "other", "--block_size", 100], "1000"),
         ([*new_run, "--device", "cuda:99"], "cuda:99"),
         (["eval.py", "data"], "checkpoint"),
+        (["eval.py", "nowhere", "--source", "data/sample.txt"], "nowhere"),
+        (["eval.py", tmp_path / "other", "--source", "data/sample.txt"], "vocabulary"),
+        (["eval.py", "runs/tiny", "--source", "data/sample.txt"], "--source"),
+        (["eval.py", "runs/tiny", "--dial-sweep", "--fidelity", 0.5], "--dial-sweep"),
+        (["eval.py", "runs/tiny", "--contexts", 0], "--contexts"),
+        (["sweep.py"], "config"),
+        (["sweep.py", TINY], "sweep"),
+        (["sweep.py", ROOT / "configs" / "sweep_smoke.toml", "--report", "--out", "runs/none"], "runs/none"),
         (["eval.py", "runs/tiny", "--schedule", "sextic"], "sextic"),
         (["eval.py", "runs/tiny", "--stride", 1000], "stride"),
         (["eval.py", "runs/tiny", "--figure", "f.gif"], "f.gif"),
@@ -452,7 +483,8 @@ def endings(run):
 
 
 def test_killed_at_random_and_resumed_it_ends_at_the_same_bits(place):
-    options = ["--max_steps", "60", "--eval_interval", "10", "--log_interval", "2", "--dropout", "0.1", "--out"]
+    options = ["--max_steps", "60", "--eval_interval", "10", "--log_interval", "2", "--dropout", "0.1", "--optimizer", "muon",
+               "--out"]
     assert python("train.py", TINY, *options, "runs/whole", cwd=place).returncode == 0
     run, killed = place / "runs" / "killed", 0
     for lines in sorted(random.Random(5).sample(range(2, 35), 3)):    # kill it when the metrics have so many lines
