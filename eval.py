@@ -105,7 +105,8 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
 
     vocabulary: list of bytes per token id. stride: tokens between two contexts, default half a context.
     measure: also the attention of every layer (dense, slower). limit: at most so many contexts, evenly spread.
-    Returns a dict: perplexity = exp(mean nats per token), bits_per_byte, accuracy (top-1), tokens scored, layers.
+    Returns a dict: perplexity = exp(mean nats per token), bits_per_byte, accuracy (top-1), tokens scored; by_position, a
+    list of (tokens of context at least, loss in nats), which falls for as long as the model uses more context; layers.
     """
     was_training, device = model.training, model.wte.weight.device
     model.eval()
@@ -120,6 +121,7 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
         batch_size = max(1, min(batch_size, 2 ** 27 // (model.config.n_head * T * T)))
     n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
     nats, correct, scored, size = 0.0, 0, 0, 0
+    nats_at = torch.zeros(T, dtype=torch.double)    # at each position of a context
     sums = torch.zeros(model.config.n_layer, 4, dtype=torch.double)    # fidelity, pointer accuracy, entropy, first token
     for at in tqdm(range(0, len(contexts), batch_size), desc="evaluating", leave=False, disable=not measure):
         batch = contexts[at:at + batch_size]
@@ -130,6 +132,7 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
         logits = model(x, r)[0]                                                # (B, T, V)
         nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         nats += nll[score].double().sum().item()
+        nats_at += nll.double().sum(0).cpu()
         correct += (logits.argmax(-1) == y)[score].sum().item()
         scored += score.sum().item()
         size += n_bytes[y[score]].sum().item()
@@ -145,6 +148,8 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
     results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored,
                "bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored,
                "tokens": scored, "bytes": size, "stride": stride, "context": T}
+    edges = [0, *(2 ** i for i in range(4, 40) if 2 ** i < T), T]    # from a position on, so many tokens are in sight
+    results["by_position"] = [(a + 1, nats_at[a:b].mean().item() / len(contexts)) for a, b in zip(edges, edges[1:])]
     if measure:
         results["layers"] = [
             {"locality": locality, "fidelity": f, "pointer_accuracy": p, "entropy": e, "first_token": first}
@@ -188,6 +193,7 @@ def table(results):
               f"{layer['entropy']:14.2f}  {layer['first_token']:18.3f}" for number, layer in enumerate(results["layers"], 1)]
     lines.append(f"perplexity {results['perplexity']:.3f}   bits per byte {results['bits_per_byte']:.4f}   "
                  f"accuracy {100 * results['accuracy']:.2f} %   ({results['tokens']:,} tokens, stride {results['stride']})")
+    lines.append("loss, nats, by tokens of context: " + ", ".join(f"from {n} {nats:.3f}" for n, nats in results["by_position"]))
     return "\n".join(lines)
 
 

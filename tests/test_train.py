@@ -344,12 +344,14 @@ def test_evaluate_equals_counting_by_hand():
     tokens = np.random.default_rng(0).integers(0, 5, 130).astype(np.uint16)
     vocabulary = [b"a", b"bc", b"def", b"ghij", b"klmno"]    # tokens of several bytes
     lookback = partition(tokens, vocabulary, "block:6", 8)
-    nats, correct, layers = 0.0, 0, np.zeros((2, 3))
+    nats, correct, layers, at = 0.0, 0, np.zeros((2, 4)), []
     for start, first in windows(130, 20, 5):
         x, r, y = (torch.from_numpy(a.astype(np.int64))[None] for a in (
             tokens[start:start + 20], lookback[start:start + 20], tokens[start + 1:start + 21]))
         with torch.no_grad():
-            logits = model(x, r)[0][0, first:]
+            logits = model(x, r)[0][0]
+        at.append(F.cross_entropy(logits, y[0], reduction="none").tolist())
+        logits = logits[first:]
         nats += F.cross_entropy(logits, y[0, first:], reduction="sum").item()
         correct += (logits.argmax(-1) == y[0, first:]).sum().item()
         for layer, a in enumerate(model.attention_maps(x, r)):
@@ -357,7 +359,7 @@ def test_evaluate_equals_counting_by_hand():
                 for row in a[0, :, i].tolist():
                     back = min(int(r[0, i]), i)
                     entropy = -sum(p * math.log2(p) for p in row if p > 0)
-                    layers[layer] += sum(row[i - back:i + 1]), i - back <= np.argmax(row) <= i, entropy
+                    layers[layer] += sum(row[i - back:i + 1]), i - back <= np.argmax(row) <= i, entropy, row[0]
     n_bytes, layers = sum(len(vocabulary[t]) for t in tokens[1:]), layers / 129 / 2    # two heads
     assert 10 < correct < 60    # of 129
     for training in (False, True):    # it measures without dropout, and leaves the model as it was
@@ -367,8 +369,11 @@ def test_evaluate_equals_counting_by_hand():
         assert results["perplexity"] == pytest.approx(math.exp(nats / 129), rel=1e-5)
         assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
         assert (results["bytes"], results["accuracy"]) == (n_bytes, correct / 129)
+        (one, early), (seventeen, late) = results["by_position"]
+        assert (one, seventeen) == (1, 17)
+        assert (early, late) == pytest.approx((np.array(at)[:, :16].mean(), np.array(at)[:, 16:].mean()), rel=1e-5)
         for layer, expected in zip(results["layers"], layers.tolist()):
-            found = [layer[key] for key in ("fidelity", "pointer_accuracy", "entropy")]
+            found = [layer[key] for key in ("fidelity", "pointer_accuracy", "entropy", "first_token")]
             assert found == pytest.approx(expected, rel=1e-5)
         assert [layer["locality"] for layer in results["layers"]] == [0.3, 1]
 
