@@ -132,6 +132,10 @@ STOP_WORDS = frozenset(
     same some such than that the then there these this those thou though through thus thy too under until upon very what when
     where which while why with yet yourself yourselves""".split()
 )
+CARRIES_ON = frozenset(  # a sentence that begins with one of these leans on the sentence before it
+    b"""he she it they him them his her their its this these that those such however but also therefore thus moreover furthermore
+    instead""".split()
+)
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(f"[{UNSPACED}]|[^\\W\\d_{UNSPACED}]+")  # one character of a script without spaces is a word
 LETTERS = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256)).lower()
@@ -171,6 +175,10 @@ class Stems(dict):
         ids = np.fromiter(chain.from_iterable(map(self.__getitem__, marked.split(b" "))), np.int64)
         ends = np.append(np.flatnonzero(ids < 0), len(ids))
         return ids[ids >= 0], np.diff(ends, prepend=-1) - 1
+
+
+def first_word(sentence):
+    return sentence[:40].translate(LETTERS).lstrip().partition(b" ")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,6 +283,7 @@ def hazard(mean, shape):
 LENGTHS = ((4, 16), (7, 16), (10, 16), (7, 4))
 END = np.stack([hazard(mean, shape) for mean, shape in LENGTHS])  # (len(LENGTHS), REACH)
 PARAGRAPH = 16.0  # times as likely to begin a block as another sentence
+LEANING = 0.2  # the same, of a sentence that leans on the one before it
 SURE = 0.6  # a block start cannot be taken back: move on at better than even chances
 
 
@@ -287,7 +296,7 @@ class Blocks:
             base[background["stems"]] = np.array(background["counts"]) / background["total"]
         persons = np.full(len(PERSONS), 1 / len(PERSONS))
         self.bags = [  # what is spoken of; who is spoken of
-            Bag(alpha=16.0, discount=0.7, base=base, prior=5000 if background else 1000, floor=1e-4),
+            Bag(alpha=16.0, discount=0.65, base=base, prior=5000 if background else 1000, floor=1e-4),
             Bag(alpha=60.0, discount=0.0, base=persons, prior=300, floor=0.0),
         ]
         self.reset()
@@ -297,16 +306,17 @@ class Blocks:
         for bag in self.bags:
             bag.reset()
         self.starts = np.zeros(0, np.int64)  # first tokens of the last sentences
-        self.n_sentences = self.n_paragraphs = 0
+        self.n_sentences, self.n_paragraphs, self.n_leaning = 0, 0, 0
         self.joint = np.zeros((len(LENGTHS), REACH))  # p(lengths, block began `lag` sentences before the last one | text up to it)
         self.joint[:, -1] = 1 / len(LENGTHS)  # a block has just ended
         self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, REACH), over all lengths
 
-    def observe(self, words, sizes, starts, floors, paragraphs):
+    def observe(self, words, sizes, starts, floors, paragraphs, leaning):
         """Take in new sentences (see Stems.of) that begin at tokens `starts`; forget blocks that began before token `floors`.
 
-        paragraphs: whether a blank line precedes each sentence. It makes a break PARAGRAPH times as likely as elsewhere, while over
-        the document so far breaks stay as likely as END says: a document that is all paragraphs, or has none, is none the wiser.
+        paragraphs, leaning: whether a blank line precedes each sentence; whether its first word CARRIES_ON. They make a break
+        PARAGRAPH and LEANING times as likely as elsewhere, while over the document so far breaks stay as likely as END says: a
+        document that is all paragraphs, or has none, is none the wiser.
         Returns a list of the median of the token at which the block began, one for each sentence.
         """
         when = np.repeat(np.arange(len(sizes)), sizes)
@@ -319,12 +329,16 @@ class Blocks:
         reach = last - np.searchsorted(self.starts, floors)  # the longest lag that is not too long
 
         # a block goes on, or ends with the sentence before and another one begins
-        share = (self.n_paragraphs + np.cumsum(paragraphs)) / (self.n_sentences + np.arange(n) + 1)
-        factor = np.where(paragraphs, PARAGRAPH, 1) / (1 + (PARAGRAPH - 1) * share)
+        n_sentences = self.n_sentences + np.arange(n) + 1
+        factor = 1.0
+        for times, here, before in ((PARAGRAPH, paragraphs, self.n_paragraphs), (LEANING, leaning, self.n_leaning)):
+            share = (before + np.cumsum(here)) / n_sentences
+            factor = factor * np.where(here, times, 1) / (1 + (times - 1) * share)
         end = np.minimum(1, END * factor[:, None, None])  # (n, len(LENGTHS), REACH)
         end[:, :, -1] = 1
         self.n_sentences += n
         self.n_paragraphs += int(np.sum(paragraphs))
+        self.n_leaning += int(np.sum(leaning))
         likely = np.exp(np.clip(gain[1:].T.copy(), -300, 300)) * (np.arange(1, REACH) <= reach[:, None])
         go_on = likely[:, None] * (1 - end[:, :, :-1])
         joint = np.empty((n + 1, *self.joint.shape))
@@ -452,7 +466,8 @@ class Partitioner:
         best = starts.tolist()
         if self.blocks:
             begun = np.concatenate([[self.start], starts[:-1]])
-            best = self.blocks.observe(*self.stems.of(sentences), begun, seen - self.cap, paragraphs)
+            leaning = np.array([first_word(s) in CARRIES_ON for s in sentences])
+            best = self.blocks.observe(*self.stems.of(sentences), begun, seen - self.cap, paragraphs, leaning)
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known

@@ -343,3 +343,13 @@ def test_blocks_prefer_paragraphs():
     lookback = partition(as_bytes(text), BYTES, "semantic", 65535).astype(int)
     first = np.unique(np.arange(len(lookback)) - lookback)[1:]
     assert len(first) > 10 and np.mean([text[f - 2 : f] == "\n\n" for f in first]) > 0.5
+
+
+def test_blocks_avoid_sentences_that_lean_on_the_one_before():
+    """The same words, but half of the sentences begin with one that carries on: blocks seldom do."""
+    rng = random.Random(0)
+    sentences = [" of the ".join(rng.sample(TOPICS[0] + TOPICS[1] + TOPICS[2], 5)) + "." for _ in range(300)]
+    text = " ".join(("However, the " if i % 2 else "The ") + s for i, s in enumerate(sentences))
+    lookback = partition(as_bytes(text), BYTES, "semantic", 65535).astype(int)
+    first = np.unique(np.arange(len(lookback)) - lookback)[1:]
+    assert len(first) > 10 and np.mean([text[f:].startswith("However") for f in first]) < 0.3
