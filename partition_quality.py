@@ -1,13 +1,15 @@
 """How good are the semantic blocks? Against known topic shifts, in figures, and on a page of text.
 
-    python partition_quality.py --books BOOKS.txt [--tokenizer gpt2] [--no-background] [--seeds N] [--json FILE]
+    python partition_quality.py --books BOOKS.txt [--first] [--tokenizer gpt2] [--no-background] [--seeds N] [--json FILE]
     python partition_quality.py --page data/sample.txt [--from WORDS] [--figure FILE]
     python partition_quality.py --lengths BOOK.txt BOOK.txt BOOK.txt [--figure FILE]
 
---books makes documents as Choi (2000, "Advances in domain independent linear text segmentation") did: ten pieces, each a run of
-sentences of another book, and asks where one piece ends and the next begins. BOOKS.txt holds the books, with <|endoftext|>
-between them. The constants in locality.py were chosen on the books 1, 4, 7 ... (counting from 0), and with texts that are not
-books; the documents here are made of the books 2, 5, 8 ..., and the background comes from the books 0, 3, 6 ...
+--books makes documents as Choi (2000, "Advances in domain independent linear text segmentation") did: ten pieces, each some
+sentences in a row of another text, and asks where one piece ends and the next begins. BOOKS.txt holds the texts, with
+<|endoftext|> or a title of WikiText between them. With --first a piece is the first sentences of its text, as Choi had it; else
+it comes from anywhere in it, which suits few and long texts. The constants in locality.py were chosen on the texts 1, 4, 7 ...
+(counting from 0) of 48 books, and looking at WikiText-2; the documents here are made of the texts 2, 5, 8 ..., and the
+background comes from the texts 0, 3, 6 ...
 """
 
 import argparse
@@ -23,6 +25,8 @@ from locality import END_OF_TEXT, PERSONS, STOP_WORDS, InputError, Partitioner, 
 from prepare_data import get_encoding, token_bytes
 
 SETS = {"3-11": (3, 11), "3-5": (3, 5), "6-8": (6, 8), "9-11": (9, 11)}
+BREAK = re.compile(rb"<\|endoftext\|>|^ = [^=\n]+ = $", re.M)  # between texts
+HEADING = re.compile(rb"^ = = .*$", re.M)
 BYTES = [bytes([i]) for i in range(256)]
 MAX_LOOKBACK = 2048  # tokens
 
@@ -47,16 +51,18 @@ def read(path):
 
 def sentences_of(book):
     """The sentences of a book (bytes) of at least four words, on one line each."""
+    book = HEADING.sub(b"", book)
     tokens = np.frombuffer(book, np.uint8)
     starts = np.unique(np.arange(len(tokens)) - partition(tokens, BYTES, "sentence", 65535))
     pieces = [b" ".join(book[a:b].split()) for a, b in zip(starts, [*starts[1:], len(book)])]
     return [p for p in pieces if len(p.split()) >= 4]
 
 
-def choi_documents(sources, shortest, longest, n, rng, n_pieces=10):
+def choi_documents(sources, shortest, longest, n, rng, first=False, n_pieces=10):
     """n documents of n_pieces runs of shortest ... longest sentences: a list of (sentences, number of the piece of each).
 
-    sources: lists of sentences, a book each. Every piece of a document comes from another book while there are enough.
+    sources: lists of sentences, a text each. Every piece of a document comes from another text while there are enough: the first
+    sentences of it, or else some from anywhere in it.
     """
     documents = []
     for _ in range(n):
@@ -64,7 +70,7 @@ def choi_documents(sources, shortest, longest, n, rng, n_pieces=10):
         sentences, piece = [], []
         for number, book in enumerate(books):
             size = rng.randint(shortest, longest)
-            start = rng.randrange(len(book) - size + 1)
+            start = 0 if first else rng.randrange(len(book) - size + 1)
             sentences += book[start : start + size]
             piece += [number] * size
         documents.append((sentences, np.array(piece)))
@@ -144,18 +150,19 @@ def text_tiling(sentences, piece):
     return counts[np.searchsorted(counts, np.arange(len(sentences)), side="right") - 1]
 
 
-def quality(path, encoding, seeds, n, use_background):
-    """The table: {rival: {set: (Pk, WindowDiff)}}, means over `seeds` x n documents a set."""
-    books = read(path).split(END_OF_TEXT)
+def quality(path, encoding, seeds, n, use_background, first):
+    """The tables: {title: {rival: {set: (Pk, WindowDiff)}}}, means over `seeds` x n documents a set."""
+    books = BREAK.split(read(path))
     if len(books) < 3:
-        raise InputError(f"{path} holds {len(books)} books; at least 3 are needed, with {END_OF_TEXT.decode()} between them")
+        raise InputError(f"{path} holds {len(books)} texts; at least 3 are needed, with {END_OF_TEXT.decode()} between them")
     encoding = get_encoding(encoding)
     vocabulary = token_bytes(encoding)
     encode = lambda text: encoding.encode_to_numpy(text.decode(), allowed_special="all")
     known = background(np.frombuffer(END_OF_TEXT.join(books[0::3]), np.uint8), BYTES) if use_background else None
-    sources = [s for s in map(sentences_of, books[2::3]) if len(s) >= 200]
+    enough = 11 if first else 200
+    sources = [s for s in map(sentences_of, books[2::3]) if len(s) >= enough]
     if not sources:
-        raise InputError(f"{path}: no book among the 2nd, 5th, 8th ... has 200 sentences")
+        raise InputError(f"{path}: no text among the 2nd, 5th, 8th ... has {enough} sentences")
     rivals = {"semantic": partitioned("semantic", encode, vocabulary, known)}
     rivals |= {"one block": one_block, "a block per sentence": block_per_sentence, "fixed blocks, mean length": fixed_blocks}
     try:
@@ -165,14 +172,15 @@ def quality(path, encoding, seeds, n, use_background):
     except ImportError:
         print("nltk is not installed: no TextTiling", file=sys.stderr)
     tables = {}
-    for title, groups in (("ten books", [sources]), ("ten places of one book", same_place(sources))):
+    groups_of = {"ten texts": [sources]} if first else {"ten books": [sources], "ten places of one book": same_place(sources)}
+    for title, groups in groups_of.items():
         table = tables[title] = {name: {} for name in rivals}
         for name, (shortest, longest) in SETS.items():
             documents = []
             for seed in range(seeds):
                 rng = random.Random(f"{seed} {name}")
                 for i in range(n):
-                    documents += choi_documents(groups[i % len(groups)], shortest, longest, 1, rng)
+                    documents += choi_documents(groups[i % len(groups)], shortest, longest, 1, rng, first)
             for rival, begins in rivals.items():
                 got = [(begins(*d), d[1]) for d in documents]
                 table[rival][name] = (np.mean([p_k(*g) for g in got]), np.mean([window_diff(*g) for g in got]))
@@ -310,6 +318,7 @@ def main():
     what.add_argument("--books", metavar="FILE", help="text of many books, with <|endoftext|> between them")
     what.add_argument("--page", metavar="FILE", help="draw a page of this text in the colours of its blocks")
     what.add_argument("--lengths", metavar="FILE", nargs="+", help="draw how long the blocks of these texts are")
+    parser.add_argument("--first", action="store_true", help="pieces are the first sentences of their texts, not any")
     parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="bytes")
     parser.add_argument("--no-background", action="store_true", help="start from nothing instead of the words of other books")
     parser.add_argument("--seeds", type=int, default=3)
@@ -325,7 +334,7 @@ def main():
     elif args.lengths:
         draw_lengths(args.lengths, args.figure)
     else:
-        tables = quality(args.books, args.tokenizer, args.seeds, args.documents, not args.no_background)
+        tables = quality(args.books, args.tokenizer, args.seeds, args.documents, not args.no_background, args.first)
         print_tables(tables)
         if args.json:
             Path(args.json).write_text(json.dumps(tables, indent=1) + "\n")
