@@ -149,6 +149,11 @@ def test_sample_writes_text_the_same_for_the_same_seed(run):
     texts = [run("sample.py", "runs/tiny", "--prompt", "The mind ", "--tokens", 60, "--top-k", 20) for _ in range(2)]
     assert texts[0] == texts[1] and texts[0][0] == 0
     assert texts[0][1].startswith("The mind ") and len(texts[0][1]) > 30
+    # two texts from each of two prompts; at one likely token each they are the texts that each prompt has alone
+    options = ("--tokens", 40, "--top-p", 1e-6)
+    alone = [run("sample.py", "runs/tiny", "--prompt", prompt, *options)[1].removesuffix("\n") for prompt in ("The mind ", "I")]
+    _, printed, _ = run("sample.py", "runs/tiny", "--prompt", "The mind ", "--prompt", "I", "--samples", 2, *options)
+    assert printed.removesuffix("\n").split("\n\n---\n") == [alone[0], alone[0], alone[1], alone[1]]
 
 
 def test_sample_uses_the_dial_and_the_blocks_of_the_run(place, run, monkeypatch):
@@ -466,6 +471,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (["eval.py", "runs/tiny", "--stride", 1000], "stride"),
         (["eval.py", "runs/tiny", "--figure", "f.gif"], "f.gif"),
         (["sample.py", "runs/tiny", "--prompt", ""], "prompt"),
+        (["sample.py", "runs/tiny", "--top-p", 0], "top-p"),
         (["prepare_data.py", "nothing.txt"], "nothing.txt"),
         (["prepare_data.py", "data/sample.txt", "--tokenizer", "gpt2"], "TIKTOKEN_CACHE_DIR"),
     ]
