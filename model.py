@@ -74,46 +74,67 @@ def clamp_lookback(lookback, max_lookback, min_lookback=0):
 
 
 def block_mask(lookback, max_lookback, anchor=False):
-    """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their own and the previous chunk.
+    """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their chunk and the W before it.
 
-    lookback: (B, T) as `clamp_lookback` gives it; C = max_lookback, so a block never reaches a third chunk.
-    Returns (B * n, 1, C, 2C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= 2C: cutting
-    such a context in two would save nothing. anchor: every query sees token 0 as well, in a column of its own, the last,
-    where there are chunks.
+    lookback: (B, T) as `clamp_lookback` gives it; W = max_lookback, so that no block begins before those keys.
+    Returns (B * n, 1, C, W + C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= W + C: cutting
+    such a context would save nothing. anchor: every query sees token 0 as well, in a column of its own, the last, where
+    there are chunks.
     """
     B, T = lookback.shape
-    C = max_lookback if 2 * max_lookback < T else T
+    W, C = max_lookback, max(64, max_lookback // 2)    # shorter chunks look at fewer keys in vain, but make small matmuls
     n = -(-T // C)
-    if n == 1:
+    if T <= W + C:
         return in_block(lookback, anchor)[:, None]                             # (B, 1, T, T)
     outside = lookback < torch.arange(T, device=lookback.device)               # (B, T), whose block lacks token 0
     outside = F.pad(outside, (0, n * C - T)).view(B * n, 1, C, 1)
     r = F.pad(lookback, (0, n * C - T)).view(B * n, 1, C, 1)                   # a padded query sees only itself
     i = torch.arange(C, device=lookback.device)[:, None]                       # (C, 1)
-    j = torch.arange(-C, C, device=lookback.device)[None, :]                   # (1, 2C), counted from the chunk's start
+    j = torch.arange(-W, C, device=lookback.device)[None, :]                   # (1, W + C), counted from the chunk's start
     distance = i - j
-    mask = (distance >= 0) & (distance <= r)                                   # (B * n, 1, C, 2C)
+    mask = (distance >= 0) & (distance <= r)                                   # (B * n, 1, C, W + C)
     return torch.cat((mask, outside), -1) if anchor else mask
 
 
-def local_attention(q, k, v, mask, dropout=0.0):
-    """Softmax attention of each query over its block alone, in O(T * C) time and memory.
+class Windows(torch.autograd.Function):
+    """(n * C, H, D) -> (n, W + C, H, D): each chunk of C tokens behind the W before it (zeros before the first). One copy that
+    the windows share: autograd's own way back through such overlapping views is slow, hence this one, which adds them up."""
 
-    q, k, v: (B, H, T, D); mask: from `block_mask`. Returns (B, H, T, D).
+    @staticmethod
+    def forward(ctx, x, C, W):
+        ctx.sizes = C, W
+        return F.pad(x, (0, 0, 0, 0, W, 0)).unfold(0, W + C, C).movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (C, W), n = ctx.sizes, len(grad)
+        total = grad.new_zeros(n * C + W + C, *grad.shape[2:])
+        for at in range(0, W + C, C):    # the part at `at` of every window: no two of these overlap
+            part = grad[:, at:at + C]
+            total[at:at + n * C].unflatten(0, (n, C))[:, :part.size(1)] += part
+        return total[W:W + n * C], None, None
+
+
+def local_attention(q, k, v, mask, max_lookback, dropout=0.0):
+    """Softmax attention of each query over its block alone, in O(T * W) time and memory.
+
+    q, k, v: (B, H, T, D); mask: from `block_mask`, for the same max_lookback W. Returns (B, H, T, D).
     """
     B, H, T, D = q.shape
-    C = mask.size(-2)
+    C, W = mask.size(-2), max_lookback
     n = mask.size(0) // B
-    first = [x[:, None, :, :1].expand(B, n, H, 1, D) for x in (k, v)]          # token 0, for the anchor
     if n == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).unflatten(2, (n, C)).transpose(1, 2) for x in (q, k, v))  # (B, n, H, C, D)
-    k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x), dim=3) for x in (k, v))         # (B, n, H, 2C, D)
-    if mask.size(-1) > 2 * C:
-        k, v = (torch.cat(pair, dim=3) for pair in zip((k, v), first))         # (B, n, H, 2C + 1, D)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                             # (B * n, H, C or 2C, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)                      # (B * n, H, C, D)
-    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]      # (B, H, T, D)
+    # the contexts one after another, like one text: the mask keeps them apart
+    q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).transpose(1, 2) for x in (q, k, v))                      # (B, n * C, H, D)
+    first = [x[:, None, :1].expand(B, n, 1, H, D).flatten(0, 1) for x in (k, v)]                       # token 0, for the anchor
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                             # (B * n * C, H, D)
+    k, v = (Windows.apply(x, C, W) for x in (k, v))                            # (B * n, W + C, H, D)
+    if mask.size(-1) > W + C:
+        k, v = (torch.cat(pair, 1) for pair in zip((k, v), first))             # (B * n, W + C + 1, H, D)
+    q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (B * n, C)), k, v))  # (B * n, H, C or W + C, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)                     # (B * n, H, C, D)
+    return y.transpose(1, 2).reshape(B, n * C, H, D)[:, :T].transpose(1, 2)    # (B, H, T, D)
 
 
 def in_block(lookback, anchor=False):
@@ -200,6 +221,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.dial = config.dial
+        self.max_lookback = config.max_lookback
         self.locality = 0.0    # lambda of this layer; GPT.set_locality turns it
 
     def qkv(self, x):
@@ -217,7 +239,7 @@ class CausalSelfAttention(nn.Module):
         elif self.locality < 1:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         if self.dial == "blend" and self.locality > 0:
-            y_local = local_attention(q, k, v, mask, dropout)
+            y_local = local_attention(q, k, v, mask, self.max_lookback, dropout)
             y = y_local if self.locality == 1 else torch.lerp(y, y_local, self.locality)
         y = self.c_proj(y.transpose(1, 2).flatten(2))                          # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
