@@ -305,10 +305,14 @@ class GPT(nn.Module):
         x = self.embed(idx)                                                    # (B, T, C)
         for block in self.h:
             x = block(x, mask)
-        logits = self.head(x)                                                  # (B, T, V)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.head(x), None
+        # a bias of -inf keeps the padded rows of wte out of the loss; to slice the logits would copy them, here and back
+        V = self.config.vocab_size
+        bias = F.pad(torch.zeros(V, device=x.device), (0, len(self.wte.weight) - V), value=-math.inf)
+        logits = F.linear(self.ln_f(x), self.wte.weight, bias)                 # (B, T, V and the padding)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits[..., :V], loss
 
     def embed(self, idx):
         if idx.size(1) > self.config.block_size:
