@@ -4,14 +4,15 @@ Times, side by side and with their log.
     python bench.py [--only attention|step|generate|data] [--nanogpt DIR] [--json FILE]
     python bench.py --only data --source BOOKS.txt
 
-attention: a layer's attention, forward and backward, against what PyTorch has for the whole context or for any mask.
-step:      a training step, against nanoGPT's (--nanogpt: a checkout of it) and `transformers` given the same mask; the loader.
-generate:  tokens a second with the cache, against computing the context anew for every token.
-data:      encoding a text (tiktoken) and partitioning it (semantic blocks), at 1, 4 and 16 times the text.
+attention: a layer's attention, forward and backward, against what PyTorch has for the whole context or for any mask
+step:      a training step, against nanoGPT's (--nanogpt: a checkout) and `transformers` given the same mask; the loader
+generate:  tokens a second with the cache, against reading the context anew for every token
+data:      encoding a text (tiktoken) and partitioning it (semantic blocks), at 1, 4 and 16 times the text
 
-Contestants take turns, round after round, so that other work on the machine slows all of them alike; a time is the median of its
-rounds. A row's `ratio` is to its `baseline`: of seconds where it has `seconds`, of tokens a second where it has `tokens_per_s`.
-What is not installed here is left out, and said. On a CUDA device the shapes are larger, and the model is compiled.
+Contestants take turns, round after round, so that other work on the machine slows all of them alike; a time is the
+median of its rounds. A row's `ratio` is to its `baseline`: of seconds where it has `seconds`, of tokens a second where it
+has `tokens_per_s`. What is not installed here is left out, and said. On a CUDA device the shapes are larger, and the
+model is compiled.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def synchronize(device):
 
 
 def race(contestants, device, rounds):
-    """{name: function} -> {name: median seconds of a call}. They take turns; the first round, which warms up, does not count."""
+    """{name: function} -> {name: median seconds of a call}. They take turns; the first round warms up and does not count."""
     times = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, turn in contestants.items():
@@ -171,7 +172,8 @@ def bench_attention(args):
     rows, local = [], {}
     print(f"12 heads x 64, blocks of at most {W} tokens back, batch 1, {str(settings[2]).removeprefix('torch.')}")
     for T in lengths:
-        names = ["local"] + ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096)    # others take too long, or too much
+        # the others take too long, or too much, beyond
+        names = ["local"] + ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096)
         times = race({name: attention_turn(name, T, *settings) for name in names}, args.device, args.rounds)
         found = {name: row("attention", f"{name}, T = {T}", times[name], peak_mb=peak_of(attention_turn, name, T, *settings,
                                                                                         device=args.device))
@@ -264,12 +266,13 @@ def transformers_step(shape, B, device):
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=shape.get("vocab_size", 50257), n_positions=shape["block_size"], n_layer=shape["n_layer"], n_head=shape["n_head"],
-        n_embd=shape["n_embd"], embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, attn_implementation="sdpa", use_cache=False,
-        bos_token_id=0, eos_token_id=0)
+        **{"n_positions" if key == "block_size" else key: value for key, value in shape.items()}, embd_pdrop=0, attn_pdrop=0,
+        resid_pdrop=0, attn_implementation="sdpa", use_cache=False, bos_token_id=0, eos_token_id=0)
     model = transformers.GPT2LMHeadModel(config).to(device).train()
     fast_model = torch.compile(model) if compiles(device, "auto") else model
-    optimizer, = build_optimizers_of(model)
+    groups = [{"params": [p for p in model.parameters() if (p.dim() < 2) == small], "weight_decay": 0.0 if small else 0.1}
+              for small in (False, True)]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
     x, r, _ = random_tokens(shape, B, device)
 
     def turn():
@@ -279,12 +282,6 @@ def transformers_step(shape, B, device):
         optimise(model, loss, optimizer)
 
     return turn
-
-
-def build_optimizers_of(model):
-    groups = [{"params": [p for p in model.parameters() if (p.dim() < 2) == small], "weight_decay": 0.0 if small else 0.1}
-              for small in (False, True)]
-    return [torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)]
 
 
 def bench_step(args):
@@ -298,24 +295,24 @@ def bench_step(args):
     turns = {name: our_step(name, shape, B, args.device) for name in names}
     if nanogpt:
         turns["nanoGPT"] = nanogpt_step(nanogpt, shape, B, args.device)
-        turns["nanoGPT, its defaults"] = nanogpt_step(nanogpt, shape, B, args.device, fused=cuda, bias=False, compiled=not args.quick)
+        turns["nanoGPT, its defaults"] = nanogpt_step(nanogpt, shape, B, args.device, fused=cuda, bias=False,
+                                                      compiled=not args.quick)
     turns["transformers, masked"] = transformers_step(shape, B, args.device)
     turns = {name: turn for name, turn in turns.items() if turn}
     times = race(turns, args.device, args.rounds)
-    mfu = {name: cuda and utilisation(GPT(GPTConfig(**shape)), B * T / times[name], T, args.device) or None for name in turns}
-    others = {name: row("step", name, tokens_per_s=B * T / times[name]) for name in turns if name not in names}
-    rows, ours = [*others.values()], {}
+    others = [row("step", name, tokens_per_s=B * T / times[name]) for name in turns if name not in names]
+    rows, ours, sized = [*others], None, GPT(GPTConfig(**shape))
     for name in names:
-        for other in [None, *others.values()] if name == "distributed" or not others else [ours["distributed"], *others.values()]:
-            found = row("step", name, tokens_per_s=B * T / times[name], against=other, mfu=mfu[name])
-            ours.setdefault(name, found)
-            rows.append(found)
+        for other in [ours, *others]:    # the first of ours is the baseline of the next two
+            rows.append(row("step", name, tokens_per_s=B * T / times[name], against=other,
+                            mfu=utilisation(sized, B * T / times[name], T, args.device)))
+            ours = ours or rows[-1]
     graphs = torch._dynamo.utils.counters
     if graphs["stats"]:
         rows.append(row("step", "compiled graphs, and breaks", graphs=graphs["stats"]["unique_graphs"],
                         graph_breaks=sum(graphs["graph_break"].values())))
     del turns
-    rows += bench_loader(T, B, ours["distributed"])
+    rows += bench_loader(T, B, ours)
     for T in (8192, 32768) if cuda and not args.quick else ():
         free(args.device)
         long = {**shape, "block_size": T}
@@ -345,10 +342,11 @@ def bench_loader(T, B, step):
         np.random.default_rng(0).integers(0, 50257, 10 ** 8).astype(np.uint16).tofile(path)
         tokens = np.memmap(path, np.uint16, "r")
         tokens.max()
-        turns = {"loader": lambda: [random_batch(tokens, tokens, T, config, next(number), torch.device("cpu")) for _ in range(100)]}
-        seconds = race(turns, torch.device("cpu"), 5)["loader"] / 100
+        cpu = torch.device("cpu")
+        turn = lambda: [random_batch(tokens, tokens, T, config, next(number), cpu) for _ in range(100)]
+        seconds = race({"loader": turn}, cpu, 5)["loader"] / 100
         os.truncate(path, 10 ** 10)
-        to_open = peak_of(open_and_read, path, T, device=torch.device("cpu"))
+        to_open = peak_of(open_and_read, path, T, device=cpu)
         del tokens
     return [row("step", "loader", tokens_per_s=B * T / seconds, against=step, mb_for_a_file_of_10_GB=to_open)]
 
@@ -380,14 +378,16 @@ def bench_generate(args):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, max_lookback=W)).eval()
     vocabulary = [b"ab. "[i % 4:i % 4 + 1] for i in range(model.config.vocab_size)]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, random; {n} new tokens, greedy, float32, on the CPU")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.0f} M parameters, random; {n} new tokens, greedy, float32, on the CPU")
     slow, name = model, "reading anew"
     nanogpt = load_nanogpt(args.nanogpt)
     if nanogpt:
         c = model.config
         with contextlib.redirect_stdout(io.StringIO()):
             slow = nanogpt.GPT(nanogpt.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)).eval()
-        state = {f"transformer.{key}": value[:c.vocab_size] if key == "wte.weight" else value for key, value in model.state_dict().items()}
+        state = {f"transformer.{key}": value[:c.vocab_size] if key == "wte.weight" else value
+                 for key, value in model.state_dict().items()}
         slow.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
         name = "nanoGPT, reading anew"
 
@@ -409,8 +409,9 @@ def bench_generate(args):
         same = generate(prompt, "distributed") == expected
         rows += [base] + [row("generate", f"cached, {dial}, prompt of {length}", tokens_per_s=n / times[dial], against=base,
                               same_tokens=same if dial == "distributed" else None) for dial in turns]
-    seconds = race({"8": lambda: generate(prompt, "distributed", 8)}, device, 1)["8"]
-    return rows + [row("generate", f"cached, distributed, 8 prompts of {length}", tokens_per_s=8 * n / seconds, against=base)]
+    name = f"cached, distributed, 8 prompts of {length}"
+    seconds = race({name: lambda: generate(prompt, "distributed", 8)}, device, 1)[name]
+    return rows + [row("generate", name, tokens_per_s=8 * n / seconds, against=base)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def bench_generate(args):
 
 
 def bench_data(args):
-    """Encoding against partitioning. Time should grow with the text, memory should not, and the ratio be no more than three."""
+    """Encoding against partitioning. Time should grow with the text, memory should not, and the ratio be at most three."""
     try:
         text = Path(args.source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -441,7 +442,8 @@ def bench_data(args):
         split = time.perf_counter() - start
         mb = times * len(text.encode()) / 1e6
         rows.append(row("data", f"encode, {mb:,.1f} MB", encode, tokens=len(tokens)))
-        rows.append(row("data", f"partition, {mb:,.1f} MB", split, against=rows[-1], tokens=len(tokens), peak_mb=peak_memory()))
+        rows.append(row("data", f"partition, {mb:,.1f} MB", split, against=rows[-1], tokens=len(tokens),
+                        peak_mb=peak_memory()))
     return rows
 
 

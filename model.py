@@ -77,9 +77,9 @@ def block_mask(lookback, max_lookback, anchor=False):
     """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their chunk and the W before it.
 
     lookback: (B, T) as `clamp_lookback` gives it; W = max_lookback, so that no block begins before those keys.
-    Returns (B * n, 1, C, W + C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= W + C: cutting
-    such a context would save nothing. anchor: every query sees token 0 as well, in a column of its own, the last, where
-    there are chunks.
+    Returns (B * n, 1, C, W + C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= W + C:
+    cutting such a context would save nothing. anchor: every query sees token 0 as well, in a column of its own, the last,
+    where there are chunks.
     """
     B, T = lookback.shape
     W, C = max_lookback, max(64, max_lookback // 2)    # shorter chunks look at fewer keys in vain, but make small matmuls
@@ -97,8 +97,10 @@ def block_mask(lookback, max_lookback, anchor=False):
 
 
 class Windows(torch.autograd.Function):
-    """(n * C, H, D) -> (n, W + C, H, D): each chunk of C tokens behind the W before it (zeros before the first). One copy that
-    the windows share: autograd's own way back through such overlapping views is slow, hence this one, which adds them up."""
+    """(n * C, H, D) -> (n, W + C, H, D): each chunk of C tokens behind the W before it (zeros before the first).
+
+    One copy that the windows share: autograd's own way back through overlapping views is slow, this one adds them up.
+    """
 
     @staticmethod
     def forward(ctx, x, C, W):
@@ -127,10 +129,10 @@ def local_attention(q, k, v, mask, max_lookback, dropout=0.0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     # the contexts one after another, like one text: the mask keeps them apart
     q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).transpose(1, 2) for x in (q, k, v))                      # (B, n * C, H, D)
-    first = [x[:, None, :1].expand(B, n, 1, H, D).flatten(0, 1) for x in (k, v)]                       # token 0, for the anchor
+    first = [x[:, None, :1].expand(B, n, 1, H, D).flatten(0, 1) for x in (k, v)]                       # token 0
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))                             # (B * n * C, H, D)
     k, v = (Windows.apply(x, C, W) for x in (k, v))                            # (B * n, W + C, H, D)
-    if mask.size(-1) > W + C:
+    if mask.size(-1) > W + C:    # the anchor
         k, v = (torch.cat(pair, 1) for pair in zip((k, v), first))             # (B * n, W + C + 1, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (B * n, C)), k, v))  # (B * n, H, C or W + C, D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)                     # (B * n, H, C, D)
@@ -382,6 +384,9 @@ class GPT(nn.Module):
         def contexts(rows):    # padded at the end, where causality keeps the padding out of sight
             return pad_sequence([torch.tensor(row[start:]) for row, start in zip(rows, starts)], True).to(device)  # (B, T)
 
+        def newest(rows):
+            return torch.tensor([row[-1] for row in rows], device=device)                                          # (B,)
+
         for _ in range(n):
             full = [len(text) - start > size for text, start in zip(texts, starts)]
             starts = [len(text) - (size + 1) // 2 if f else start for f, text, start in zip(full, texts, starts)]
@@ -390,8 +395,7 @@ class GPT(nn.Module):
                 caches = [Cache(self.config, locality, longest) for locality in self.locality]
                 x = self.read(contexts(texts), lookbacks and contexts(lookbacks), at, caches)                      # (B, C)
             else:
-                x = self.step(*(rows and torch.tensor([row[-1] for row in rows], device=device)
-                                for rows in (texts, lookbacks)), at, caches)
+                x = self.step(newest(texts), lookbacks and newest(lookbacks), at, caches)
             tokens = choose(self.head(x).float(), temperature, top_k, top_p, generator).tolist()
             yield tokens
             for i, token in enumerate(tokens):

@@ -48,7 +48,8 @@ def main():
         model.set_locality(schedule(args.schedule or config["schedule"], model.config.n_layer, fidelity))
     encoding = get_encoding(config["tokenizer"])
     vocabulary = token_bytes(encoding)
-    partitioners = [Partitioner(vocabulary, config["partition"], config["max_lookback"], config["background"]) for _ in prompts]
+    partitioners = [Partitioner(vocabulary, config["partition"], config["max_lookback"], config["background"])
+                    for _ in prompts]
     generator = torch.Generator(device).manual_seed(args.seed)
 
     # the first text is shown as it grows, the others when all are done; a character may come in several tokens

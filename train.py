@@ -265,11 +265,12 @@ def precision(device, dtype):
 
 
 def compiles(device, choice):
-    """Whether to use torch.compile. auto: on CUDA, where there is the C compiler that it needs; on a CPU with AMX, where there
-    is one for C++. On other CPUs, where nearly all the time goes into matrix products, compiling won next to nothing."""
+    """Whether to use torch.compile. auto: on CUDA, where there is the C compiler that it needs; on a CPU with AMX, where
+    there is one for C++. On other CPUs, where nearly all the time goes into matrix products, it won next to nothing."""
     if choice == "auto":
-        names = (os.environ.get("CC", "cc"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX", "c++"), "g++")
-        return (device.type == "cuda" or fast_bfloat16(device)) and any(map(shutil.which, names))
+        cuda = device.type == "cuda"
+        names = (os.environ.get("CC", "cc"), "gcc", "clang") if cuda else (os.environ.get("CXX", "c++"), "g++")
+        return (cuda or fast_bfloat16(device)) and any(map(shutil.which, names))
     return choice
 
 
@@ -406,7 +407,8 @@ def train(config, resume=False):
         nonlocal best, looks_since_best
         if world == 1:
             return look(step)
-        found = torch.tensor([look(step), best, looks_since_best] if rank == 0 else [0.0] * 3, dtype=torch.double, device=device)
+        found = [look(step), best, looks_since_best] if rank == 0 else [0.0] * 3
+        found = torch.tensor(found, dtype=torch.double, device=device)
         distributed.broadcast(found, 0)
         val, best, looks_since_best = found.tolist()
         return val
@@ -425,7 +427,8 @@ def train(config, resume=False):
         val = look_once(0)
         keep(0)
     step, stop, seen, clock = start, False, 0, time.perf_counter()
-    with stop_signals() as asked, tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step", disable=rank > 0) as bar:
+    with stop_signals() as asked, tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step",
+                                       disable=rank > 0) as bar:
         while step < config.max_steps and not 0 < config.patience <= looks_since_best:
             lr = learning_rate(step, config)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):

@@ -13,6 +13,11 @@ from bench import attention_turn, peak_of, race, row
 ROOT = Path(__file__).parent.parent
 
 
+def bench(folder, *options):
+    return subprocess.run([sys.executable, ROOT / "bench.py", "--quick", *options], cwd=folder, text=True,
+                          capture_output=True, timeout=400)
+
+
 def test_contestants_take_turns_and_the_first_round_does_not_count(monkeypatch):
     order, clock = [], [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
@@ -38,13 +43,14 @@ def test_a_ratio_is_of_seconds_or_of_speeds():
 def test_the_peak_is_of_the_contestant_alone():
     cpu = torch.device("cpu")
     small, large = (peak_of(attention_turn, "local", T, cpu, device=cpu) for T in (2048, 8192))
-    assert 8 * 3 * 2048 * 768 * 4 / 2 ** 20 > small > 2 * 3 * 2048 * 768 * 4 / 2 ** 20    # q, k, v and their gradients, and more
+    qkv = 3 * 2048 * 768 * 4 / 2 ** 20
+    assert 8 * qkv > small > 2 * qkv    # these and their gradients, and more
     assert large < 5 * small    # in proportion to T
 
 
 def test_every_section_runs_and_its_rows_agree(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "--quick", "--rounds", "1", "--tokenizer", "bytes", "--json", "b.json",
-                           "--source", ROOT / "data" / "sample.txt"], cwd=tmp_path, text=True, capture_output=True, timeout=400)
+    text = ROOT / "data" / "sample.txt"
+    done = bench(tmp_path, "--rounds", "1", "--tokenizer", "bytes", "--json", "b.json", "--source", text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("nanoGPT left out") == 2
     rows = json.loads((tmp_path / "b.json").read_text())
@@ -60,7 +66,7 @@ def test_every_section_runs_and_its_rows_agree(tmp_path):
 
 
 def test_mistakes_end_in_one_line(tmp_path):
-    for options, says in ((["--nanogpt", "nowhere"], "nowhere"), (["--rounds", "0"], "rounds"), (["--device", "abacus"], "abacus")):
-        done = subprocess.run([sys.executable, ROOT / "bench.py", "--quick", "--only", "step", *options], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=100)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
+    for option, value in (("--nanogpt", "nowhere"), ("--rounds", "0"), ("--device", "abacus")):
+        done = bench(tmp_path, "--only", "step", option, value)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert value in done.stderr

@@ -326,7 +326,8 @@ def test_the_cache_changes_nothing(settings, name, block_size):
     for temperature in (0, 9):    # greedy; and hot enough for a text in which no two tokens are alike
         seen.clear()
         partitioners = [Partitioner(VOCABULARY, "sentence", 8) for _ in prompts]
-        found = list(zip(*model.generate(prompts, 40, partitioners, temperature, generator=torch.Generator().manual_seed(0))))
+        generator = torch.Generator().manual_seed(0)
+        found = list(zip(*model.generate(prompts, 40, partitioners, temperature, generator=generator)))
         for prompt, tokens, logits in zip(prompts, found, torch.stack(seen[:40], 1)):
             expected = uncached_logits(model, prompt + list(tokens), len(prompt), "sentence")                   # (40, V)
             assert (logits - expected).abs().max() < 1e-3
@@ -341,7 +342,7 @@ def test_a_local_layer_keeps_its_last_keys_and_no_more():
     model, kept = tiny(block_size=64, anchor=True), []
     model.set_locality([0, 0.9, 1])
     step = model.step
-    model.step = lambda token, lookback, at, caches: kept.append([c.k.size(2) for c in caches]) or step(token, lookback, at, caches)
+    model.step = lambda *args: kept.append([cache.k.size(2) for cache in args[-1]]) or step(*args)
     list(model.generate([[1, 2, 3]], 60, [Partitioner(VOCABULARY, "window:9", 8)]))
     assert kept == [[63, 63, 8 + 1 + 1]] * 59    # the block reaches 8 back from the token itself; and token 0
 
