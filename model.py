@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from download import CACHE, download
 from locality import InputError
@@ -73,46 +74,69 @@ def clamp_lookback(lookback, max_lookback, min_lookback=0):
 
 
 def block_mask(lookback, max_lookback, anchor=False):
-    """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their own and the previous chunk.
+    """Who sees whom in `local_attention`: queries in chunks of C, against the keys of their chunk and the W before it.
 
-    lookback: (B, T) as `clamp_lookback` gives it; C = max_lookback, so a block never reaches a third chunk.
-    Returns (B * n, 1, C, 2C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= 2C: cutting
-    such a context in two would save nothing. anchor: every query sees token 0 as well, in a column of its own, the last,
+    lookback: (B, T) as `clamp_lookback` gives it; W = max_lookback, so that no block begins before those keys.
+    Returns (B * n, 1, C, W + C) booleans for the n = ceil(T / C) chunks; or (B, 1, T, T), one chunk, where T <= W + C:
+    cutting such a context would save nothing. anchor: every query sees token 0 as well, in a column of its own, the last,
     where there are chunks.
     """
     B, T = lookback.shape
-    C = max_lookback if 2 * max_lookback < T else T
+    W, C = max_lookback, max(64, max_lookback // 2)    # shorter chunks look at fewer keys in vain, but make small matmuls
     n = -(-T // C)
-    if n == 1:
+    if T <= W + C:
         return in_block(lookback, anchor)[:, None]                             # (B, 1, T, T)
     outside = lookback < torch.arange(T, device=lookback.device)               # (B, T), whose block lacks token 0
     outside = F.pad(outside, (0, n * C - T)).view(B * n, 1, C, 1)
     r = F.pad(lookback, (0, n * C - T)).view(B * n, 1, C, 1)                   # a padded query sees only itself
     i = torch.arange(C, device=lookback.device)[:, None]                       # (C, 1)
-    j = torch.arange(-C, C, device=lookback.device)[None, :]                   # (1, 2C), counted from the chunk's start
+    j = torch.arange(-W, C, device=lookback.device)[None, :]                   # (1, W + C), counted from the chunk's start
     distance = i - j
-    mask = (distance >= 0) & (distance <= r)                                   # (B * n, 1, C, 2C)
+    mask = (distance >= 0) & (distance <= r)                                   # (B * n, 1, C, W + C)
     return torch.cat((mask, outside), -1) if anchor else mask
 
 
-def local_attention(q, k, v, mask, dropout=0.0):
-    """Softmax attention of each query over its block alone, in O(T * C) time and memory.
+class Windows(torch.autograd.Function):
+    """(n * C, H, D) -> (n, W + C, H, D): each chunk of C tokens behind the W before it (zeros before the first).
 
-    q, k, v: (B, H, T, D); mask: from `block_mask`. Returns (B, H, T, D).
+    One copy that the windows share: autograd's own way back through overlapping views is slow, this one adds them up.
+    """
+
+    @staticmethod
+    def forward(ctx, x, C, W):
+        ctx.sizes = C, W
+        return F.pad(x, (0, 0, 0, 0, W, 0)).unfold(0, W + C, C).movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (C, W), n = ctx.sizes, len(grad)
+        total = grad.new_zeros(n * C + W + C, *grad.shape[2:])
+        for at in range(0, W + C, C):    # the part at `at` of every window: no two of these overlap
+            part = grad[:, at:at + C]
+            total[at:at + n * C].unflatten(0, (n, C))[:, :part.size(1)] += part
+        return total[W:W + n * C], None, None
+
+
+def local_attention(q, k, v, mask, max_lookback, dropout=0.0):
+    """Softmax attention of each query over its block alone, in O(T * W) time and memory.
+
+    q, k, v: (B, H, T, D); mask: from `block_mask`, for the same max_lookback W. Returns (B, H, T, D).
     """
     B, H, T, D = q.shape
-    C = mask.size(-2)
+    C, W = mask.size(-2), max_lookback
     n = mask.size(0) // B
-    first = [x[:, None, :, :1].expand(B, n, H, 1, D) for x in (k, v)]          # token 0, for the anchor
     if n == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).unflatten(2, (n, C)).transpose(1, 2) for x in (q, k, v))  # (B, n, H, C, D)
-    k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x), dim=3) for x in (k, v))         # (B, n, H, 2C, D)
-    if mask.size(-1) > 2 * C:
-        k, v = (torch.cat(pair, dim=3) for pair in zip((k, v), first))         # (B, n, H, 2C + 1, D)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                             # (B * n, H, C or 2C, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)                      # (B * n, H, C, D)
-    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]      # (B, H, T, D)
+    # the contexts one after another, like one text: the mask keeps them apart
+    q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).transpose(1, 2) for x in (q, k, v))                      # (B, n * C, H, D)
+    first = [x[:, None, :1].expand(B, n, 1, H, D).flatten(0, 1) for x in (k, v)]                       # token 0
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                             # (B * n * C, H, D)
+    k, v = (Windows.apply(x, C, W) for x in (k, v))                            # (B * n, W + C, H, D)
+    if mask.size(-1) > W + C:    # the anchor
+        k, v = (torch.cat(pair, 1) for pair in zip((k, v), first))             # (B * n, W + C + 1, H, D)
+    q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (B * n, C)), k, v))  # (B * n, H, C or W + C, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)                     # (B * n, H, C, D)
+    return y.transpose(1, 2).reshape(B, n * C, H, D)[:, :T].transpose(1, 2)    # (B, H, T, D)
 
 
 def in_block(lookback, anchor=False):
@@ -123,32 +147,68 @@ def in_block(lookback, anchor=False):
     return inside | (position == 0) if anchor else inside
 
 
-def penalty_bias(block, locality):
+def causal(T, device):
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril()            # (T, T)
+
+
+def penalty_bias(block, visible, locality):
     """What the dial as a penalty adds to the scores: log(1 - lambda) outside the block, so that a_ij is in proportion to
     exp(s_ij) * (1 - lambda * [j outside]). Larger scores can undo it: the fidelity is not certified, unless lambda is 1.
 
-    block: (B, 1, T, T) booleans from `in_block`. Returns (B, 1, T, T) float32, -inf above the diagonal.
+    block: (B, 1, T, T) booleans from `in_block`; visible: booleans that broadcast with it, see `causal`. Returns float32 in
+    the shape of block, -inf where nothing is visible.
     """
-    T = block.size(-1)
     outside = math.log1p(-locality) if locality < 1 else -math.inf
-    later = torch.full((T, T), -math.inf, device=block.device).triu(1)         # (T, T)
-    return torch.zeros(block.shape, device=block.device).masked_fill(~block, outside) + later
+    return torch.zeros(block.shape, device=block.device).masked_fill(~block, outside).masked_fill(~visible, -math.inf)
 
 
-def attention_weights(q, k, block, locality, dial="blend"):
-    """The attention probabilities written down densely: the reference that the fast path is tested against.
+def attention_weights(q, k, block, locality, dial="blend", visible=None):
+    """The attention probabilities written down densely: the reference that the fast path is tested against, and what
+    generation uses for its one query.
 
-    q, k: (B, H, T, D); block: (B, 1, T, T) booleans from `in_block`; locality: the layer's lambda; dial: as in GPTConfig.
-    Returns (B, H, T, T), rows sum to 1.
+    q, k: (B, H, T, D); block: (B, 1, T, T) booleans from `in_block`; locality: the layer's lambda; dial: as in GPTConfig;
+    visible: the keys there are for each query, by default all up to its own. Returns (B, H, T, T), rows sum to 1.
     """
+    visible = causal(q.size(2), q.device) if visible is None else visible
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                   # (B, H, T, T)
     if dial == "penalty":
-        return (scores + penalty_bias(block, locality)).softmax(-1)
-    T = q.size(2)
-    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()        # (T, T)
-    a_global = scores.masked_fill(~causal, -math.inf).softmax(-1)
+        return (scores + penalty_bias(block, visible, locality)).softmax(-1)
+    a_global = scores.masked_fill(~visible, -math.inf).softmax(-1)
     a_local = scores.masked_fill(~block, -math.inf).softmax(-1)
     return (1 - locality) * a_global + locality * a_local                      # (B, H, T, T)
+
+
+class Cache:
+    """The keys and values of one layer while text is generated. Where lambda is 1, those of the last max_lookback + 1 tokens
+    alone, plus token 0 if the block is anchored there: no block reaches further, so that the cache does not grow.
+
+    Position p lies in slot p % size, where the newest tokens overwrite the oldest. longest: tokens, of any context to come.
+    """
+
+    def __init__(self, config, locality, longest):
+        self.size = min(config.max_lookback + 1, longest) if locality == 1 else longest
+        self.anchor = config.anchor
+        self.sink = config.anchor and self.size < longest    # token 0 needs a slot of its own, the last
+
+    def positions(self, n):
+        """The position in each slot when the newest is n, (B,) int64: (B, S), negative where a slot is empty."""
+        p = n[:, None] - (n[:, None] - torch.arange(self.size, device=n.device)) % self.size
+        return torch.cat((p, -(n[:, None] < self.size).long()), 1) if self.sink else p
+
+    def fill(self, k, v, n):
+        """Take what is needed of the keys and values of contexts, (B, H, T, D), that end at positions n, (B,)."""
+        p = self.positions(n).clamp(min=0)[:, None, :, None]
+        self.k, self.v = k.take_along_dim(p, 2), v.take_along_dim(p, 2)        # (B, H, S, D)
+
+    def push(self, k, v, n, lookback):
+        """Add tokens at positions n, (B,). k, v: (B, H, 1, D). Returns who is in the block of each, and who is there at
+        all, (B, 1, 1, S) booleans."""
+        rows = torch.arange(len(n), device=n.device)
+        self.k[rows, :, n % self.size], self.v[rows, :, n % self.size] = k[:, :, 0], v[:, :, 0]
+        p = self.positions(n)                                                  # (B, S)
+        block = p >= (n if lookback is None else n - lookback)[:, None]        # no lookback: no layer asks for it
+        block = block | (p == 0) if self.anchor else block
+        return block[:, None, None], (p >= 0)[:, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,25 +223,35 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.dial = config.dial
+        self.max_lookback = config.max_lookback
         self.locality = 0.0    # lambda of this layer; GPT.set_locality turns it
 
     def qkv(self, x):
         qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))                # (B, T, 3, H, D)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)                            # three of (B, H, T, D)
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, keep=None):
         q, k, v = self.qkv(x)                                                  # (B, H, T, D)
+        if keep:
+            keep(k, v)
         dropout = self.dropout if self.training else 0.0
         if self.dial == "penalty" and self.locality > 0:
-            bias = penalty_bias(mask, self.locality).to(q.dtype)               # (B, 1, T, T)
+            bias = penalty_bias(mask, causal(x.size(1), x.device), self.locality).to(q.dtype)      # (B, 1, T, T)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         elif self.locality < 1:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         if self.dial == "blend" and self.locality > 0:
-            y_local = local_attention(q, k, v, mask, dropout)
+            y_local = local_attention(q, k, v, mask, self.max_lookback, dropout)
             y = y_local if self.locality == 1 else torch.lerp(y, y_local, self.locality)
         y = self.c_proj(y.transpose(1, 2).flatten(2))                          # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
+
+    def step(self, x, cache, n, lookback):
+        """The same for one more token of each context. x: (B, 1, C), at positions n, (B,)."""
+        q, k, v = self.qkv(x)                                                  # (B, H, 1, D)
+        block, visible = cache.push(k, v, n, lookback)
+        y = attention_weights(q, cache.k, block, self.locality, self.dial, visible) @ cache.v      # (B, H, 1, D)
+        return self.c_proj(y.transpose(1, 2).flatten(2))                       # (B, 1, C)
 
 
 class MLP(nn.Module):
@@ -204,8 +274,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask):
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x, mask, keep=None):
+        x = x + self.attn(self.ln_1(x), mask, keep)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -237,10 +307,14 @@ class GPT(nn.Module):
         x = self.embed(idx)                                                    # (B, T, C)
         for block in self.h:
             x = block(x, mask)
-        logits = self.head(x)                                                  # (B, T, V)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.head(x), None
+        # a bias of -inf keeps the padded rows of wte out of the loss; to slice the logits would copy them, here and back
+        V = self.config.vocab_size
+        bias = F.pad(torch.zeros(V, device=x.device), (0, len(self.wte.weight) - V), value=-math.inf)
+        logits = F.linear(self.ln_f(x), self.wte.weight, bias)                 # (B, T, V and the padding)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits[..., :V], loss
 
     def embed(self, idx):
         if idx.size(1) > self.config.block_size:
@@ -294,31 +368,57 @@ class GPT(nn.Module):
     # -- generation
 
     @torch.no_grad()
-    def generate(self, tokens, n, partitioner=None, temperature=1.0, top_k=None, generator=None):
-        """Yield n new token ids, one by one, after the prompt `tokens` (a non-empty list of ids).
+    def generate(self, prompts, n, partitioners=None, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """Yield n times a list of the next token id of each of some texts.
 
-        partitioner: a fresh locality.Partitioner, which finds the blocks as the text grows (needed unless every lambda
-        is 0). temperature 0 is greedy; top_k keeps the k likeliest tokens. The context is the last block_size tokens.
+        prompts: lists of ids, none empty, of any lengths. partitioners: a fresh locality.Partitioner for each, which finds
+        the blocks as the text grows (needed unless every lambda is 0). For the rest see `choose`.
+        A context that has block_size tokens goes on with the last half of them, as if the text began there: positions are
+        counted from the start of the context, so that moving on by a token would change all that was computed.
         """
-        device = self.wte.weight.device
-        tokens = list(tokens)
-        lookback = partitioner.push(tokens).tolist() if partitioner else None
+        size, device = self.config.block_size, self.wte.weight.device
+        texts, starts, caches = [list(prompt) for prompt in prompts], [0] * len(prompts), None
+        lookbacks = [p.push(text).tolist() for p, text in zip(partitioners, texts)] if partitioners else None
+        longest = min(size, max(map(len, texts)) + n)
+
+        def contexts(rows):    # padded at the end, where causality keeps the padding out of sight
+            return pad_sequence([torch.tensor(row[start:]) for row, start in zip(rows, starts)], True).to(device)  # (B, T)
+
+        def newest(rows):
+            return torch.tensor([row[-1] for row in rows], device=device)                                          # (B,)
+
         for _ in range(n):
-            x = torch.tensor([tokens[-self.config.block_size:]], device=device)                       # (1, T)
-            r = torch.tensor([lookback[-self.config.block_size:]], device=device) if lookback else None
-            logits = self(x, r)[0][0, -1].float()                              # (V,)
-            if temperature == 0:
-                token = int(logits.argmax())
+            full = [len(text) - start > size for text, start in zip(texts, starts)]
+            starts = [len(text) - (size + 1) // 2 if f else start for f, text, start in zip(full, texts, starts)]
+            at = torch.tensor([len(text) - start - 1 for text, start in zip(texts, starts)], device=device)        # (B,)
+            if caches is None or any(full):
+                caches = [Cache(self.config, locality, longest) for locality in self.locality]
+                x = self.read(contexts(texts), lookbacks and contexts(lookbacks), at, caches)                      # (B, C)
             else:
-                logits = (logits - logits.max()) / temperature
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.size(0))).values[-1]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-            yield token
-            tokens.append(token)
-            if partitioner:
-                lookback.extend(partitioner.push([token]).tolist())
+                x = self.step(newest(texts), lookbacks and newest(lookbacks), at, caches)
+            tokens = choose(self.head(x).float(), temperature, top_k, top_p, generator).tolist()
+            yield tokens
+            for i, token in enumerate(tokens):
+                texts[i].append(token)
+                if partitioners:
+                    lookbacks[i].extend(partitioners[i].push([token]).tolist())
+
+    def read(self, idx, lookback, at, caches):
+        """Fill the caches with contexts, (B, T), that end at positions `at`, (B,). Returns (B, C), for the head."""
+        mask, x = self._mask(idx, lookback), self.embed(idx)                   # (B, T, C)
+        for block, cache in zip(self.h, caches):
+            x = block(x, mask, lambda k, v: cache.fill(k, v, at))
+        return x[torch.arange(len(at), device=at.device), at]
+
+    def step(self, token, lookback, at, caches):
+        """Go on from the caches by a token each. token, lookback, at: (B,), what it is, its blocks, its position."""
+        x = (self.wte(token) + self.wpe(at))[:, None]                          # (B, 1, C)
+        if lookback is not None:
+            lookback = lookback.clamp(self.config.min_lookback, self.config.max_lookback).minimum(at)
+        for block, cache in zip(self.h, caches):
+            x = x + block.attn.step(block.ln_1(x), cache, at, lookback)
+            x = x + block.mlp(block.ln_2(x))
+        return x[:, 0]
 
     # -- weights in and out
 
@@ -370,6 +470,26 @@ class GPT(nn.Module):
         temporary = folder / f"config.json.{os.getpid()}.tmp"
         temporary.write_text(text + "\n")
         os.replace(temporary, folder / "config.json")
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """A token for each row of logits, (B, V) float32 -> (B,) int64, drawn from softmax(logits / temperature).
+
+    temperature 0: the likeliest. top_k: among the k likeliest alone; 0: all. top_p: among the fewest likeliest that have
+    the probability p together.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        likeliest, token = p.sort(descending=True)
+        likeliest[likeliest.cumsum(-1) - likeliest >= top_p] = 0               # the tokens before it have p already
+        p = torch.zeros_like(p).scatter(1, token, likeliest)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ Train or fine-tune a localised GPT-2: one TOML file in, one run folder out.
     python train.py configs/quickstart.toml
     python train.py configs/gpt2_quintic.toml --source my_book.txt --out runs/my_book
     python train.py runs/my_book --resume
+    torchrun --nproc_per_node=8 train.py configs/gpt2_quintic.toml    # the same run, shared by eight GPUs
 
 Any key of the config can be overridden on the command line. The run folder holds config.toml (everything, as it was
 run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png.
 """
 
 import contextlib
+import datetime
 import difflib
 import json
 import math
@@ -28,6 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from eval import evaluate, figure, pick_device, prepared, provenance, table
@@ -72,7 +75,7 @@ class Config:
     dropout: float = 0.0
     # optimisation: linear warm-up, cosine decay
     optimizer: str = "adamw"                  # adamw; or muon, for the matrices inside the layers (AdamW for the rest)
-    batch_size: int = 8                       # contexts in one forward pass
+    batch_size: int = 8                       # contexts in one forward pass, of all processes together
     grad_accum: int = 1                       # forward passes in one step
     max_steps: int = 1000
     learning_rate: float = 3e-4
@@ -90,8 +93,8 @@ class Config:
     # machine
     seed: int = 1
     device: str = "auto"                      # auto: CUDA where there is one
-    dtype: str = "auto"                       # float32, bfloat16 (autocast); auto: bfloat16 on CUDA
-    compile: str | bool = "auto"              # torch.compile; auto: on CUDA
+    dtype: str = "auto"                       # float32, bfloat16 (autocast); auto: bfloat16 where it is faster
+    compile: str | bool = "auto"              # torch.compile; auto: where dtype auto means bfloat16
     out: str = ""                             # run folder; empty: runs/ and the name of the config file
 
     def __post_init__(self):
@@ -232,9 +235,12 @@ def learning_rate(step, config):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
 
 
-def random_batch(tokens, lookback, T, config, number, device):
-    """Contexts at random places, a function of the seed and the batch's number alone: (B, T) ids, lookbacks, targets."""
-    starts = np.random.default_rng((config.seed, number)).integers(0, len(tokens) - T, config.batch_size)
+def random_batch(tokens, lookback, T, config, number, device, rank=0, world=1):
+    """Contexts at random places, a function of the seed and the batch's number alone: (B, T) ids, lookbacks, targets.
+
+    Where `world` processes share the batch, only the contexts of this one are read: each world-th from `rank` on.
+    """
+    starts = np.random.default_rng((config.seed, number)).integers(0, len(tokens) - T, config.batch_size)[rank::world]
     rows = [np.stack([a[s:s + T] for s in starts]) for a, starts in (
         (tokens, starts), (lookback, starts), (tokens, starts + 1))]
     batch = [torch.from_numpy(row.astype(np.int64)) for row in rows]
@@ -243,19 +249,57 @@ def random_batch(tokens, lookback, T, config, number, device):
     return [b.to(device) for b in batch]
 
 
+def fast_bfloat16(device):
+    """Whether bfloat16 is faster than float32: on CUDA cards that have it, and on CPUs with AMX. AVX-512 alone has the
+    instructions too, but its matrix products take about twice as long in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+
+
 def precision(device, dtype):
-    """The context of a forward pass: bfloat16 arithmetic, or plain float32. dtype auto: bfloat16 on a CUDA card that has it."""
-    if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"
-                               and torch.cuda.is_bf16_supported(including_emulation=False)):
+    """The context of a forward pass: bfloat16 arithmetic, or plain float32. dtype auto: whatever is faster."""
+    if dtype == "bfloat16" or dtype == "auto" and fast_bfloat16(device):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def compiles(device, choice):
-    """Whether to use torch.compile. auto: on CUDA, where there is the C compiler that it needs."""
+    """Whether to use torch.compile. auto: on CUDA, where there is the C compiler that it needs; on a CPU with AMX, where
+    there is one for C++. On other CPUs, where nearly all the time goes into matrix products, it won next to nothing."""
     if choice == "auto":
-        return device.type == "cuda" and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        cuda = device.type == "cuda"
+        names = (os.environ.get("CC", "cc"), "gcc", "clang") if cuda else (os.environ.get("CXX", "c++"), "g++")
+        return (cuda or fast_bfloat16(device)) and any(map(shutil.which, names))
     return choice
+
+
+def join(config):
+    """(device, rank, world) of this process: number `rank` of the `world` that torchrun started, or the only one, 0 of 1.
+
+    Processes talk by NCCL, each on a GPU of its own, or by Gloo where the device is the CPU. Raises InputError.
+    """
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if config.batch_size % world:
+        raise InputError(f"batch_size ({config.batch_size}) must be divisible by the {world} processes that share it")
+    own_gpu = world > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{local}" if own_gpu else config.device)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+    return device, rank, world
+
+
+@contextlib.contextmanager
+def rank_0_first(rank, world):
+    """What one process writes and the others then read: rank 0 is through with it before the others begin."""
+    if rank:
+        distributed.barrier()
+    yield
+    if world > 1 and rank == 0:
+        distributed.barrier()
 
 
 @contextlib.contextmanager
@@ -289,12 +333,13 @@ def utilisation(model, tokens_per_second, T, device):
 
 def train(config, resume=False):
     out = Path(config.out)
-    device = pick_device(config.device)
+    device, rank, world = join(config)
     torch.manual_seed(config.seed)
-    encoding = get_encoding(config.tokenizer)
     state = load(out / "last.pt") if resume else None
-    folder = prepared(state["config"] if resume else asdict(config))
-    model = build_model(config, encoding.n_vocab)
+    with rank_0_first(rank, world):
+        encoding = get_encoding(config.tokenizer)
+        folder = prepared(state["config"] if resume else asdict(config))
+        model = build_model(config, encoding.n_vocab)
     T = model.config.block_size
     splits = {split: read_split(folder, split) for split in SPLITS}
     if len(splits["train"][0]) <= T:
@@ -304,6 +349,8 @@ def train(config, resume=False):
     model.to(device)
     optimizers = build_optimizers(model, config, device)
     fast_model = torch.compile(model) if compiles(device, config.compile) else model
+    if world > 1:
+        fast_model = torch.nn.parallel.DistributedDataParallel(fast_model)
     start, best, looks_since_best, written, spent = 0, math.inf, 0, 0, 0.0
     if resume:
         model.load_state_dict(state["model"])
@@ -316,16 +363,21 @@ def train(config, resume=False):
             state[key] for key in ("step", "best", "val_loss", "looks_since_best", "metrics_bytes", "seconds"))
         del state    # as large as the model three times over
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in () if resume else RESULTS:    # of a run that is overwritten nothing stays
-        (out / name).unlink(missing_ok=True)
-    write_text(out / "config.toml", to_toml(config))
-    metrics = open(out / "metrics.jsonl", "a", buffering=1)
-    metrics.truncate(written)    # what a killed run wrote after its last checkpoint comes again
-    metrics.seek(written)
-    describe(folder)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}, {config.schedule}, "
-          f"locality {' '.join(f'{x:.3g}' for x in model.locality)}" + (f", from step {start}" if resume else ""))
+    if rank:    # rank 0 alone writes; and each draws its own dropout
+        torch.manual_seed(config.seed + 1000 * start + rank)
+        metrics = open(os.devnull, "w")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in () if resume else RESULTS:    # of a run that is overwritten nothing stays
+            (out / name).unlink(missing_ok=True)
+        write_text(out / "config.toml", to_toml(config))
+        metrics = open(out / "metrics.jsonl", "a", buffering=1)
+        metrics.truncate(written)    # what a killed run wrote after its last checkpoint comes again
+        metrics.seek(written)
+        describe(folder)
+        print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}"
+              f"{f' and {world - 1} more' if world > 1 else ''}, {config.schedule}, locality "
+              f"{' '.join(f'{x:.3g}' for x in model.locality)}" + (f", from step {start}" if resume else ""))
 
     def checkpoint(step, **more):
         return {"step": step, "model": model.state_dict(), "model_config": asdict(model.config),
@@ -350,8 +402,21 @@ def train(config, resume=False):
             save(checkpoint(step, val_loss=best), out / "best.pt")
         return val["loss"]
 
+    def look_once(step):
+        """The same where there are several processes: rank 0 looks, and tells the others what it has found."""
+        nonlocal best, looks_since_best
+        if world == 1:
+            return look(step)
+        found = [look(step), best, looks_since_best] if rank == 0 else [0.0] * 3
+        found = torch.tensor(found, dtype=torch.double, device=device)
+        distributed.broadcast(found, 0)
+        val, best, looks_since_best = found.tolist()
+        return val
+
     def keep(step):
         """Write all that the next step depends on, so that a resumed run goes on as if it had never stopped."""
+        if rank:
+            return
         save(checkpoint(step, optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state(), best=best, val_loss=val,
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                         looks_since_best=looks_since_best, metrics_bytes=metrics.tell(),
@@ -359,17 +424,20 @@ def train(config, resume=False):
 
     started = time.perf_counter()
     if not resume:
-        val = look(0)
+        val = look_once(0)
         keep(0)
-    step, seen, clock = start, 0, time.perf_counter()
-    with stop_signals() as asked, tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step") as bar:
+    step, stop, seen, clock = start, False, 0, time.perf_counter()
+    with stop_signals() as asked, tqdm(initial=start, total=config.max_steps, desc=out.name, unit="step",
+                                       disable=rank > 0) as bar:
         while step < config.max_steps and not 0 < config.patience <= looks_since_best:
             lr = learning_rate(step, config)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
             loss = 0.0
             for micro in range(config.grad_accum):
-                x, r, y = random_batch(*splits["train"], T, config, step * config.grad_accum + micro, device)
+                x, r, y = random_batch(*splits["train"], T, config, step * config.grad_accum + micro, device, rank, world)
+                if world > 1:    # gradients are averaged over the processes after the last backward pass of a step
+                    fast_model.require_backward_grad_sync = micro == config.grad_accum - 1
                 with precision(device, config.dtype):
                     part = fast_model(x, r, y)[1] / config.grad_accum
                 part.backward()
@@ -384,27 +452,37 @@ def train(config, resume=False):
             if step == start + 1:    # compiling is not training
                 seen, clock = 0, time.perf_counter()
 
+            stop = bool(asked) and world == 1
             if step % config.log_interval == 0:
+                if world > 1:    # the mean loss, and whether any process was asked to stop
+                    shared = torch.stack((loss, torch.full_like(loss, bool(asked))))
+                    distributed.all_reduce(shared)
+                    loss, stop = shared[0] / world, bool(shared[1])
                 loss, norm = float(loss), float(norm)    # waits for the device
                 check_finite(step, loss, norm)
                 speed = seen / max(time.perf_counter() - clock, 1e-9)
                 seen, clock = 0, time.perf_counter()
-                mfu = utilisation(model, speed, T, device)
+                mfu = utilisation(model, speed / world, T, device)
                 bar.set_postfix_str(f"loss {loss:.3f}, val {val:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
                                     + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
                 metrics.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                                           "tokens_per_s": round(speed)}) + "\n")
             if step % config.eval_interval == 0 or step == config.max_steps:
-                val = look(step)
+                val = look_once(step)
                 keep(step)
                 seen, clock = 0, time.perf_counter()
-            if asked:
+            if stop:
                 keep(step)
                 break
     metrics.close()
-    if asked:
-        print(f"stopped at step {step}; go on with: python train.py {out} --resume", file=sys.stderr)
-        sys.exit(128 + asked[0])
+    if world > 1:
+        distributed.destroy_process_group()
+    if stop:
+        if rank == 0:
+            print(f"stopped at step {step}; go on with: python train.py {out} --resume", file=sys.stderr)
+        sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
+    if rank:
+        return
 
     # what the best model is worth, on text it has never seen
     chosen = load(out / "best.pt")

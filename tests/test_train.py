@@ -23,7 +23,8 @@ from eval import evaluate, figure, layer_mean, load_run, windows
 from locality import SCHEDULES, InputError, partition, schedule
 from model import GPT, GPTConfig
 from prepare_data import read_meta, read_split
-from train import Config, build_model, build_optimizers, learning_rate, random_batch, read_config, to_toml
+from train import (Config, build_model, build_optimizers, compiles, learning_rate, precision, random_batch, read_config,
+                   to_toml)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.toml"
@@ -149,6 +150,12 @@ def test_sample_writes_text_the_same_for_the_same_seed(run):
     texts = [run("sample.py", "runs/tiny", "--prompt", "The mind ", "--tokens", 60, "--top-k", 20) for _ in range(2)]
     assert texts[0] == texts[1] and texts[0][0] == 0
     assert texts[0][1].startswith("The mind ") and len(texts[0][1]) > 30
+    # two texts from each of two prompts; at one likely token each they are the texts that each prompt has alone
+    options = ("--tokens", 40, "--top-p", 1e-6)
+    alone = [run("sample.py", "runs/tiny", "--prompt", prompt, *options)[1].removesuffix("\n")
+             for prompt in ("The mind ", "I")]
+    _, printed, _ = run("sample.py", "runs/tiny", "--prompt", "The mind ", "--prompt", "I", "--samples", 2, *options)
+    assert printed.removesuffix("\n").split("\n\n---\n") == [alone[0], alone[0], alone[1], alone[1]]
 
 
 def test_sample_uses_the_dial_and_the_blocks_of_the_run(place, run, monkeypatch):
@@ -466,6 +473,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (["eval.py", "runs/tiny", "--stride", 1000], "stride"),
         (["eval.py", "runs/tiny", "--figure", "f.gif"], "f.gif"),
         (["sample.py", "runs/tiny", "--prompt", ""], "prompt"),
+        (["sample.py", "runs/tiny", "--top-p", 0], "top-p"),
         (["prepare_data.py", "nothing.txt"], "nothing.txt"),
         (["prepare_data.py", "data/sample.txt", "--tokenizer", "gpt2"], "TIKTOKEN_CACHE_DIR"),
     ]
@@ -543,6 +551,76 @@ def test_a_resumed_run_that_is_stopped_at_once_leaves_whole_metrics(place, run, 
     assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2]
     assert run("train.py", "runs/stopped", "--resume", "--max_steps", 6)[0] == 0
     assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2, 4, 6]
+
+
+# ---- several processes
+
+
+def children(pid):
+    """The processes that process `pid` has started, from Linux's /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:    # it has ended
+            continue
+        found += [int(path.parent.name)] * (parent == pid)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
+def test_two_processes_train_what_one_does_and_when_one_dies_the_run_ends_and_can_go_on(place, run):
+    options = [str(TINY), "--max_steps", "60", "--grad_accum", "2", "--log_interval", "1", "--eval_interval", "5", "--out"]
+    assert run("train.py", *options, "runs/alone")[0] == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    metrics = place / "runs" / "both" / "metrics.jsonl"
+    process = subprocess.Popen([*torchrun, *options, "runs/both"], cwd=place, text=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, env=environment)
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 10):
+        time.sleep(0.005)
+    before = metrics.read_text().splitlines()
+    os.kill(max(children(process.pid)), signal.SIGKILL)    # the other one must not wait for it for ever
+    error = process.communicate(timeout=100)[1]
+    assert process.returncode and "Signal 9 (SIGKILL)" in error and not (metrics.parent / "results.json").exists()
+    done = subprocess.run([*torchrun, "runs/both", "--resume"], cwd=place, text=True, capture_output=True, timeout=200,
+                          env=environment)
+    assert done.returncode == 0 and done.stdout.count("the best model") == 1, done.stderr
+    one, both = ([json.loads(line) for line in (place / "runs" / name / "metrics.jsonl").open()]
+                 for name in ("alone", "both"))
+    assert len(both) == len(one) == 73 and json.loads(before[3]) == both[3]
+    for a, b in zip(one, both):
+        assert a["step"] == b["step"] and a.get("lr") == b.get("lr")
+        for key in a.keys() & {"loss", "val_loss", "grad_norm"}:    # rounding grows in time
+            assert a[key] == pytest.approx(b[key], abs=1e-5 if a["step"] <= 20 else 1e-3), (key, a["step"])
+
+
+def test_processes_share_a_batch_without_overlap():
+    tokens, config = np.arange(5000, dtype=np.uint16), Config(batch_size=6)
+    whole = random_batch(tokens, tokens, 20, config, 7, torch.device("cpu"))
+    shares = [random_batch(tokens, tokens, 20, config, 7, torch.device("cpu"), rank, 3) for rank in range(3)]
+    for all_rows, *rows in zip(whole, *shares):
+        assert {tuple(row) for row in all_rows.tolist()} == {tuple(row) for part in rows for row in part.tolist()}
+        assert [len(part) for part in rows] == [2, 2, 2]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(place, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    status, _, error = run("train.py", TINY, "--out", "runs/shared")
+    assert status == 2 and error.count("\n") == 1 and "batch_size (4)" in error and "3 processes" in error
+
+
+def test_bfloat16_is_chosen_where_the_machine_has_fast_matrix_products_in_it(monkeypatch):
+    cases = ((True, "c++", (True, True)), (True, None, (True, False)), (False, "c++", (False, False)))
+    for amx, compiler, expected in cases:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": amx}, raising=False)
+        monkeypatch.setattr("shutil.which", lambda name: compiler)
+        device = torch.device("cpu")
+        with precision(device, "auto"):
+            assert (torch.is_autocast_enabled("cpu"), compiles(device, "auto")) == expected
+        with precision(device, "float32"):
+            assert not torch.is_autocast_enabled("cpu") and compiles(device, True) and not compiles(device, False)
 
 
 def test_a_checkpoint_without_its_config_is_refused(place, run):
