@@ -11,6 +11,7 @@ run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attent
 
 import contextlib
 import difflib
+import errno
 import json
 import math
 import os
@@ -25,6 +26,11 @@ from pathlib import Path
 # before torch is loaded: a CPU thread that waits for another gives up its core soon (GNU OpenMP). otherwise one busy
 # process beside the training makes it not twice but tens of times slower
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+try:
+    import fcntl
+except ImportError:    # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -146,7 +152,7 @@ def read_values(argv, more=()):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except ValueError as e:    # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as e:    # not TOML, not UTF-8, or brackets without end
         raise InputError(f"{path}: not a TOML file: {e}") from None
     names = {field.name: field.type for field in fields(Config)}
     rest = [word for a in argv[1:] for word in (a.split("=", 1) if a.startswith("--") else [a])]
@@ -158,7 +164,7 @@ def read_values(argv, more=()):
         if names.get(name) is not str and not (names.get(name) == str | list and not text.startswith("[")):
             try:
                 values[name] = tomllib.loads(f"value = {text}")["value"]
-            except ValueError:
+            except (ValueError, RecursionError):
                 pass    # a word; Config says what it should have been
     for key in values.keys() - set(more):
         if key not in names:
@@ -271,6 +277,48 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def open_metrics(out):
+    """metrics.jsonl of the run folder, open to append to, and locked: two runs in one folder would ruin each other.
+
+    The lock dies with the process, however that ends. Raises InputError if another one has it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "metrics.jsonl", "ab", buffering=0)
+    try:
+        if fcntl is None:
+            raise OSError("this system has no flock")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another process is training in this folder; stop that one, or give another --out") from None
+    except OSError as e:
+        print(f"{out} could not be locked ({e}): take care that only one run uses it", file=sys.stderr)
+    for path in out.glob("*.*.tmp"):    # of a run that was killed while it saved
+        path.unlink()
+    return file
+
+
+@torch.no_grad()
+def diagnose(model, batches):
+    """Where numbers stopped being finite, a dict of names in the order in which they are met.
+
+    weights: of parameters. outputs: of modules, in a forward pass over `batches`, an iterable of what random_batch gives.
+    gradients: of parameters, on the way back, which begins at the last layer: the first named is where it broke. large:
+    the parameter with the largest gradient, where all are finite and only their squares are not.
+    """
+    parameters, outputs = list(model.named_parameters()), {}
+    hooks = [module.register_forward_hook(
+        lambda module, x, y, name=name: None if y.isfinite().all() else outputs.update({name: None}))
+        for name, module in model.named_modules() if not list(module.children())]
+    for batch in batches:
+        model(*batch)
+    for hook in hooks:
+        hook.remove()
+    return {"weights": [name for name, p in parameters if not p.isfinite().all()], "outputs": list(outputs),
+            "gradients": [name for name, p in reversed(parameters) if p.grad is not None and not p.grad.isfinite().all()],
+            "large": [max((p.grad.abs().max().item(), name) for name, p in parameters if p.grad is not None)[1]]
+            if parameters[0][1].grad is not None else []}
+
+
 # dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
@@ -287,11 +335,13 @@ def utilisation(model, tokens_per_second, T, device):
 # the run
 
 
-def train(config, resume=False):
+def train(config, held, resume=False):
+    """held: a contextlib.ExitStack, which closes metrics.jsonl and so gives the run folder back, whatever happens."""
     out = Path(config.out)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     encoding = get_encoding(config.tokenizer)
+    metrics = held.enter_context(open_metrics(out)) if resume else None
     state = load(out / "last.pt") if resume else None
     folder = prepared(state["config"] if resume else asdict(config))
     model = build_model(config, encoding.n_vocab)
@@ -306,44 +356,71 @@ def train(config, resume=False):
     fast_model = torch.compile(model) if compiles(device, config.compile) else model
     start, best, looks_since_best, written, spent = 0, math.inf, 0, 0, 0.0
     if resume:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        start, best, val, looks_since_best, written, spent = (
-            state[key] for key in ("step", "best", "val_loss", "looks_since_best", "metrics_bytes", "seconds"))
+        try:
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            torch.set_rng_state(state["rng"])
+            if device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], device)
+            start, looks_since_best, written = (int(state[key]) for key in ("step", "looks_since_best", "metrics_bytes"))
+            best, val, spent = (float(state[key]) for key in ("best", "val_loss", "seconds"))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            raise InputError(f"{out / 'last.pt'}: not a whole checkpoint of this model ({type(e).__name__})") from None
         del state    # as large as the model three times over
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in () if resume else RESULTS:    # of a run that is overwritten nothing stays
+    metrics = metrics or held.enter_context(open_metrics(out))
+    for name in ("diverged.json",) if resume else RESULTS:    # of a run that is overwritten nothing stays
         (out / name).unlink(missing_ok=True)
     write_text(out / "config.toml", to_toml(config))
-    metrics = open(out / "metrics.jsonl", "a", buffering=1)
+    if os.fstat(metrics.fileno()).st_size < written:
+        raise InputError(f"{out / 'metrics.jsonl'} is shorter than it was when last.pt was written; put the whole one back")
     metrics.truncate(written)    # what a killed run wrote after its last checkpoint comes again
-    metrics.seek(written)
     describe(folder)
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}, {config.schedule}, "
           f"locality {' '.join(f'{x:.3g}' for x in model.locality)}" + (f", from step {start}" if resume else ""))
 
     def checkpoint(step, **more):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            check_finite(step, weights=math.nan)
         return {"step": step, "model": model.state_dict(), "model_config": asdict(model.config),
-                "config": {**asdict(config), "source_sha256": meta["source_sha256"], "background": meta["background"]},
+                "config": {**asdict(config), "source_sha256": meta["source_sha256"], "files": meta["files"],
+                           "background": meta["background"]},
                 **more}
 
-    def check_finite(step, *values):
-        if not all(map(math.isfinite, values)):
-            raise InputError(f"training diverged by step {step} (loss, gradient: {', '.join(map(str, values))}); lower "
-                             f"learning_rate ({config.learning_rate:g}); the best model so far stays in {out}")
+    def note(**line):
+        """A line of metrics.jsonl, whole or not at all."""
+        before, text = metrics.seek(0, os.SEEK_END), (json.dumps(line) + "\n").encode()
+        try:
+            if metrics.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            metrics.truncate(before)
+            raise InputError(f"{out / 'metrics.jsonl'}: could not be written ({e.strerror})") from None
+
+    def check_finite(step, **values):
+        """Stop the run, and leave in diverged.json where it broke, if one of the values is not finite."""
+        if all(map(math.isfinite, values.values())):
+            return
+        first = max(step - 1, 0) * config.grad_accum
+        batches = (random_batch(*splits["train"], T, config, first + micro, device) for micro in range(config.grad_accum))
+        with precision(device, config.dtype):
+            found = diagnose(model, batches)
+        kind, name = next(((kind, names[0]) for kind, names in found.items() if names), ("outputs", "validation split only"))
+        report = {"step": step, **{key: str(value) for key, value in values.items()}, "lr": learning_rate(step, config)}
+        write_text(out / "diverged.json", json.dumps({**report, **found}, indent=1) + "\n")
+        late = "" if device.type == "cpu" else " or before, which --resume --log_interval 1 tells"
+        raise InputError(f"training diverged at step {step}{late} ({', '.join(f'{k} {v}' for k, v in values.items())}; "
+                         f"{kind}: {name}; more in {out / 'diverged.json'}); lower learning_rate "
+                         f"({config.learning_rate:g}); the checkpoints in {out} are of before")
 
     def look(step):
         """Score the validation split; keep the model if it is the best so far. Returns the loss in nats."""
         nonlocal best, looks_since_best
         val = evaluate(model, *splits["val"], vocabulary, min(T, len(splits["val"][0]) - 1), config.batch_size,
                        measure=False, limit=config.eval_contexts)
-        check_finite(step, val["loss"])
-        metrics.write(json.dumps({"step": step, "val_loss": val["loss"], "val_perplexity": val["perplexity"]}) + "\n")
+        check_finite(step, val_loss=val["loss"])
+        note(step=step, val_loss=val["loss"], val_perplexity=val["perplexity"])
         looks_since_best += 1
         if val["loss"] < best:
             best, looks_since_best = val["loss"], 0
@@ -352,9 +429,10 @@ def train(config, resume=False):
 
     def keep(step):
         """Write all that the next step depends on, so that a resumed run goes on as if it had never stopped."""
+        os.fsync(metrics.fileno())    # the checkpoint counts on what stands there
         save(checkpoint(step, optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state(), best=best, val_loss=val,
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                        looks_since_best=looks_since_best, metrics_bytes=metrics.tell(),
+                        looks_since_best=looks_since_best, metrics_bytes=metrics.seek(0, os.SEEK_END),
                         seconds=spent + time.perf_counter() - started), out / "last.pt")
 
     started = time.perf_counter()
@@ -374,7 +452,10 @@ def train(config, resume=False):
                     part = fast_model(x, r, y)[1] / config.grad_accum
                 part.backward()
                 loss += part.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if device.type == "cpu" or (step + 1) % config.log_interval == 0:    # on a card it would wait for the device
+                check_finite(step + 1, loss=float(loss), gradient=float(norm))
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip or math.inf, norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -385,15 +466,13 @@ def train(config, resume=False):
                 seen, clock = 0, time.perf_counter()
 
             if step % config.log_interval == 0:
-                loss, norm = float(loss), float(norm)    # waits for the device
-                check_finite(step, loss, norm)
+                loss, norm = float(loss), float(norm)
                 speed = seen / max(time.perf_counter() - clock, 1e-9)
                 seen, clock = 0, time.perf_counter()
                 mfu = utilisation(model, speed, T, device)
                 bar.set_postfix_str(f"loss {loss:.3f}, val {val:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
                                     + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
-                metrics.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                                          "tokens_per_s": round(speed)}) + "\n")
+                note(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed))
             if step % config.eval_interval == 0 or step == config.max_steps:
                 val = look(step)
                 keep(step)
@@ -401,7 +480,6 @@ def train(config, resume=False):
             if asked:
                 keep(step)
                 break
-    metrics.close()
     if asked:
         print(f"stopped at step {step}; go on with: python train.py {out} --resume", file=sys.stderr)
         sys.exit(128 + asked[0])
@@ -422,7 +500,7 @@ def train(config, resume=False):
     print(f"figure: {out / 'attention.png'}   all numbers: {out / 'results.json'}")
 
 
-RESULTS = ("results.json", "attention.png", "metrics.jsonl", "best.pt", "last.pt")
+RESULTS = ("results.json", "attention.png", "diverged.json", "best.pt", "last.pt")
 # what a resumed run may change: how long it goes and how often it is looked at
 MAY_CHANGE = {"max_steps", "patience", "eval_interval", "log_interval", "out"}
 
@@ -447,7 +525,8 @@ def resumed(argv):
 def main():
     argv = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
     if "--resume" in sys.argv:
-        return train(resumed(argv), resume=True)
+        with contextlib.ExitStack() as held:
+            return train(resumed(argv), held, resume=True)
     config = read_config(argv)
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and "--overwrite" not in sys.argv:
@@ -455,7 +534,8 @@ def main():
                          "or give another --out")
     if config.data and out.absolute() == Path(config.data).absolute():
         raise InputError(f"data and out are the same folder, {out}; a run wants a folder of its own")
-    train(config)
+    with contextlib.ExitStack() as held:
+        train(config, held)
 
 
 if __name__ == "__main__":
