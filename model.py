@@ -48,8 +48,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "max_lookback"):
-            if getattr(self, key) < 1:
-                raise InputError(f"{key} must be at least 1, not {getattr(self, key)}")
+            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
+                raise InputError(f"{key} must be a whole number of at least 1, not {getattr(self, key)}")
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -347,6 +347,8 @@ class GPT(nn.Module):
                 raise InputError(f"{path}: tensor {name} is missing: not a whole GPT-2")
             if state[name].shape != shape:
                 raise InputError(f"{path}: tensor {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
+            if not state[name].is_floating_point() or not state[name].float().isfinite().all():
+                raise InputError(f"{path}: tensor {name} holds something else than finite numbers")
         model = model.to_empty(device="cpu")
         model.load_state_dict({name: state[name] for name in expected})
         return model
@@ -431,10 +433,15 @@ def load(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
+                # an entry with attributes may be a folder, which torch reads as a tensor of whatever was in memory
+                odd = next((entry.filename for entry in archive.infolist() if entry.external_attr or entry.compress_type), None)
+                if damaged := odd or archive.testzip():
                     raise InputError(f"{path}: damaged: {damaged} in it does not fit its checksum")
         with warnings.catch_warnings(action="ignore"):    # it refuses, or it reads: nothing to wonder about in between
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise InputError(f"{path}: not the weights of a model")
+        return state
     except InputError:
         raise
     except pickle.UnpicklingError:
@@ -481,8 +488,6 @@ def read_weights(path):
             raise InputError(f"{path}: not a readable weights file ({e})") from None
     else:
         state = load(path)
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: not the weights of a model")
     ours = "model_config" in state
     tensors = state.get("model") if ours else state
     if not isinstance(tensors, dict) or not all(
@@ -495,6 +500,8 @@ def read_weights(path):
         n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
         if ours:
             config = GPTConfig(**state["model_config"])
+            if (config.block_size, config.n_layer, config.n_embd) != (block_size, n_layer, n_embd):
+                raise InputError("its model_config is of another shape")
             return {**tensors, "wte.weight": tensors["wte.weight"][:config.vocab_size]}, config
         config = GPTConfig(vocab_size, block_size, n_layer, read_n_head(path, n_embd), n_embd)
     except (KeyError, ValueError, TypeError) as e:    # InputError is a ValueError

@@ -365,6 +365,8 @@ def train(config, held, resume=False):
                 torch.cuda.set_rng_state(state["cuda_rng"], device)
             start, looks_since_best, written = (int(state[key]) for key in ("step", "looks_since_best", "metrics_bytes"))
             best, val, spent = (float(state[key]) for key in ("best", "val_loss", "seconds"))
+            if min(start, written) < 0:
+                raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise InputError(f"{out / 'last.pt'}: not a whole checkpoint of this model ({type(e).__name__})") from None
         del state    # as large as the model three times over
