@@ -278,7 +278,8 @@ def test_checkpoints_with_flipped_bits(trained, tmp_path, seed):
 
 
 @seeds
-def test_checkpoints_that_hold_something_else(trained, tmp_path, seed, capsys):
+def test_checkpoints_that_hold_something_else(trained, tmp_path, seed, capsys, monkeypatch):
+    monkeypatch.setattr("eval.figure", lambda *args: None)    # it costs more time than all the rest
     shutil.copytree(trained, tmp_path / "run")
     states = {name: load(trained / name) for name in ("best.pt", "last.pt")}
     for number, rng in attempts("object", seed):
