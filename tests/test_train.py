@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -714,6 +715,37 @@ def test_a_checkpoint_without_its_config_is_refused(place, run):
     for script in ("eval.py", "sample.py"):
         status, _, error = run(script, "runs/bare")
         assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_in_any_place_is_refused_and_not_run(place, run):
+    folder, executed = place / "runs" / "bombed", place / "executed"
+    bare, zipped = place / "bare.pkl", place / "zipped.pkl"
+    bare.write_bytes(pickle.dumps(Bomb(executed)))
+    torch.save({"step": 1, "config": Bomb(executed)}, zipped)
+    for bomb in (bare, zipped):
+        shutil.copytree(place / "runs" / "tiny", folder, dirs_exist_ok=True)
+        for name in ("best.pt", "last.pt"):
+            shutil.copy(bomb, folder / name)
+        (place / "model.safetensors").write_bytes(bomb.read_bytes())
+        for command in (["eval.py", folder], ["sample.py", folder], ["train.py", folder, "--resume"], ["train.py", bomb],
+                        ["train.py", TINY, "--init_from", bomb, "--out", "runs/x"], ["sweep.py", bomb],
+                        ["train.py", TINY, "--init_from", place / "model.safetensors", "--out", "runs/x"],
+                        ["train.py", TINY, "--source", bomb, "--out", "runs/x"], ["prepare_data.py", bomb]):
+            status, _, error = run(*command)
+            assert status == 2 and error.split("\r")[-1].startswith("error: ") and error.count("\n") == 1, (command, error)
+    shutil.copytree(prepared_folder(place), place / "data" / "bombed")
+    shutil.copy(bare, place / "data" / "bombed" / "meta.json")
+    with pytest.raises(InputError, match="meta.json"):
+        read_meta(place / "data" / "bombed")
+    assert not executed.exists()
 
 
 def test_a_run_is_not_measured_on_a_text_that_changed(place, run):
