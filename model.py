@@ -434,8 +434,8 @@ def load(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 # an entry with attributes may be a folder, which torch reads as a tensor of whatever was in memory
-                odd = next((entry.filename for entry in archive.infolist() if entry.external_attr or entry.compress_type), None)
-                if damaged := odd or archive.testzip():
+                odd = [entry.filename for entry in archive.infolist() if entry.external_attr or entry.compress_type]
+                if damaged := odd[0] if odd else archive.testzip():
                     raise InputError(f"{path}: damaged: {damaged} in it does not fit its checksum")
         with warnings.catch_warnings(action="ignore"):    # it refuses, or it reads: nothing to wonder about in between
             state = torch.load(path, map_location="cpu", weights_only=True)

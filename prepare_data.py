@@ -163,7 +163,7 @@ def pieces(path):
 
 
 def write_text(path, text):
-    """Write to a temporary name, then rename: `path` is always a whole file. Raises InputError where it cannot be written."""
+    """Write to a temporary name, then rename: `path` is always a whole file. Raises InputError where the disk is full."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -282,11 +282,12 @@ def misfit(folder, made_from):
     """Why this folder is not a whole, prepared one, from this source with these parameters; "" if it is one."""
     try:
         meta = read_meta(folder)
-        sizes = [(folder / name).stat().st_size == 2 * meta["splits"][name.split(".")[0]]["tokens"] for name in meta["files"]]
+        tokens = {name: meta["splits"][name.split(".")[0]]["tokens"] for name in meta["files"]}
+        whole = all((folder / name).stat().st_size == 2 * n for name, n in tokens.items())
     except (InputError, OSError) as e:
         return str(e)
     other = [key for key, value in made_from.items() if meta.get(key) != value]
-    return f"it was made with another {', '.join(other)}" if other else "" if all(sizes) else "a file has another length"
+    return f"it was made with another {', '.join(other)}" if other else "" if whole else "a file has another length"
 
 
 def digest_of(meta):

@@ -6,7 +6,8 @@ Train or fine-tune a localised GPT-2: one TOML file in, one run folder out.
     python train.py runs/my_book --resume
 
 Any key of the config can be overridden on the command line. The run folder holds config.toml (everything, as it was
-run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png.
+run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png; or, of a run that diverged,
+diverged.json: the step, and what was not finite any more.
 """
 
 import contextlib
@@ -303,7 +304,7 @@ def open_metrics(out):
             raise OSError("this system has no flock")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{out}: another process is training in this folder; stop that one, or give another --out") from None
+        raise InputError(f"{out}: another process is training in this folder; stop it, or give another --out") from None
     except OSError as e:
         print(f"{out} could not be locked ({e}): take care that only one run uses it", file=sys.stderr)
     for path in out.glob("*.*.tmp"):    # of a run that was killed while it saved

@@ -86,7 +86,8 @@ def test_a_server_that_misbehaves(name, serve, tmp_path, monkeypatch):
 
 def test_a_known_length_and_sha256_are_held_to(serve, tmp_path):
     base, _ = serve({"/x": b"x" * 1000})
-    for how, says in (({"size": 999}, "1000 bytes where 999"), ({"sha256": "0" * 64}, "sha256"), ({"limit": 999}, "more than 999")):
+    for how, says in (({"size": 999}, "1000 bytes where 999"), ({"sha256": "0" * 64}, "sha256"),
+                      ({"limit": 999}, "more than 999")):
         with pytest.raises(InputError, match=says):
             download(f"{base}/x", tmp_path / "x", **how)
         assert not list(tmp_path.iterdir())

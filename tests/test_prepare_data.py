@@ -214,8 +214,9 @@ def test_what_a_killed_preparation_left_goes_and_a_living_one_stays():
 
 def test_a_full_disk_is_one_line_and_leaves_nothing():
     write("book.txt", TEXT)
-    done = subprocess.run([sys.executable, Path(__file__).parent.parent / "prepare_data.py", "book.txt", "--tokenizer", "bytes",
-                           "--out", "out"], text=True, capture_output=True,
+    script = Path(__file__).parent.parent / "prepare_data.py"
+    done = subprocess.run([sys.executable, script, "book.txt", "--tokenizer", "bytes", "--out", "out"], text=True,
+                          capture_output=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: out: could not be written (") and not os.path.exists("out")
@@ -224,7 +225,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing():
 def test_every_file_is_held_to_its_sha256():
     write("book.txt", TEXT)
     folder = prepare("book.txt", "out", "bytes", "sentence", 64)
-    assert set(read_meta(folder)["files"]) == {f"{s}{e}" for s in ("train", "val", "test") for e in (".bin", ".lookback.bin")}
+    assert set(read_meta(folder)["files"]) == {f"{s}{e}.bin" for s in ("train", "val", "test") for e in ("", ".lookback")}
     for name in read_meta(folder)["files"]:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
@@ -242,7 +243,8 @@ def test_a_folder_made_of_something_else_is_made_again_and_says_why(capsys):
     write("book.txt", TEXT)
     prepare("book.txt", "out", "bytes", "sentence", 64)
     assert "again" not in capsys.readouterr().out
-    for parameters, says in ((("bytes", "sentence", 32), "another max_lookback"), (("bytes", "block:9", 32), "another partition")):
+    for parameters, says in ((("bytes", "sentence", 32), "another max_lookback"),
+                             (("bytes", "block:9", 32), "another partition")):
         prepare("book.txt", "out", *parameters)
         assert f"out is made again: it was made with {says}\n" in capsys.readouterr().out
     os.truncate("out/val.bin", 10)
