@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from locality import SCHEDULES, InputError, background, partition, schedule
 from model import GPT, PRETRAINED, clamp_lookback, load
-from prepare_data import (SPLITS, block_starts, check_blocks, digest, get_encoding, prepare, read_meta, read_split,
-                          source_files, token_bytes, write_text)
+from prepare_data import (SPLITS, block_starts, check_blocks, check_tokenizer, digest, get_encoding, prepare, read_meta,
+                          read_split, source_files, token_bytes, write_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +45,11 @@ def pick_device(name):
         raise InputError(f"device {name} is not available here; use auto or cpu") from None
 
 
+# what of a run's config says which text it was trained on, and how that was prepared
+TEXT_KEYS = {"source": (str, list), "data": str, "tokenizer": str, "partition": str, "max_lookback": int, "val": float,
+             "test": float, "seed": int}
+
+
 def load_run(run, device="cpu"):
     """The best model of a run folder, its dial set as it was trained, and the run's config, a dict."""
     run = Path(run)
@@ -55,8 +60,15 @@ def load_run(run, device="cpu"):
         config = load(path)["config"]
         model = GPT.from_pretrained(path)
         model.set_locality(schedule(config["schedule"], model.config.n_layer, config["fidelity"]))
-    except (KeyError, TypeError):
+        check_tokenizer(config["tokenizer"])
+        if not all(isinstance(config[key], kind) for key, kind in TEXT_KEYS.items()):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: not a checkpoint of train.py") from None
+    size = {"gpt2": 50257, "bytes": 256}.get(config["tokenizer"]) or int(config["tokenizer"][5:])
+    if model.config.vocab_size != size:
+        raise InputError(f"{path}: a model of {model.config.vocab_size} tokens that names a tokenizer of {size}, "
+                         f"{config['tokenizer']}: not as train.py wrote it")
     return model.to(device).eval(), config
 
 
@@ -75,12 +87,20 @@ def load_weights(name, source, device="cpu"):
 def prepared(config):
     """The prepared folder that a config (a dict) names, made if it is not there or no longer fits.
 
-    Raises InputError if the config is of a run, and the source is not the text any more that it was trained on.
+    Raises InputError if the config is of a run, and the text, its tokens or its blocks are not those any more that it
+    was trained on. (A run of an earlier version tells the sha256 of the text alone.)
     """
     if config.get("source_sha256") not in (None, digest(source_files(config["source"]))):
         raise InputError(f"{config['source']} has changed since this run was trained on it; put the old text back")
-    return prepare(config["source"], config["data"] or None, config["tokenizer"], config["partition"],
-                   config["max_lookback"], config["val"], config["test"])
+    folder = prepare(config["source"], config["data"] or None, config["tokenizer"], config["partition"],
+                     config["max_lookback"], config["val"], config["test"])
+    files, before = read_meta(folder)["files"], config.get("files")
+    changed = [name for name in files if before and before.get(name) != files[name]]
+    if changed:
+        what = "blocks: the partitioner" if all("lookback" in name for name in changed) else "tokens: the tokenizer"
+        raise InputError(f"{folder} has other {what} has changed since this run was trained; go back to the code of then "
+                         f"({', '.join(changed)})")
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ Train or fine-tune a localised GPT-2: one TOML file in, one run folder out.
     torchrun --nproc_per_node=8 train.py configs/gpt2_quintic.toml    # the same run, shared by eight GPUs
 
 Any key of the config can be overridden on the command line. The run folder holds config.toml (everything, as it was
-run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png.
+run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png; or, of a run that diverged,
+diverged.json: the step, and what was not finite any more.
 """
 
 import contextlib
 import datetime
 import difflib
+import errno
 import json
 import math
 import os
@@ -27,6 +29,11 @@ from pathlib import Path
 # before torch is loaded: a CPU thread that waits for another gives up its core soon (GNU OpenMP). otherwise one busy
 # process beside the training makes it not twice but tens of times slower
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+try:
+    import fcntl
+except ImportError:    # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -149,7 +156,7 @@ def read_values(argv, more=()):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except ValueError as e:    # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as e:    # not TOML, not UTF-8, or brackets without end
         raise InputError(f"{path}: not a TOML file: {e}") from None
     names = {field.name: field.type for field in fields(Config)}
     rest = [word for a in argv[1:] for word in (a.split("=", 1) if a.startswith("--") else [a])]
@@ -161,7 +168,7 @@ def read_values(argv, more=()):
         if names.get(name) is not str and not (names.get(name) == str | list and not text.startswith("[")):
             try:
                 values[name] = tomllib.loads(f"value = {text}")["value"]
-            except ValueError:
+            except (ValueError, RecursionError):
                 pass    # a word; Config says what it should have been
     for key in values.keys() - set(more):
         if key not in names:
@@ -225,6 +232,20 @@ def build_optimizers(model, config, device):
         return [adamw]
     return [adamw, torch.optim.Muon(inner, lr=config.learning_rate, weight_decay=config.weight_decay,
                                     adjust_lr_fn="match_rms_adamw")]
+
+
+def restore(optimizer, saved, fresh):
+    """Give the optimizer its saved moments; what else it has follows from the config. Raises ValueError if some are missing.
+
+    fresh: it has made no step yet, and so has none.
+    """
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    whole = all(isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape in (p.shape, ())
+                for p in parameters for value in optimizer.state[p].values())
+    kinds = {tuple(optimizer.state[p]) for p in parameters}    # the names of its moments, the same for every parameter
+    if not whole or not fresh and (len(kinds) != 1 or () in kinds):
+        raise ValueError
 
 
 def learning_rate(step, config):
@@ -315,6 +336,48 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def open_metrics(out):
+    """metrics.jsonl of the run folder, open to append to, and locked: two runs in one folder would ruin each other.
+
+    The lock dies with the process, however that ends. Raises InputError if another one has it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "metrics.jsonl", "ab", buffering=0)
+    try:
+        if fcntl is None:
+            raise OSError("this system has no flock")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another process is training in this folder; stop it, or give another --out") from None
+    except OSError as e:
+        print(f"{out} could not be locked ({e}): take care that only one run uses it", file=sys.stderr)
+    for path in out.glob("*.*.tmp"):    # of a run that was killed while it saved
+        path.unlink()
+    return file
+
+
+@torch.no_grad()
+def diagnose(model, batches):
+    """Where numbers stopped being finite, a dict of names in the order in which they are met.
+
+    weights: of parameters. outputs: of modules, in a forward pass over `batches`, an iterable of what random_batch gives.
+    gradients: of parameters, on the way back, which begins at the last layer: the first named is where it broke. large:
+    the parameter with the largest gradient, where all are finite and only their squares are not.
+    """
+    parameters, outputs = list(model.named_parameters()), {}
+    hooks = [module.register_forward_hook(
+        lambda module, x, y, name=name: None if y.isfinite().all() else outputs.update({name: None}))
+        for name, module in model.named_modules() if not list(module.children())]
+    for batch in batches:
+        model(*batch)
+    for hook in hooks:
+        hook.remove()
+    return {"weights": [name for name, p in parameters if not p.isfinite().all()], "outputs": list(outputs),
+            "gradients": [name for name, p in reversed(parameters) if p.grad is not None and not p.grad.isfinite().all()],
+            "large": [max((p.grad.abs().max().item(), name) for name, p in parameters if p.grad is not None)[1]]
+            if parameters[0][1].grad is not None else []}
+
+
 # dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
@@ -331,10 +394,12 @@ def utilisation(model, tokens_per_second, T, device):
 # the run
 
 
-def train(config, resume=False):
+def train(config, held, resume=False):
+    """held: a contextlib.ExitStack, which closes metrics.jsonl and so gives the run folder back, whatever happens."""
     out = Path(config.out)
     device, rank, world = join(config)
     torch.manual_seed(config.seed)
+    metrics = held.enter_context(open_metrics(out)) if resume and rank == 0 else None
     state = load(out / "last.pt") if resume else None
     with rank_0_first(rank, world):
         encoding = get_encoding(config.tokenizer)
@@ -353,49 +418,81 @@ def train(config, resume=False):
         fast_model = torch.nn.parallel.DistributedDataParallel(fast_model)
     start, best, looks_since_best, written, spent = 0, math.inf, 0, 0, 0.0
     if resume:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        start, best, val, looks_since_best, written, spent = (
-            state[key] for key in ("step", "best", "val_loss", "looks_since_best", "metrics_bytes", "seconds"))
+        try:
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                restore(optimizer, saved, fresh=state["step"] == 0)
+            torch.set_rng_state(state["rng"])
+            if device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], device)
+            start, looks_since_best, written = (int(state[key]) for key in ("step", "looks_since_best", "metrics_bytes"))
+            best, val, spent = (float(state[key]) for key in ("best", "val_loss", "seconds"))
+            if min(start, written) < 0:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as e:
+            raise InputError(f"{out / 'last.pt'}: not a whole checkpoint of this model ({type(e).__name__})") from None
         del state    # as large as the model three times over
 
     if rank:    # rank 0 alone writes; and each draws its own dropout
         torch.manual_seed(config.seed + 1000 * start + rank)
-        metrics = open(os.devnull, "w")
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in () if resume else RESULTS:    # of a run that is overwritten nothing stays
+        metrics = metrics or held.enter_context(open_metrics(out))
+        for name in ("diverged.json",) if resume else RESULTS:    # of a run that is overwritten nothing stays
             (out / name).unlink(missing_ok=True)
         write_text(out / "config.toml", to_toml(config))
-        metrics = open(out / "metrics.jsonl", "a", buffering=1)
+        if os.fstat(metrics.fileno()).st_size < written:
+            raise InputError(f"{out / 'metrics.jsonl'} is shorter than it was when last.pt was written; put the whole one back")
         metrics.truncate(written)    # what a killed run wrote after its last checkpoint comes again
-        metrics.seek(written)
         describe(folder)
         print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}"
               f"{f' and {world - 1} more' if world > 1 else ''}, {config.schedule}, locality "
               f"{' '.join(f'{x:.3g}' for x in model.locality)}" + (f", from step {start}" if resume else ""))
 
     def checkpoint(step, **more):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            check_finite(step, weights=math.nan)
         return {"step": step, "model": model.state_dict(), "model_config": asdict(model.config),
-                "config": {**asdict(config), "source_sha256": meta["source_sha256"], "background": meta["background"]},
+                "config": {**asdict(config), "source_sha256": meta["source_sha256"], "files": meta["files"],
+                           "background": meta["background"]},
                 **more}
 
-    def check_finite(step, *values):
-        if not all(map(math.isfinite, values)):
-            raise InputError(f"training diverged by step {step} (loss, gradient: {', '.join(map(str, values))}); lower "
-                             f"learning_rate ({config.learning_rate:g}); the best model so far stays in {out}")
+    def note(**line):
+        """A line of metrics.jsonl, whole or not at all."""
+        if rank:
+            return
+        before, text = metrics.seek(0, os.SEEK_END), (json.dumps(line) + "\n").encode()
+        try:
+            if metrics.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            metrics.truncate(before)
+            raise InputError(f"{out / 'metrics.jsonl'}: could not be written ({e.strerror})") from None
+
+    def check_finite(step, **values):
+        """Stop the run, and leave in diverged.json where it broke, if one of the values is not finite."""
+        if all(map(math.isfinite, values.values())):
+            return
+        first = max(step - 1, 0) * config.grad_accum
+        batches = (random_batch(*splits["train"], T, config, first + micro, device, rank, world)
+                   for micro in range(config.grad_accum))
+        with precision(device, config.dtype):
+            found = diagnose(model, batches)
+        kind, name = next(((kind, names[0]) for kind, names in found.items() if names), ("outputs", "validation split only"))
+        report = {"step": step, **{key: str(value) for key, value in values.items()}, "lr": learning_rate(step, config)}
+        if rank == 0:
+            write_text(out / "diverged.json", json.dumps({**report, **found}, indent=1) + "\n")
+        late = "" if device.type == "cpu" else " or before, which --resume --log_interval 1 tells"
+        raise InputError(f"training diverged at step {step}{late} ({', '.join(f'{k} {v}' for k, v in values.items())}; "
+                         f"{kind}: {name}; more in {out / 'diverged.json'}); lower learning_rate "
+                         f"({config.learning_rate:g}); the checkpoints in {out} are of before")
 
     def look(step):
         """Score the validation split; keep the model if it is the best so far. Returns the loss in nats."""
         nonlocal best, looks_since_best
         val = evaluate(model, *splits["val"], vocabulary, min(T, len(splits["val"][0]) - 1), config.batch_size,
                        measure=False, limit=config.eval_contexts)
-        check_finite(step, val["loss"])
-        metrics.write(json.dumps({"step": step, "val_loss": val["loss"], "val_perplexity": val["perplexity"]}) + "\n")
+        check_finite(step, val_loss=val["loss"])
+        note(step=step, val_loss=val["loss"], val_perplexity=val["perplexity"])
         looks_since_best += 1
         if val["loss"] < best:
             best, looks_since_best = val["loss"], 0
@@ -417,9 +514,10 @@ def train(config, resume=False):
         """Write all that the next step depends on, so that a resumed run goes on as if it had never stopped."""
         if rank:
             return
+        os.fsync(metrics.fileno())    # the checkpoint counts on what stands there
         save(checkpoint(step, optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state(), best=best, val_loss=val,
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                        looks_since_best=looks_since_best, metrics_bytes=metrics.tell(),
+                        looks_since_best=looks_since_best, metrics_bytes=metrics.seek(0, os.SEEK_END),
                         seconds=spent + time.perf_counter() - started), out / "last.pt")
 
     started = time.perf_counter()
@@ -442,7 +540,10 @@ def train(config, resume=False):
                     part = fast_model(x, r, y)[1] / config.grad_accum
                 part.backward()
                 loss += part.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if device.type == "cpu" or (step + 1) % config.log_interval == 0:    # on a card it would wait for the device
+                check_finite(step + 1, loss=float(loss), gradient=float(norm))
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip or math.inf, norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -458,15 +559,13 @@ def train(config, resume=False):
                     shared = torch.stack((loss, torch.full_like(loss, bool(asked))))
                     distributed.all_reduce(shared)
                     loss, stop = shared[0] / world, bool(shared[1])
-                loss, norm = float(loss), float(norm)    # waits for the device
-                check_finite(step, loss, norm)
+                loss, norm = float(loss), float(norm)
                 speed = seen / max(time.perf_counter() - clock, 1e-9)
                 seen, clock = 0, time.perf_counter()
                 mfu = utilisation(model, speed / world, T, device)
                 bar.set_postfix_str(f"loss {loss:.3f}, val {val:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s"
                                     + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
-                metrics.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                                          "tokens_per_s": round(speed)}) + "\n")
+                note(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed))
             if step % config.eval_interval == 0 or step == config.max_steps:
                 val = look_once(step)
                 keep(step)
@@ -474,7 +573,6 @@ def train(config, resume=False):
             if stop:
                 keep(step)
                 break
-    metrics.close()
     if world > 1:
         distributed.destroy_process_group()
     if stop:
@@ -500,7 +598,7 @@ def train(config, resume=False):
     print(f"figure: {out / 'attention.png'}   all numbers: {out / 'results.json'}")
 
 
-RESULTS = ("results.json", "attention.png", "metrics.jsonl", "best.pt", "last.pt")
+RESULTS = ("results.json", "attention.png", "diverged.json", "best.pt", "last.pt")
 # what a resumed run may change: how long it goes and how often it is looked at
 MAY_CHANGE = {"max_steps", "patience", "eval_interval", "log_interval", "out"}
 
@@ -525,7 +623,8 @@ def resumed(argv):
 def main():
     argv = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
     if "--resume" in sys.argv:
-        return train(resumed(argv), resume=True)
+        with contextlib.ExitStack() as held:
+            return train(resumed(argv), held, resume=True)
     config = read_config(argv)
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and "--overwrite" not in sys.argv:
@@ -533,7 +632,8 @@ def main():
                          "or give another --out")
     if config.data and out.absolute() == Path(config.data).absolute():
         raise InputError(f"data and out are the same folder, {out}; a run wants a folder of its own")
-    train(config)
+    with contextlib.ExitStack() as held:
+        train(config, held)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # see train.py
 def serve():
     """serve({path: bytes}) -> (address, the same dict, which may change): a web server on 127.0.0.1.
 
-    A value (bytes, length) announces another length than it sends; None or a missing path is a 404.
+    A value (bytes, length) announces another length than it sends; a function is given the handler, and does as it likes;
+    None or a missing path is a 404.
     """
     servers = []
 
@@ -25,6 +26,8 @@ def serve():
                 content = files.get(self.path)
                 if content is None:
                     return self.send_error(404)
+                if callable(content):
+                    return content(self)
                 content, length = content if isinstance(content, tuple) else (content, len(content))
                 self.send_response(200)
                 self.send_header("Content-Length", str(length))
@@ -35,7 +38,7 @@ def serve():
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}", files
 

@@ -1,7 +1,12 @@
 """From a text to tokens and blocks: nothing lost, nothing seen ahead, nothing left behind after a mistake."""
 
+import json
 import os
 import random
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +191,62 @@ def test_gpt2_tokenizer_where_it_is_at_hand():
     stream = Partitioner(vocabulary, "semantic", 128)
     assert np.array_equal(partition(tokens, vocabulary, "semantic", 128),
                           np.concatenate([stream.push(tokens[i:i + 7]) for i in range(0, len(tokens), 7)]))
+
+
+def test_what_a_killed_preparation_left_goes_and_a_living_one_stays():
+    write("book.txt", TEXT)
+    code = """if True:
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        import prepare_data
+        prepare_data.statistics = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        prepare_data.prepare("book.txt", "out", "bytes")"""
+    root = Path(__file__).parent.parent
+    killed = subprocess.run([sys.executable, "-c", code, root], capture_output=True)
+    left, = os.listdir("out")
+    assert killed.returncode == -signal.SIGKILL and left.startswith(".preparing-")
+    living = f".preparing-{os.getppid()}"
+    os.mkdir(f"out/{living}")
+    prepare("book.txt", "out", "bytes")
+    assert {name for name in os.listdir("out") if name.startswith(".")} == {living}
+    assert read_meta("out")["splits"]["train"]["tokens"] == len(read_split("out", "train")[0])
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing():
+    write("book.txt", TEXT)
+    script = Path(__file__).parent.parent / "prepare_data.py"
+    done = subprocess.run([sys.executable, script, "book.txt", "--tokenizer", "bytes", "--out", "out"], text=True,
+                          capture_output=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: out: could not be written (") and not os.path.exists("out")
+
+
+def test_every_file_is_held_to_its_sha256():
+    write("book.txt", TEXT)
+    folder = prepare("book.txt", "out", "bytes", "sentence", 64)
+    assert set(read_meta(folder)["files"]) == {f"{s}{e}.bin" for s in ("train", "val", "test") for e in ("", ".lookback")}
+    for name in read_meta(folder)["files"]:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(InputError, match=f"{name} is not what was prepared.*delete the folder"):
+            read_split(folder, name.split(".")[0])
+        (folder / name).write_bytes(content)
+        read_split(folder, name.split(".")[0])
+    meta = read_meta(folder)
+    write("out/meta.json", json.dumps({**meta, "tokenizer": "gpt2"}))
+    with pytest.raises(InputError, match="edited"):
+        read_meta(folder)
+
+
+def test_a_folder_made_of_something_else_is_made_again_and_says_why(capsys):
+    write("book.txt", TEXT)
+    prepare("book.txt", "out", "bytes", "sentence", 64)
+    assert "again" not in capsys.readouterr().out
+    for parameters, says in ((("bytes", "sentence", 32), "another max_lookback"),
+                             (("bytes", "block:9", 32), "another partition")):
+        prepare("book.txt", "out", *parameters)
+        assert f"out is made again: it was made with {says}\n" in capsys.readouterr().out
+    os.truncate("out/val.bin", 10)
+    prepare("book.txt", "out", "bytes", "block:9", 32)
+    assert "another length" in capsys.readouterr().out

@@ -3,8 +3,12 @@
 import json
 import math
 import os
+import pickle
 import random
+import re
+import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,7 +326,7 @@ def test_a_run_that_diverges_says_so_and_leaves_clean_metrics(place, run):
                            "--out", "runs/diverged")
     error = error[error.index("error: "):]    # what comes after the progress bar
     assert status == 2 and error.count("\n") == 1
-    assert error.startswith("error: training diverged by step 15") and "learning_rate" in error
+    assert error.startswith("error: training diverged at step ") and "learning_rate" in error
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -330,6 +334,46 @@ def test_a_run_that_diverges_says_so_and_leaves_clean_metrics(place, run):
     lines = (place / "runs" / "diverged" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == [0]
     assert load_run(place / "runs" / "diverged")[0].wte.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("harm, says", [
+    ("gradient", "diverged at step 6 (.*gradients: h.1.attn.c_attn.weight; "),    # in the backward pass of step 6
+    ("activation", "diverged at step 6 (.*outputs: h.0.mlp.c_fc; "),              # weights that are finite and far too large
+    ("weight", "diverged at step 7 (.*weights: h.1.mlp.c_proj.bias; "),
+    ("weight, then a signal", "diverged at step 6 (.*weights: h.1.mlp.c_proj.bias; ")])    # about to be saved
+def test_divergence_names_step_and_layer_and_is_never_saved(place, run, monkeypatch, harm, says):
+    set_locality, calls = GPT.set_locality, []
+
+    def set_and_harm(model, lambdas):
+        set_locality(model, lambdas)
+
+        def backward(gradient):
+            calls.append(1)
+            if len(calls) != 6:
+                return gradient
+            if harm == "gradient":
+                return gradient * math.nan
+            name, value = ("h.0.mlp.c_fc.weight", 3e38) if harm == "activation" else ("h.1.mlp.c_proj.bias", math.inf)
+            dict(model.named_parameters())[name].data.fill_(value)
+            if harm.endswith("signal"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        model.h[1].attn.c_attn.weight.register_hook(backward)
+
+    out = place / "runs" / harm.replace(" ", "_")
+    options = [TINY, "--max_steps", 8, "--eval_interval", 4, "--log_interval", 100, "--eval_contexts", 1, "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "set_locality", set_and_harm)
+        status, _, error = run("train.py", *options)
+    assert status == 2 and re.search(says.replace("(", r"\("), error.split("\r")[-1]), error
+    report = json.loads((out / "diverged.json").read_text())
+    kind, name = re.search(r"(\w+): ([\w.]+); ", says).groups()
+    assert report[kind][0] == name and f"step {report['step']} " in says
+    for path in (out / "last.pt", out / "best.pt"):
+        state = torch.load(path, weights_only=True)
+        assert state["step"] in (0, 4) and all(value.isfinite().all() for value in state["model"].values())
+    assert run("train.py", out, "--resume")[0] == 0    # unharmed, it goes on from there
+    assert not (out / "diverged.json").exists()
 
 
 # ---- evaluation
@@ -495,24 +539,140 @@ def endings(run):
     return state["model"], [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics]
 
 
-def test_killed_at_random_and_resumed_it_ends_at_the_same_bits(place):
-    options = ["--max_steps", "60", "--eval_interval", "10", "--log_interval", "2", "--dropout", "0.1", "--optimizer", "muon",
-               "--out"]
-    assert python("train.py", TINY, *options, "runs/whole", cwd=place).returncode == 0
-    run, killed = place / "runs" / "killed", 0
-    for lines in sorted(random.Random(5).sample(range(2, 35), 3)):    # kill it when the metrics have so many lines
-        command = ["runs/killed", "--resume"] if killed else [str(TINY), *options, "runs/killed"]
+@pytest.mark.parametrize("threads, optimizer", [(1, "muon"), (2, "adamw")])
+def test_killed_at_random_and_resumed_it_ends_at_the_same_bits(place, run, threads, optimizer, monkeypatch):
+    """KILLS=50 kills it 50 times in place of 3."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    options = ["--max_steps", "60", "--eval_interval", "10", "--log_interval", "2", "--dropout", "0.1",
+               "--optimizer", optimizer, "--out"]
+    whole, folder, killed = place / "runs" / f"whole{threads}", place / "runs" / f"killed{threads}", 0
+    assert python("train.py", TINY, *options, whole, cwd=place).returncode == 0
+    rng = random.Random(5)
+    for lines in sorted(rng.choices(range(2, 35), k=int(os.environ.get("KILLS", 3)))):    # so many lines of metrics
+        command = [folder, "--resume"] if killed else [TINY, *options, folder]
         with subprocess.Popen([sys.executable, ROOT / "train.py", *command], cwd=place, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and not (run / "last.pt").exists() or \
-                    process.poll() is None and len((run / "metrics.jsonl").read_bytes().splitlines()) < lines:
+            while process.poll() is None and not (folder / "last.pt").exists() or \
+                    process.poll() is None and len((folder / "metrics.jsonl").read_bytes().splitlines()) < lines:
                 time.sleep(0.002)
+            time.sleep(rng.random() / 50)
             killed += process.poll() is None
             process.kill()
-    assert killed and python("train.py", "runs/killed", "--resume", cwd=place).returncode == 0
-    expected, found = endings(place / "runs" / "whole"), endings(run)
+    assert killed and python("train.py", folder, "--resume", cwd=place).returncode == 0
+    assert_same_run(whole, folder)
+    samples = [run("sample.py", name, "--tokens", 40)[:2] for name in (whole, folder)]
+    assert samples[0] == samples[1] and samples[0][0] == 0
+
+
+def assert_same_run(whole, folder):
+    """Weights, last and best, metrics and results are the same, to the bit."""
+    expected, found = endings(whole), endings(folder)
     assert found[1] == expected[1]
     assert all(torch.equal(value, found[0][key]) for key, value in expected[0].items())
+    best = [torch.load(name / "best.pt", weights_only=True)["model"] for name in (whole, folder)]
+    assert all(torch.equal(value, best[1][key]) for key, value in best[0].items())
+    keys = ("loss", "perplexity", "accuracy", "layers", "by_position", "best_step", "steps")
+    results = [json.loads((name / "results.json").read_text()) for name in (whole, folder)]
+    assert [results[0][key] for key in keys] == [results[1][key] for key in keys]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_killed_while_it_saves_the_checkpoint_of_before_is_whole(place):
+    code = """if True:
+        import os, signal, sys
+        sys.path.insert(0, sys.argv.pop(1))
+        import train
+        replace, saves = os.replace, []
+        def die(temporary, path):
+            saves.append(path) if str(path).endswith("last.pt") else None
+            if len(saves) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)    # written, but not renamed
+            replace(temporary, path)
+        os.replace = die
+        train.main()"""
+    done = subprocess.run([sys.executable, "-c", code, ROOT, TINY, "--out", "runs/unsaved"], cwd=place, capture_output=True)
+    folder = place / "runs" / "unsaved"
+    assert done.returncode == -signal.SIGKILL and len(list(folder.glob("last.pt.*.tmp"))) == 1
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 20
+    assert python("train.py", "runs/unsaved", "--resume", cwd=place).returncode == 0
+    assert_same_run(place / "runs" / "tiny", folder)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(place, run):
+    options = [TINY, "--warmup_steps", "30", "--eval_interval", "4", "--log_interval", "100", "--eval_contexts", "1"]
+    assert run("train.py", *options, "--max_steps", "8", "--out", "runs/roomy")[0] == 0
+    assert run("train.py", *options, "--max_steps", "4", "--out", "runs/full")[0] == 0
+    folder = place / "runs" / "full"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def resume_with(limit, *more):    # no file may grow longer than that, as on a disk that is full
+        done = subprocess.run([sys.executable, ROOT / "train.py", "runs/full", "--resume", "--max_steps", "8", *more],
+                              cwd=place, text=True, capture_output=True, timeout=240,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and error.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+        assert "could not be written (" in error
+        assert all(name in before for name in os.listdir(folder))    # no temporary file is left
+        for name in ("best.pt", "last.pt"):
+            assert (folder / name).read_bytes() == before[name]
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            json.loads(line)
+        return error
+
+    assert ".pt" in resume_with(100_000)
+    assert "metrics.jsonl" in resume_with(1500, "--log_interval", "1", "--eval_interval", "99", "--max_steps", "30")
+    assert run("train.py", "runs/full", "--resume", *options[3:], "--max_steps", "8")[0] == 0    # there is room again
+    assert_same_run(place / "runs" / "roomy", folder)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(place, run):
+    command = [sys.executable, ROOT / "train.py", TINY, "--max_steps", "100000", "--out", "runs/taken"]
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (place / "runs" / "taken" / "last.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        for second in (["runs/taken", "--resume"], [TINY, "--overwrite", "--out", "runs/taken"]):
+            status, _, error = run("train.py", *second)
+            assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and "another process" in error
+        assert process.poll() is None and (place / "runs" / "taken" / "last.pt").exists()
+        process.kill()
+    step = torch.load(place / "runs" / "taken" / "last.pt", weights_only=True)["step"]
+    assert run("train.py", "runs/taken", "--resume", "--max_steps", step + 1)[0] == 0    # the lock died with the process
+
+
+def test_a_resume_without_its_metrics_is_refused(place, run):
+    assert run("train.py", TINY, "--max_steps", 2, "--out", "runs/unmetred")[0] == 0
+    (place / "runs" / "unmetred" / "metrics.jsonl").write_text("{}\n")
+    status, _, error = run("train.py", "runs/unmetred", "--resume", "--max_steps", 4)
+    assert status == 2 and "metrics.jsonl is shorter" in error
+    assert (place / "runs" / "unmetred" / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_a_long_run_grows_neither_in_memory_nor_in_open_files(place):
+    small = ["--block_size", "32", "--n_embd", "16", "--batch_size", "2", "--eval_interval", "100", "--eval_contexts", "4",
+             "--partition", "block:16", "--max_steps", "2000", "--log_interval", "5", "--out", "runs/marathon"]
+    folder, seen = place / "runs" / "marathon", []
+    with subprocess.Popen([sys.executable, ROOT / "train.py", TINY, *small], cwd=place, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while process.poll() is None:
+            time.sleep(0.1)
+            try:
+                metrics = (folder / "metrics.jsonl").read_text()
+                resident = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1])
+                handles = len(os.listdir(f"/proc/{process.pid}/fd"))
+            except (OSError, TypeError):
+                continue    # it has not begun, or just ended
+            steps = [json.loads(line)["step"] for line in metrics.splitlines()]    # whole lines, whenever one looks
+            assert not metrics or metrics.endswith("\n")
+            seen.append((steps[-1] if steps else 0, resident, handles))
+    assert process.returncode == 0
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(5, 2001, 5))
+    assert [m["step"] for m in metrics if "val_loss" in m] == list(range(0, 2001, 100))
+    early, late = ([(rss, n) for step, rss, n in seen if a <= step < b] for a, b in ((300, 700), (1600, 2000)))
+    assert len(early) > 2 and len(late) > 2
+    assert max(rss for rss, _ in late) < 1.05 * max(rss for rss, _ in early)
+    assert max(n for _, n in late) <= max(n for _, n in early) + 1    # a file that is just being saved
 
 
 def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run):
@@ -538,14 +698,14 @@ def test_a_resumed_run_that_is_stopped_at_once_leaves_whole_metrics(place, run, 
     metrics = place / "runs" / "stopped" / "metrics.jsonl"
     with metrics.open("a") as f:    # as a run does that is killed while it writes, after its last checkpoint
         f.write('{"step": 4, "val_loss": 3.0}\n' * 20 + '{"step": 6, "val')
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = torch.nn.utils.clip_grads_with_norm_
 
     def stop_and_clip(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return clip(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_and_clip)
+        patch.setattr(torch.nn.utils, "clip_grads_with_norm_", stop_and_clip)
         assert run("train.py", "runs/stopped", "--resume", "--max_steps", 6)[0] == 128 + signal.SIGTERM
     assert torch.load(place / "runs" / "stopped" / "last.pt", weights_only=True)["step"] == 3
     assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2]
@@ -635,6 +795,37 @@ def test_a_checkpoint_without_its_config_is_refused(place, run):
         assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_in_any_place_is_refused_and_not_run(place, run):
+    folder, executed = place / "runs" / "bombed", place / "executed"
+    bare, zipped = place / "bare.pkl", place / "zipped.pkl"
+    bare.write_bytes(pickle.dumps(Bomb(executed)))
+    torch.save({"step": 1, "config": Bomb(executed)}, zipped)
+    for bomb in (bare, zipped):
+        shutil.copytree(place / "runs" / "tiny", folder, dirs_exist_ok=True)
+        for name in ("best.pt", "last.pt"):
+            shutil.copy(bomb, folder / name)
+        (place / "model.safetensors").write_bytes(bomb.read_bytes())
+        for command in (["eval.py", folder], ["sample.py", folder], ["train.py", folder, "--resume"], ["train.py", bomb],
+                        ["train.py", TINY, "--init_from", bomb, "--out", "runs/x"], ["sweep.py", bomb],
+                        ["train.py", TINY, "--init_from", place / "model.safetensors", "--out", "runs/x"],
+                        ["train.py", TINY, "--source", bomb, "--out", "runs/x"], ["prepare_data.py", bomb]):
+            status, _, error = run(*command)
+            assert status == 2 and error.split("\r")[-1].startswith("error: ") and error.count("\n") == 1, (command, error)
+    shutil.copytree(prepared_folder(place), place / "data" / "bombed")
+    shutil.copy(bare, place / "data" / "bombed" / "meta.json")
+    with pytest.raises(InputError, match="meta.json"):
+        read_meta(place / "data" / "bombed")
+    assert not executed.exists()
+
+
 def test_a_run_is_not_measured_on_a_text_that_changed(place, run):
     (place / "book.txt").write_text((ROOT / "data" / "sample.txt").read_text())
     assert run("train.py", TINY, "--source", "book.txt", "--max_steps", 2, "--out", "runs/book")[0] == 0
@@ -642,3 +833,56 @@ def test_a_run_is_not_measured_on_a_text_that_changed(place, run):
     for command in (["eval.py", "runs/book"], ["train.py", "runs/book", "--resume", "--max_steps", 4]):
         status, _, error = run(*command)
         assert status == 2 and "changed" in error
+
+
+def changed(place, path, **config):
+    """Save the checkpoint again with another config."""
+    state = torch.load(path, weights_only=True)
+    state["config"] = {key: value for key, value in {**state["config"], **config}.items() if value is not None}
+    torch.save(state, path)
+
+
+def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(place, run, monkeypatch):
+    folder, data = place / "runs" / "own", place / "data" / "own"
+    assert run("train.py", TINY, "--data", data, "--max_steps", 2, "--out", folder)[0] == 0
+    commands = ["eval.py", folder], ["train.py", folder, "--resume", "--max_steps", 4]
+    lookback = (data / "test.lookback.bin").read_bytes()
+    (data / "test.lookback.bin").write_bytes(lookback[:-2] + b"\0\0")    # as long as it was
+    for command in commands:
+        status, _, error = run(*command)
+        assert status == 2 and "test.lookback.bin is not what was prepared" in error and error.count("\n") == 1
+    (data / "test.lookback.bin").write_bytes(lookback)
+    assert run("prepare_data.py", "data/sample.txt", "--tokenizer", "bytes", "--partition", "block:9", "--out", data)[0] == 0
+    status, printed, _ = run(*commands[0])    # prepared with other parameters since then: made again, and said
+    assert status == 0 and "own is made again: it was made with another source_sha256" not in printed
+    assert "own is made again: it was made with another partition, max_lookback" in printed
+    for name, says in (("partition", "other blocks: the partitioner"), ("encode", "other tokens: the tokenizer")):
+        with monkeypatch.context() as patch:    # another version of the code
+            if name == "partition":
+                patch.setattr("prepare_data.partition", lambda tokens, *args, out: out.__setitem__(slice(None), 1))
+            else:
+                patch.setattr("prepare_data.encode", lambda files, encoding, path: path.write_bytes(b"a\0b\0" * 50000))
+            shutil.rmtree(data)
+            for command in commands:
+                status, _, error = run(*command)
+                assert status == 2 and says in error and error.split("\r")[-1].count("\n") == 1, error
+    shutil.rmtree(data)
+    assert run(*commands[0])[0] == 0
+    for name in ("best.pt", "last.pt"):
+        changed(place, folder / name, tokenizer="gpt2:300")
+    for script in ("eval.py", "sample.py"):
+        status, _, error = run(script, folder)
+        assert status == 2 and "a model of 256 tokens that names a tokenizer of 300" in error
+
+
+def test_runs_and_folders_of_an_earlier_version_are_read(place, run):
+    folder, data = place / "runs" / "early", place / "data" / "early"
+    assert run("train.py", TINY, "--data", data, "--max_steps", 2, "--out", folder)[0] == 0
+    meta = read_meta(data)
+    old = {key: value for key, value in meta.items() if key not in ("files", "sha256")}
+    (data / "meta.json").write_text(json.dumps(old))
+    for name in ("best.pt", "last.pt"):
+        changed(place, folder / name, files=None)
+    status, printed, _ = run("eval.py", folder)
+    assert status == 0 and printed.count("is made again") == 1 and read_meta(data) == meta
+    assert run("train.py", folder, "--resume", "--max_steps", 4)[0] == 0
