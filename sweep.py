@@ -84,11 +84,23 @@ def resolve(values):
     return config
 
 
+def read_results(path):
+    """results.json of a cell, as a dict. Raises InputError where it is not as train.py wrote it."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return {**results, "config": {**results["config"]}, "folder": path.parent}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path} is damaged; delete it, and the cell is brought to its end again") from None
+
+
 def run_cell(cell, threads):
     """Bring one cell to its end in a process of its own. Returns None, or in a line why it broke."""
     out = Path(cell.out)
     if (out / "results.json").is_file():
-        done = json.loads((out / "results.json").read_text(encoding="utf-8"))["config"]
+        try:
+            done = read_results(out / "results.json")["config"]
+        except InputError as e:
+            return str(e)
         changed = [key for key, value in asdict(cell).items() if done.get(key) != value]
         if changed:
             return f"{out} was run with another {', '.join(changed)}; delete it, or give another --out"
@@ -176,7 +188,7 @@ LOCAL = ("schedule", "partition", "fidelity", "min_lookback", "max_lookback", "a
 
 def collect(out):
     """All finished cells of a sweep, as groups that differ in the seed alone: a list of dicts, in a telling order."""
-    results = [json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent} for path in sorted(out.glob("*/results.json"))]
+    results = [read_results(path) for path in sorted(out.glob("*/results.json"))]
     if not results:
         raise InputError(f"{out}: no finished cell here; run the sweep first")
     for r in results:    # a cap that never binds tells nothing apart

@@ -121,3 +121,6 @@ def test_a_sweep_from_end_to_end(tmp_path):
     (tmp_path / "sweep" / "table.md").unlink()
     assert sweep("--report").returncode == 0 and "quintic" in (tmp_path / "sweep" / "table.md").read_text()
     assert sweep("--jobs", "no").returncode == 2
+    (tmp_path / "sweep" / cells[0] / "results.json").write_text("{")    # damaged: named, and mended when it is gone
+    damaged = sweep()
+    assert damaged.returncode == 2 and damaged.stderr.count("results.json is damaged; delete it") == 1
