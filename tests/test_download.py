@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -120,7 +121,11 @@ def test_what_a_killed_download_left_goes_with_the_next_and_a_living_one_stays(s
 
 def test_a_download_can_be_interrupted(serve, tmp_path, monkeypatch):
     base, _ = serve({"/x": lambda handler: time.sleep(10)})
-    threading.Timer(0.3, os.kill, (os.getpid(), 2)).start()
-    with pytest.raises(KeyboardInterrupt):
-        download(f"{base}/x", tmp_path / "x")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            download(f"{base}/x", tmp_path / "x")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
