@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict
@@ -201,9 +202,12 @@ def collect(out):
     for r in results:
         group = groups.setdefault(tuple(str(r["config"].get(key)) for key in keys), {"config": r["config"], "runs": []})
         group["runs"].append(r)
-    for group in groups.values():
+    in_most = {key: value for key in keys for value in [statistics.mode(g["config"][key] for g in groups.values())]
+               if sum(g["config"][key] == value for g in groups.values()) > len(groups) / 2}
+    for group in groups.values():    # named by what is not as in most
         c = group["config"]
-        other = [f"{key} {c[key]}" for key in keys if key not in ("schedule", "partition") and c[key] is not None]
+        other = [f"{key} {c[key]}" for key in keys if key not in ("schedule", "partition") and c[key] is not None
+                 and not (key in in_most and c[key] == in_most[key]) and not (key in LOCAL and c["schedule"] == "distributed")]
         group["schedule"] = c["schedule"]
         group["blocks"] = ", ".join([*([c["partition"]] if c["schedule"] != "distributed" else []), *other])
         group["name"] = ", ".join(filter(None, [c["schedule"], group["blocks"]]))
@@ -284,6 +288,8 @@ def figures(groups, out):
     main = max(series or [""], key=lambda s: (sum(g["blocks"] == s for g in groups), s.startswith("semantic")))
     shown = [g for g in groups if g["blocks"] == main or g["schedule"] == "distributed"]
     colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888"]
+    looks = {blocks: ("os^Dv*PX"[i % 8], colors[(i + i // 8) % 8]) for i, blocks in enumerate(series)}
+    outside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
     drawn = []
 
     def finish(fig, name, title):
@@ -303,24 +309,27 @@ def figures(groups, out):
             at = [x[g["schedule"]] + 0.7 * ((i + 0.5) / len(series) - 0.5) for g in mine]
             ratio = [g["ratio"]["ratio"] for g in mine]
             error = [[r - (g["ratio"]["low"] or r) for g, r in zip(mine, ratio)], [(g["ratio"]["high"] or r) - r for g, r in zip(mine, ratio)]]
-            ax.errorbar(at, ratio, error, fmt="os^Dv*PX"[i % 8], color=colors[i % 8], capsize=3, label=blocks)
+            marker, color = looks[blocks]
+            ax.errorbar(at, ratio, error, fmt=marker, color=color, capsize=3, label=blocks)
         ax.axhline(1, color="black", lw=0.8)
         ax.set(xticks=range(len(x)), xticklabels=list(x), ylabel="perplexity, ratio to distributed")
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, **(outside if len(series) > 4 else {}))
         finish(fig, "ratio", "What locality costs, by schedule (mean over seeds, 95 % interval)")
 
         fig, ax = plt.subplots(figsize=(7, 5), layout="constrained")
+        by_schedule = len(names) > 2    # what the colours tell: with one schedule beside distributed, the blocks
         for g in rated + [g for g in groups if g["schedule"] == "distributed"]:
-            i = series.index(g["blocks"]) if g["blocks"] in series else 0
-            ax.plot(np.mean([layer_mean(r, "fidelity") for r in g["runs"]]), g["ratio"]["ratio"], "os^Dv*PX"[i % 8],
-                    color=STYLES[g["schedule"]][0], ms=8)
-        for name in names:
+            marker, color = looks.get(g["blocks"], ("o", STYLES["distributed"][0]))
+            ax.plot(np.mean([layer_mean(r, "fidelity") for r in g["runs"]]), g["ratio"]["ratio"], marker,
+                    color=STYLES[g["schedule"]][0] if by_schedule else color, ms=8)
+        for name in names if by_schedule else ():
             ax.plot([], [], "o", color=STYLES[name][0], label=name)
-        for i, blocks in enumerate(series if len(series) > 1 else []):
-            ax.plot([], [], "os^Dv*PX"[i % 8], color="white", mec="black", label=blocks)
+        for blocks in series if len(series) > 1 else ():
+            marker, color = looks[blocks]
+            ax.plot([], [], marker, **({"color": "white", "mec": "black"} if by_schedule else {"color": color}), label=blocks)
         ax.axhline(1, color="black", lw=0.8)
         ax.set(xlabel="fidelity, mean over layers: attention inside the block", ylabel="perplexity, ratio to distributed")
-        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        ax.legend(frameon=False, **outside)
         finish(fig, "tradeoff", "The trade-off: every configuration a point")
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
@@ -333,7 +342,7 @@ def figures(groups, out):
             ax.set(xlabel="layer", xticks=layers)
     axes[0].set(ylabel="fidelity: attention inside the block", ylim=(0, 1.03))
     axes[1].set(ylabel="entropy of the attention, bits", ylim=(0, None))
-    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[1].legend(frameon=False, **outside)
     finish(fig, "layers", f"Layer by layer{', ' * bool(main)}{main} (mean over seeds)")
 
     fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
@@ -347,7 +356,7 @@ def figures(groups, out):
         color, marker = STYLES[g["schedule"]]
         ax.plot(*mean.T, marker=marker, ms=4, color=color, label=g["name"] if len(shown) > len(names) else g["schedule"])
     ax.set(xlabel="step", ylabel="validation loss, nats a token")
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(frameon=False, **outside)
     finish(fig, "curves", f"Training{', ' * bool(main)}{main} (mean over seeds)")
     return drawn
 
