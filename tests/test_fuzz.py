@@ -22,7 +22,7 @@ import torch
 from eval import load_run
 from locality import InputError
 from model import GPT, GPTConfig, load
-from prepare_data import SPLITS, describe, get_encoding, prepare, read_meta, read_split, token_bytes
+from prepare_data import SPLITS, describe, prepare, read_meta, read_split
 from train import Config, read_config, resumed, to_toml
 
 ROOT = Path(__file__).parent.parent
