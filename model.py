@@ -522,7 +522,7 @@ def download_gpt2(name):
     hub = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/openai-community/{name}"
     try:
         if sha256 is None:
-            pointer = download(f"{hub}/raw/main/pytorch_model.bin", path.with_name("pointer"), limit=1000)
+            pointer = download(f"{hub}/raw/main/pytorch_model.bin", path.with_name(f"pointer.{os.getpid()}"), limit=1000)
             lines = pointer.read_text(errors="replace").splitlines()
             pointer.unlink()
             sha256 = next(line[-64:] for line in lines if line.startswith("oid sha256:"))

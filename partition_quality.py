@@ -346,3 +346,5 @@ if __name__ == "__main__":
     except InputError as e:
         print(f"partition_quality.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

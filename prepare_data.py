@@ -88,7 +88,7 @@ def source_files(source):
         path = CACHE / "texts" / f"gutenberg-{number}.txt"
         if not path.exists():
             mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
-            raw = download(f"{mirror}/cache/epub/{number}/pg{number}.txt", path.with_suffix(".raw"))
+            raw = download(f"{mirror}/cache/epub/{number}/pg{number}.txt", path.with_suffix(f".{os.getpid()}.raw"))
             try:
                 write_text(path, strip_gutenberg("".join(pieces(raw))))
             except InputError as e:
@@ -101,7 +101,7 @@ def source_files(source):
     if source.startswith(("http://", "https://")):
         path = CACHE / "texts" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.txt"
         if not path.exists():
-            raw = download(source, path.with_suffix(".raw"))
+            raw = download(source, path.with_suffix(f".{os.getpid()}.raw"))
             try:
                 start = next((piece for piece in pieces(raw)), "")
                 if not start.strip() or re.match(r"\s*<(!doctype )?html", start, re.I):
@@ -410,3 +410,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from eval import STYLES, layer_mean, pick_device, prepared, provenance, pyplot, save_figure
 from locality import SCHEDULES, InputError
 from prepare_data import read_split, write_text
-from train import Config, read_values, to_toml
+from train import Config, read_config, read_values, to_toml
 
 ROOT = Path(__file__).resolve().parent
 
@@ -59,6 +59,8 @@ def read_cells(values):
             words = [f"{'' if key in ('schedule', 'partition') else key}{getattr(cell, key)}" for key in sorted(table, key=shown_order)]
             name = re.sub(r"[^\w.+-]", "", ".".join(words))
             cell.out = str(Path(values["out"]) / name)
+            if name in cells:
+                raise InputError(f"[[sweep]]: two cells would share the folder {cell.out}; put them in two files")
             cells[name] = cell
     return cells
 
@@ -97,18 +99,20 @@ def read_results(path):
 def run_cell(cell, threads):
     """Bring one cell to its end in a process of its own. Returns None, or in a line why it broke."""
     out = Path(cell.out)
-    if (out / "results.json").is_file():
+    finished, begun = (out / "results.json").is_file(), (out / "last.pt").is_file()
+    if finished or begun:
         try:
-            done = read_results(out / "results.json")["config"]
+            before = read_results(out / "results.json")["config"] if finished else asdict(read_config([str(out / "config.toml")]))
         except InputError as e:
             return str(e)
-        changed = [key for key, value in asdict(cell).items() if done.get(key) != value]
+        changed = [key for key, value in asdict(cell).items() if before.get(key) != value]
         if changed:
             return f"{out} was run with another {', '.join(changed)}; delete it, or give another --out"
+    if finished:
         return None
     config = out.with_name(out.name + ".toml")
     write_text(config, to_toml(cell))
-    arguments = [out, "--resume"] if (out / "last.pt").is_file() else [config, "--overwrite"]
+    arguments = [out, "--resume"] if begun else [config, "--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     with open(out.with_name(out.name + ".log"), "w") as log:
         status = subprocess.run([sys.executable, ROOT / "train.py", *arguments], stdout=log, stderr=log,
@@ -176,8 +180,8 @@ def paired(a, b):
         return None
     d = [a[seed] - b[seed] for seed in seeds]
     mean, _, half = interval(d)
-    return {"seeds": len(d), "ratio": math.exp(mean), "low": half and math.exp(mean - half), "high": half and math.exp(mean + half),
-            "p": sign_flip_p(d), "p_least": 2 / 2 ** len(d)}
+    return {"seeds": len(d), "ratio": math.exp(mean), "low": None if half is None else math.exp(mean - half),
+            "high": None if half is None else math.exp(mean + half), "p": sign_flip_p(d), "p_least": 2 / 2 ** len(d)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +197,7 @@ def collect(out):
     if not results:
         raise InputError(f"{out}: no finished cell here; run the sweep first")
     for r in results:    # a cap that never binds tells nothing apart
+        r["cap"] = r["config"]["max_lookback"]
         if r["config"]["partition"].startswith(("window", "block")):
             r["config"]["max_lookback"] = None
     configs = [r["config"] for r in results]
@@ -200,14 +205,14 @@ def collect(out):
     keys = [key for key in varied if not (key == "max_lookback" and len({c[key] for c in configs} - {None}) < 2)]
     groups = {}
     for r in results:
-        group = groups.setdefault(tuple(str(r["config"].get(key)) for key in keys), {"config": r["config"], "runs": []})
+        group = groups.setdefault(tuple(str(r["config"].get(key)) for key in keys), {"config": r["config"], "cap": r["cap"], "runs": []})
         group["runs"].append(r)
-    in_most = {key: value for key in keys for value in [statistics.mode(g["config"][key] for g in groups.values())]
-               if sum(g["config"][key] == value for g in groups.values()) > len(groups) / 2}
+    in_most = {key: value for key in keys for value in [statistics.mode(str(g["config"][key]) for g in groups.values())]
+               if sum(str(g["config"][key]) == value for g in groups.values()) > len(groups) / 2}
     for group in groups.values():    # named by what is not as in most
         c = group["config"]
         other = [f"{key} {c[key]}" for key in keys if key not in ("schedule", "partition") and c[key] is not None
-                 and not (key in in_most and c[key] == in_most[key]) and not (key in LOCAL and c["schedule"] == "distributed")]
+                 and str(c[key]) != in_most.get(key) and not (key in LOCAL and c["schedule"] == "distributed")]
         group["schedule"] = c["schedule"]
         group["blocks"] = ", ".join([*([c["partition"]] if c["schedule"] != "distributed" else []), *other])
         group["name"] = ", ".join(filter(None, [c["schedule"], group["blocks"]]))
@@ -223,11 +228,16 @@ def collect(out):
 def comparisons(groups, keys):
     """The pairs that the paper compares, and the controls: a list of dicts with `first`, `second` and what `paired` gives."""
     rows = []
+    caps = {g["config"]["max_lookback"] for g in groups} - {None}
+
+    def fits(a, b):
+        """A window or a block of the ruler was matched to the semantic blocks of its own max_lookback."""
+        return a["cap"] == b["cap"] or len(caps) < 2 and None in (a["config"]["max_lookback"], b["config"]["max_lookback"])
 
     def compare(key, first, second):
         pairs = [(a, b) for a in groups for b in groups if str(a["config"][key]).startswith(first)
                  and str(b["config"][key]).startswith(second) and "distributed" not in (a["schedule"], b["schedule"])
-                 and all(a["config"].get(k) == b["config"].get(k) for k in keys if k not in (key, "max_lookback"))]
+                 and fits(a, b) and all(a["config"].get(k) == b["config"].get(k) for k in keys if k not in (key, "max_lookback"))]
         pairs = [(a, b, row) for a, b in pairs if (row := paired(a["loss"], b["loss"]))]
         rows.extend({"first": a["name"], "second": b["name"], **row} for a, b, row in pairs)
         if key != "schedule" and len(pairs) > 1:    # all of them in one: the mean over pairs, seed by seed
@@ -253,7 +263,8 @@ def markdown(groups, rows, about):
         return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
 
     def with_interval(row):
-        return "–" if row is None else f"{row['ratio']:.4f}" + (f" [{row['low']:.4f}, {row['high']:.4f}]" if row["low"] else "")
+        return "–" if row is None else f"{row['ratio']:.4f}" + (
+            "" if row["low"] is None or row["ratio"] == 1 else f" [{row['low']:.4f}, {row['high']:.4f}]")
 
     lines = ["| configuration | seeds | perplexity | 95 % interval | ratio to distributed [95 %] | accuracy, % | bits per byte "
              "| fidelity: last layer | mean | entropy, bits: last layer | mean |", "| --- " * 11 + "|"]
@@ -308,7 +319,7 @@ def figures(groups, out):
             mine = [g for g in rated if g["blocks"] == blocks]
             at = [x[g["schedule"]] + 0.7 * ((i + 0.5) / len(series) - 0.5) for g in mine]
             ratio = [g["ratio"]["ratio"] for g in mine]
-            error = [[r - (g["ratio"]["low"] or r) for g, r in zip(mine, ratio)], [(g["ratio"]["high"] or r) - r for g, r in zip(mine, ratio)]]
+            error = [[abs(g["ratio"]["ratio"] - (g["ratio"][end] or g["ratio"]["ratio"])) for g in mine] for end in ("low", "high")]
             marker, color = looks[blocks]
             ax.errorbar(at, ratio, error, fmt=marker, color=color, capsize=3, label=blocks)
         ax.axhline(1, color="black", lw=0.8)

@@ -4,7 +4,7 @@ Train or fine-tune a localised GPT-2: one TOML file in, one run folder out.
     python train.py configs/quickstart.toml
     python train.py configs/gpt2_quintic.toml --source my_book.txt --out runs/my_book
     python train.py runs/my_book --resume
-    torchrun --nproc_per_node=8 train.py configs/gpt2_quintic.toml    # the same run, shared by eight GPUs
+    torchrun --nproc_per_node=4 train.py configs/gpt2_quintic.toml    # the same run, shared by four GPUs
 
 Any key of the config can be overridden on the command line. The run folder holds config.toml (everything, as it was
 run), metrics.jsonl, best.pt and last.pt, and at the end results.json and attention.png; or, of a run that diverged,
@@ -309,17 +309,19 @@ def join(config):
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     return device, rank, world
 
 
 @contextlib.contextmanager
-def rank_0_first(rank, world):
-    """What one process writes and the others then read: rank 0 is through with it before the others begin."""
-    if rank:
+def in_turn(rank, world):
+    """What one process downloads or writes and the others then read: rank 0 is through with it first, then the first
+    process of each other machine, which may have a disk of its own, then all others."""
+    turn = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn if world > 1 else 0):
         distributed.barrier()
     yield
-    if world > 1 and rank == 0:
+    for _ in range(2 - turn if world > 1 else 0):
         distributed.barrier()
 
 
@@ -401,7 +403,7 @@ def train(config, held, resume=False):
     torch.manual_seed(config.seed)
     metrics = held.enter_context(open_metrics(out)) if resume and rank == 0 else None
     state = load(out / "last.pt") if resume else None
-    with rank_0_first(rank, world):
+    with in_turn(rank, world):
         encoding = get_encoding(config.tokenizer)
         folder = prepared(state["config"] if resume else asdict(config))
         model = build_model(config, encoding.n_vocab)
@@ -550,9 +552,6 @@ def train(config, held, resume=False):
             step += 1
             seen += config.grad_accum * config.batch_size * T
             bar.update()
-            if step == start + 1:    # compiling is not training
-                seen, clock = 0, time.perf_counter()
-
             stop = bool(asked) and world == 1
             if step % config.log_interval == 0:
                 if world > 1:    # the mean loss, and whether any process was asked to stop
@@ -569,6 +568,8 @@ def train(config, held, resume=False):
             if step % config.eval_interval == 0 or step == config.max_steps:
                 val = look_once(step)
                 keep(step)
+                seen, clock = 0, time.perf_counter()
+            if step == start + 1:    # compiling is not training
                 seen, clock = 0, time.perf_counter()
             if stop:
                 keep(step)

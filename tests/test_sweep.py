@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import pytest
 
 from locality import InputError
 from prepare_data import read_meta
-from sweep import interval, paired, read_cells, sign_flip_p
-from train import read_values
+from sweep import collect, comparisons, interval, paired, read_cells, run_cell, sign_flip_p
+from train import Config, read_values, to_toml
 
 ROOT = Path(__file__).parent.parent
 TINY = {"source": str(ROOT / "data" / "sample.txt"), "tokenizer": "bytes", "max_lookback": 100, "block_size": 64, "n_layer": 2,
@@ -47,6 +48,31 @@ def test_pairs_share_their_seeds():
     assert row["seeds"] == 2 and row["ratio"] == pytest.approx(math.exp(0.15)) and row["p"] == row["p_least"] == 0.5
     assert row["low"] < row["ratio"] < row["high"]
     assert paired({1: 1.0}, {2: 1.0}) is None and paired({1: 1.0}, {1: 1.0})["low"] is None
+    same = paired({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0})
+    assert same["low"] == same["ratio"] == same["high"] == 1
+
+
+def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path):
+    for cap, window in ((64, "window:30"), (128, "window:60")):
+        for partition in ("semantic", window):
+            for seed in (1, 2):
+                config = Config(**{**TINY, "max_lookback": cap, "partition": partition, "schedule": "localist", "seed": seed})
+                folder = tmp_path / f"{cap}.{partition}.{seed}"
+                folder.mkdir()
+                (folder / "results.json").write_text(json.dumps({"loss": cap / 100 + len(partition) + seed, "seed": seed,
+                                                                 "config": asdict(config)}))
+    groups, keys = collect(tmp_path)
+    rows = [(row["first"], row["second"]) for row in comparisons(groups, keys)]
+    assert rows == [("localist, semantic, max_lookback 128", "localist, window:60"),
+                    ("localist, semantic, max_lookback 64", "localist, window:30"), ("semantic, mean of 2", "window, the same")]
+
+
+def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
+    cell = Config(**{**TINY, "out": str(tmp_path / "cell")})
+    (tmp_path / "cell").mkdir()
+    (tmp_path / "cell" / "last.pt").touch()
+    (tmp_path / "cell" / "config.toml").write_text(to_toml(Config(**{**asdict(cell), "max_steps": 4, "learning_rate": 0.1})))
+    assert "another max_steps, learning_rate; delete it" in run_cell(cell, 1)
 
 
 def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):

@@ -728,6 +728,15 @@ def children(pid):
     return found
 
 
+def test_the_processes_that_the_readme_starts_can_share_a_batch():
+    lines = (ROOT / "README.md").read_text().replace("\\\n", "").splitlines()
+    commands = [line for line in lines if line.startswith("    torchrun") and "configs/" in line]
+    assert len(commands) >= 2
+    for line in commands:
+        world = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", line))
+        assert read_config([str(ROOT / re.search(r"configs/\w+\.toml", line)[0])]).batch_size % world == 0, line
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
 def test_two_processes_train_what_one_does_and_when_one_dies_the_run_ends_and_can_go_on(place, run):
     options = [str(TINY), "--max_steps", "60", "--grad_accum", "2", "--log_interval", "1", "--eval_interval", "5", "--out"]
