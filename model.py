@@ -297,7 +297,8 @@ class GPT(nn.Module):
                 # residual branches start smaller, so that depth does not blow up the stream (Radford et al. 2019)
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
         # sinusoids (Vaswani et al. 2017) in place of noise: a place can be told from its neighbours from the first step on
-        angle = torch.arange(config.block_size)[:, None] * 1e4 ** -torch.linspace(0, 1, -(-config.n_embd // 2))
+        # (in float64: an angle of hundreds would turn a difference in the last bit into a hundred times as much)
+        angle = torch.arange(config.block_size)[:, None] * 1e4 ** -torch.linspace(0, 1, -(-config.n_embd // 2), dtype=torch.double)
         with torch.no_grad():
             self.wpe.weight.copy_(math.sqrt(2) * std * torch.cat((angle.sin(), angle.cos()), 1)[:, :config.n_embd])
 

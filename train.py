@@ -29,6 +29,8 @@ from pathlib import Path
 # before torch is loaded: a CPU thread that waits for another gives up its core soon (GNU OpenMP). otherwise one busy
 # process beside the training makes it not twice but tens of times slower
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# and MKL promises the same bits from run to run only where it is asked to
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 try:
     import fcntl
