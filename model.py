@@ -25,6 +25,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -296,11 +297,13 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 # residual branches start smaller, so that depth does not blow up the stream (Radford et al. 2019)
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
-        # sinusoids (Vaswani et al. 2017) in place of noise: a place can be told from its neighbours from the first step on
-        # (in float64: an angle of hundreds would turn a difference in the last bit into a hundred times as much)
-        angle = torch.arange(config.block_size)[:, None] * 1e4 ** -torch.linspace(0, 1, -(-config.n_embd // 2), dtype=torch.double)
+        # sinusoids (Vaswani et al. 2017) in place of noise: a place can be told from its neighbours from the first step on.
+        # by numpy: the first sin of a process that torch shares out among threads is now and then less exact in one of
+        # them (pytorch issue 188792), and no two runs could be trusted to begin at the same bits
+        angle = np.arange(config.block_size)[:, None] / 1e4 ** np.linspace(0, 1, -(-config.n_embd // 2))
+        waves = np.concatenate((np.sin(angle), np.cos(angle)), 1)[:, :config.n_embd]   # (block_size, C)
         with torch.no_grad():
-            self.wpe.weight.copy_(math.sqrt(2) * std * torch.cat((angle.sin(), angle.cos()), 1)[:, :config.n_embd])
+            self.wpe.weight.copy_(math.sqrt(2) * std * torch.from_numpy(waves))
 
     def forward(self, idx, lookback=None, targets=None):
         """idx: (B, T) int64 token ids; lookback: (B, T) integers (needed unless every lambda is 0);
