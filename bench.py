@@ -10,9 +10,9 @@ generate:  tokens a second with the cache, against reading the context anew for 
 data:      encoding a text (tiktoken) and partitioning it (semantic blocks), at 1, 4 and 16 times the text
 
 Contestants take turns, round after round, so that other work on the machine slows all of them alike; a time is the
-median of its rounds. A row's `ratio` is to its `baseline`: of seconds where it has `seconds`, of tokens a second where it
-has `tokens_per_s`. What is not installed here is left out, and said. On a CUDA device the shapes are larger, and the
-model is compiled.
+median of its rounds. They share a process, and so what `keep_memory` in eval.py wins. A row's `ratio` is to its
+`baseline`: of seconds where it has `seconds`, of tokens a second where it has `tokens_per_s`. What is not installed here
+is left out, and said. On a CUDA device the shapes are larger, and the model is compiled.
 """
 
 import argparse
@@ -55,13 +55,17 @@ def machine(device):
     cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
         cpu = next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    with precision(device, "auto"):
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "cpu": cpu,
             "processors": os.cpu_count(), "threads": torch.get_num_threads(), "load before": load,
-            "dtype": str(dtype).removeprefix("torch."), "compiled": compiles(device, "auto"), "torch": torch.__version__,
+            "dtype": str(auto_dtype(device)).removeprefix("torch."), "compiled": compiles(device, "auto"), "torch": torch.__version__,
             "numpy": np.__version__, "python": platform.python_version(), "system": platform.platform()}
+
+
+def auto_dtype(device):
+    """What `dtype = "auto"` means on this device."""
+    with precision(device, "auto"):
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def synchronize(device):
@@ -237,6 +241,13 @@ def random_tokens(shape, B, device):
     return torch.randint(V, (B, T), device=device), random_lookback(B, T).to(device), torch.randint(V, (B, T), device=device)
 
 
+def head_turn(shape, B, device):
+    """The three products of a step with the output head, by far its largest matrix: a function to call."""
+    rows, V, C = B * shape["block_size"], shape.get("vocab_size", 50304), shape["n_embd"]
+    x, w, dy = (torch.randn(size, device=device, dtype=auto_dtype(device)) for size in ((rows, C), (V, C), (rows, V)))
+    return lambda: (x @ w.T, dy @ w, dy.T @ x)
+
+
 def nanogpt_step(nanogpt, shape, B, device, fused=True, bias=True, compiled=False):
     """The step of nanoGPT's train.py. fused: with the AdamW that ours has; otherwise with the one it makes."""
     torch.manual_seed(0)
@@ -298,10 +309,15 @@ def bench_step(args):
         turns["nanoGPT, its defaults"] = nanogpt_step(nanogpt, shape, B, args.device, fused=cuda, bias=False,
                                                       compiled=not args.quick)
     turns["transformers, masked"] = transformers_step(shape, B, args.device)
+    # no step is faster than its matrix products, with attention for nothing, at the speed of the largest of them
+    turns["matrix products alone"] = head_turn(shape, B, args.device)
     turns = {name: turn for name, turn in turns.items() if turn}
     times = race(turns, args.device, args.rounds)
+    sized = GPT(GPTConfig(**shape))
+    matrices = sum(p.numel() for p in sized.parameters() if p.dim() == 2) - sized.wpe.weight.numel()
+    times["matrix products alone"] *= matrices / sized.wte.weight.numel()
     others = [row("step", name, tokens_per_s=B * T / times[name]) for name in turns if name not in names]
-    rows, ours, sized = [*others], None, GPT(GPTConfig(**shape))
+    rows, ours = [*others], None
     for name in names:
         for other in [ours, *others]:    # the first of ours is the baseline of the next two
             rows.append(row("step", name, tokens_per_s=B * T / times[name], against=other,
@@ -378,8 +394,8 @@ def bench_generate(args):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, max_lookback=W)).eval()
     vocabulary = [b"ab. "[i % 4:i % 4 + 1] for i in range(model.config.vocab_size)]
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.0f} M parameters, random; {n} new tokens, greedy, float32, on the CPU")
+    weights = torch.randn(sum(p.numel() for p in model.parameters()))
+    print(f"{len(weights) / 1e6:.0f} M parameters, random; {n} new tokens, greedy, float32, on the CPU")
     slow, name = model, "reading anew"
     nanogpt = load_nanogpt(args.nanogpt)
     if nanogpt:
@@ -411,7 +427,10 @@ def bench_generate(args):
                               same_tokens=same if dial == "distributed" else None) for dial in turns]
     name = f"cached, distributed, 8 prompts of {length}"
     seconds = race({name: lambda: generate(prompt, "distributed", 8)}, device, 1)[name]
-    return rows + [row("generate", name, tokens_per_s=8 * n / seconds, against=base)]
+    rows.append(row("generate", name, tokens_per_s=8 * n / seconds, against=base))
+    # no token of one text comes faster than the weights can be read
+    seconds = race({"reading": weights.sum}, device, args.rounds)["reading"]
+    return [row("generate", "reading the weights alone", tokens_per_s=1 / seconds), *rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import resource
@@ -537,6 +538,22 @@ def endings(run):
     state = torch.load(run / "last.pt", weights_only=True)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     return state["model"], [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
+def test_on_a_cpu_freed_memory_is_kept_and_comes_back_without_page_faults(tmp_path):
+    code = """if True:
+        import resource, sys, torch
+        from eval import pick_device
+        if sys.argv[1] == "kept":
+            pick_device("cpu")
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.empty(100 * 2 ** 20, dtype=torch.uint8).fill_(1)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True).stdout)
+              for how in ("kept", "returned")}
+    assert faults["kept"] < 10 < faults["returned"]    # 25,600 pages of 4 KiB, or 50 where all are of 2 MiB
 
 
 @pytest.mark.parametrize("threads, optimizer", [(1, "muon"), (2, "adamw")])
