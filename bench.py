@@ -10,9 +10,10 @@ generate:  tokens a second with the cache, against reading the context anew for 
 data:      encoding a text (tiktoken) and partitioning it (semantic blocks), at 1, 4 and 16 times the text
 
 Contestants take turns, round after round, so that other work on the machine slows all of them alike; a time is the
-median of its rounds. They share a process, and so what `keep_memory` in eval.py wins. A row's `ratio` is to its
-`baseline`: of seconds where it has `seconds`, of tokens a second where it has `tokens_per_s`. What is not installed here
-is left out, and said. On a CUDA device the shapes are larger, and the model is compiled.
+median of its rounds. On a CPU the steps of other software run in processes of their own, where memory is handled as they
+leave it. A row's `ratio` is to its `baseline`: of seconds where it has `seconds`, of tokens a second where it has
+`tokens_per_s`. What is not installed here is left out, and said. On a CUDA device the shapes are larger, and the model is
+compiled.
 """
 
 import argparse
@@ -28,7 +29,9 @@ import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch is loaded: see train.py
@@ -37,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eval import pick_device
+from eval import keep_memory, pick_device
 from locality import InputError, Partitioner, background, partition, schedule
 from model import GPT, GPTConfig, block_mask, clamp_lookback, in_block, local_attention
 from prepare_data import get_encoding, token_bytes, write_text
@@ -87,6 +90,22 @@ def race(contestants, device, rounds):
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+def apart(make, *args):
+    """make(*args), which returns a turn, done in a new process: a function to call; None where make returns None."""
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    if process.submit(take_turn, make, args).result():
+        return lambda: process.submit(take_turn).result()
+
+
+def take_turn(make=None, args=()):
+    """In that process: make the turn, and say whether there is one; or, without arguments, take it."""
+    global TURN
+    if make:
+        TURN = make(*args)
+        return TURN is not None
+    TURN()
+
+
 def row(section, name, seconds=None, tokens_per_s=None, against=None, **more):
     """One line of the table, printed. against: the row of the baseline."""
     found = {"section": section, "name": name, "seconds": seconds, "tokens_per_s": tokens_per_s, **more}
@@ -99,15 +118,6 @@ def row(section, name, seconds=None, tokens_per_s=None, against=None, **more):
     print(f"{name:44s} {value} {ratio:56s} " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                                           for k, v in more.items() if v is not None), flush=True)
     return found
-
-
-def peak_memory():
-    """The most memory this process and its children have held, MB; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
 def peak_of(function, *args, device):
@@ -248,14 +258,19 @@ def head_turn(shape, B, device):
     return lambda: (x @ w.T, dy @ w, dy.T @ x)
 
 
-def nanogpt_step(nanogpt, shape, B, device, fused=True, bias=True, compiled=False):
-    """The step of nanoGPT's train.py. fused: with the AdamW that ours has; otherwise with the one it makes."""
+def nanogpt_step(folder, shape, B, device, kept=False, defaults=False, compiled=False):
+    """The step of nanoGPT's train.py: with the biases and the AdamW that ours has, or with its defaults. kept: as if it,
+    too, kept the memory it frees."""
+    nanogpt = load_nanogpt(folder)
+    if kept:
+        keep_memory()
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
-        model = nanogpt.GPT(nanogpt.GPTConfig(**{"vocab_size": 50304, **shape}, bias=bias)).to(device)
+        model = nanogpt.GPT(nanogpt.GPTConfig(**{"vocab_size": 50304, **shape}, bias=not defaults)).to(device)
         optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device.type)
-    if fused:
-        optimizer = torch.optim.AdamW(optimizer.param_groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    if not defaults:
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+        optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
     fast_model = torch.compile(model) if compiled or compiles(device, "auto") else model
     x, _, y = random_tokens(shape, B, device)
 
@@ -302,13 +317,14 @@ def bench_step(args):
         shape, B = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512}, 1
     T, names = shape["block_size"], ("distributed", "quintic", "localist")
     print(f"{shape}, batch {B}, blocks of at most {W} tokens back, AdamW")
-    nanogpt = load_nanogpt(args.nanogpt)
     turns = {name: our_step(name, shape, B, args.device) for name in names}
-    if nanogpt:
-        turns["nanoGPT"] = nanogpt_step(nanogpt, shape, B, args.device)
-        turns["nanoGPT, its defaults"] = nanogpt_step(nanogpt, shape, B, args.device, fused=cuda, bias=False,
-                                                      compiled=not args.quick)
-    turns["transformers, masked"] = transformers_step(shape, B, args.device)
+    rival = (lambda make, *args: make(*args)) if cuda else apart
+    if load_nanogpt(args.nanogpt):
+        turns["nanoGPT"] = rival(nanogpt_step, args.nanogpt, shape, B, args.device)
+        if not cuda:
+            turns["nanoGPT, its memory kept"] = rival(nanogpt_step, args.nanogpt, shape, B, args.device, True)
+        turns["nanoGPT, its defaults"] = rival(nanogpt_step, args.nanogpt, shape, B, args.device, False, True, not args.quick)
+    turns["transformers, masked"] = rival(transformers_step, shape, B, args.device)
     # no step is faster than its matrix products, with attention for nothing, at the speed of the largest of them
     turns["matrix products alone"] = head_turn(shape, B, args.device)
     turns = {name: turn for name, turn in turns.items() if turn}
@@ -437,6 +453,45 @@ def bench_generate(args):
 # data
 
 
+def held():
+    """MB that this process and its children hold now, files apart, and what they share counted once. Linux alone."""
+    pids = [os.getpid(), *Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, StopIteration):    # a child may be gone
+            total += next(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss_Anon")) / 1024
+    return total
+
+
+def encode_and_partition(text, times, tokenizer, max_lookback):
+    """(tokens, seconds to encode, seconds to partition, the most MB that partitioning held, looked at ten times a second)."""
+    encoding = get_encoding(tokenizer)
+    vocabulary = token_bytes(encoding)
+    start = time.perf_counter()
+    tokens = np.concatenate([encoding.encode_to_numpy(text, allowed_special="all").astype(np.uint16) for _ in range(times)])
+    encode = time.perf_counter() - start
+    known = background(tokens[: len(tokens) // times], vocabulary)
+    peaks, done = [], threading.Event()
+
+    def watch():
+        with contextlib.suppress(OSError):    # no such files: not Linux
+            before = held()
+            while not done.wait(0.1):
+                peaks.append(held() - before)
+
+    with tempfile.TemporaryDirectory() as folder:
+        lookback = np.memmap(Path(folder) / "lookback.bin", np.uint16, "w+", shape=len(tokens))
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        partition(tokens, vocabulary, "semantic", max_lookback, known, lookback)
+        split = time.perf_counter() - start
+        done.set()
+        watcher.join()
+        del lookback
+    return len(tokens), encode, split, max(peaks, default=None)
+
+
 def bench_data(args):
     """Encoding against partitioning. Time should grow with the text, memory should not, and the ratio be at most three."""
     try:
@@ -445,24 +500,13 @@ def bench_data(args):
         raise InputError(f"cannot read {args.source} as UTF-8 text: {e}") from e
     if len(text) < 1000:
         raise InputError(f"{args.source} is too short to time: {len(text)} characters")
-    encoding = get_encoding(args.tokenizer)
-    vocabulary = token_bytes(encoding)
-
     rows = []
     for times in (1, 4, 16):
-        start = time.perf_counter()
-        parts = [encoding.encode_to_numpy(text, allowed_special="all") for _ in range(times)]
-        tokens = np.concatenate([p.astype(np.uint16) for p in parts])
-        del parts
-        encode = time.perf_counter() - start
-        known = background(tokens[: len(tokens) // times], vocabulary)
-        start = time.perf_counter()
-        partition(tokens, vocabulary, "semantic", args.max_lookback, known)
-        split = time.perf_counter() - start
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:    # as fresh as prepare_data.py's
+            n, encode, split, peak = process.submit(encode_and_partition, text, times, args.tokenizer, args.max_lookback).result()
         mb = times * len(text.encode()) / 1e6
-        rows.append(row("data", f"encode, {mb:,.1f} MB", encode, tokens=len(tokens)))
-        rows.append(row("data", f"partition, {mb:,.1f} MB", split, against=rows[-1], tokens=len(tokens),
-                        peak_mb=peak_memory()))
+        rows.append(row("data", f"encode, {mb:,.1f} MB", encode, tokens=n))
+        rows.append(row("data", f"partition, {mb:,.1f} MB", split, against=rows[-1], tokens=n, peak_mb=peak))
     return rows
 
 
