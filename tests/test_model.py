@@ -258,11 +258,22 @@ def test_the_dial_wants_one_number_a_layer_and_a_lookback():
 
 
 @pytest.mark.parametrize("settings", [{}, {"anchor": True}, {"min_lookback": 3}, {"dial": "penalty"}])
-def test_compiles_to_one_graph(settings):
-    model, idx, r = tiny(block_size=100, **settings), torch.randint(0, 101, (2, 90)), random_lookback(2, 90, 8)
+def test_compiles_to_one_graph_that_lasts_for_a_whole_run(settings):
+    model = tiny(block_size=100, **settings).train()
     model.set_locality([0, 0.5, 1])
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(idx, r, idx)[1], model(idx, r, idx)[1], atol=1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(4):    # steps of other tokens and blocks, with a look at the validation split in between
+            idx, r = torch.randint(0, 101, (2, 90)), random_lookback(2, 90, 8, seed)
+            with torch.no_grad():
+                expected = model.eval()(idx, r, idx)[1]
+            loss = compiled.train()(idx, r, idx)[1]
+            assert torch.allclose(loss, expected, atol=1e-6)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 def test_dropout_is_in_training_alone_and_in_every_place():
