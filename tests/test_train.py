@@ -547,13 +547,15 @@ def test_on_a_cpu_freed_memory_is_kept_and_comes_back_without_page_faults(tmp_pa
         from eval import pick_device
         if sys.argv[1] == "kept":
             pick_device("cpu")
-        for _ in range(5):
+        for _ in range(40):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.empty(100 * 2 ** 20, dtype=torch.uint8).fill_(1)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    faults = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True).stdout)
-              for how in ("kept", "returned")}
-    assert faults["kept"] < 10 < faults["returned"]    # 25,600 pages of 4 KiB, or 50 where all are of 2 MiB
+            torch.empty(100 * 2 ** 20, dtype=torch.uint8).fill_(1)    # 25,600 pages of 4 KiB, or 50 of 2 MiB
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    new = {}    # how often the memory was new
+    for how in ("kept", "returned"):
+        done = subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True)
+        new[how] = sum(int(faults) >= 10 for faults in done.stdout.split())
+    assert new["kept"] <= 20 and new["returned"] == 40    # it takes a few rounds until the free places fit
 
 
 @pytest.mark.parametrize("threads, optimizer", [(1, "muon"), (2, "adamw")])
