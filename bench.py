@@ -40,11 +40,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eval import keep_memory, pick_device
+from eval import pick_device
 from locality import InputError, Partitioner, background, partition, schedule
 from model import GPT, GPTConfig, block_mask, clamp_lookback, in_block, local_attention
 from prepare_data import get_encoding, token_bytes, write_text
-from train import Config, build_optimizers, compiles, precision, random_batch, utilisation
+from train import Config, build_optimizers, compiles, keep_memory, precision, random_batch, utilisation
 
 W = 128    # max_lookback of all but `data`
 
@@ -530,6 +530,8 @@ def main():
     if args.rounds < 1:
         raise InputError(f"--rounds is at least 1, not {args.rounds}")
     args.device = pick_device(args.device)
+    if args.device.type == "cpu":
+        keep_memory()    # as train.py does
     log = machine(args.device)
     print("\n".join(f"{key:12s} {value}" for key, value in log.items()))
     rows = []

@@ -9,8 +9,6 @@ Measure a run: perplexity, bits per byte, accuracy, and per layer how local its 
 """
 
 import argparse
-import contextlib
-import ctypes
 import datetime
 import json
 import math
@@ -42,23 +40,9 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise InputError(f"device {name} is not available here; use auto or cpu") from None
-    if device.type == "cpu":
-        keep_memory()
-    return device
-
-
-def keep_memory():
-    """Have this process keep the memory it frees, where the C library is glibc, until it ends.
-
-    glibc gives a block above 32 MB back to the system at once, and every page of the next one is then fetched and zeroed
-    anew: with GPT-2's vocabulary, a seventh of a training step.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):    # other C libraries have no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)     # M_MMAP_MAX: no block of its own mapping,
-        mallopt(-1, -1)    # M_TRIM_THRESHOLD: and none given back
 
 
 # what of a run's config says which text it was trained on, and how that was prepared
