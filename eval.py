@@ -151,8 +151,8 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
         score = torch.arange(T, device=device) >= first                        # (B, T)
         logits = model(x, r)[0]                                                # (B, T, V)
         nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-        nats += nll[score].double().sum().item()
-        nats_at += nll.double().sum(0).cpu()
+        nats += nll[score].cpu().double().sum().item()                         # not every device has float64
+        nats_at += nll.cpu().double().sum(0)
         correct += (logits.argmax(-1) == y)[score].sum().item()
         scored += score.sum().item()
         size += n_bytes[y[score]].sum().item()
@@ -163,7 +163,7 @@ def evaluate(model, tokens, lookback, vocabulary, stride=None, batch_size=8, mea
                 pointer = block.expand_as(a).gather(-1, a.argmax(-1, keepdim=True)).squeeze(-1)
                 entropy = torch.special.entr(a).sum(-1) / math.log(2)
                 for column, value in enumerate((inside, pointer, entropy, a[..., 0])):
-                    sums[layer, column] += value.double().mean(1)[score].sum().item()
+                    sums[layer, column] += value.cpu().double().mean(1)[score.cpu()].sum().item()
     model.train(was_training)
     results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored,
                "bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored,

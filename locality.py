@@ -376,7 +376,7 @@ def parse_partition(method):
     name, _, n = str(method).partition(":")
     if method in ("semantic", "sentence"):
         return name, None
-    if name in ("window", "block") and n.isascii() and n.isdigit() and int(n) > 0:
+    if name in ("window", "block") and n.isascii() and n.isdigit() and len(n) < 10 and int(n) > 0:
         return name, int(n)
     raise InputError(f"partition must be semantic, sentence, window:N or block:N with N > 0 tokens, not {method!r}")
 

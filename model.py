@@ -485,7 +485,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     temperature 0: the likeliest. top_k: among the k likeliest alone; 0: all. top_p: among the fewest likeliest that have
     the probability p together.
     """
-    if temperature == 0:
+    if temperature < 1e-6:    # the likeliest token is certain by far, and float32 would divide by 0 some way below
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k:

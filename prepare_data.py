@@ -17,6 +17,7 @@ The sha256 are checked whenever a file is opened to be used, at 1 to 2 GB/s: on 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -233,7 +234,7 @@ def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=
 
     encoding = get_encoding(tokenizer)
     vocabulary = token_bytes(encoding)
-    new = next((path for path in [*reversed(folder.parents), folder] if not path.exists()), None)
+    new = [path for path in [folder, *folder.parents] if not path.exists()]
     work = folder / f".preparing-{os.getpid()}"
     work.mkdir(parents=True)
     try:
@@ -273,8 +274,10 @@ def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=
         raise InputError(f"{folder}: could not be written ({e.strerror or e})") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if new and not (folder / "meta.json").exists():
-            shutil.rmtree(new, ignore_errors=True)
+        if not (folder / "meta.json").exists():
+            with contextlib.suppress(OSError):    # a folder that is not empty: someone else has put something there
+                for path in new:
+                    path.rmdir()
     return folder
 
 

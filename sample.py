@@ -12,9 +12,9 @@ import sys
 
 import torch
 
-from eval import load_run, pick_device
+from eval import load_run, pick_device, prepared
 from locality import InputError, Partitioner, schedule
-from prepare_data import get_encoding, token_bytes
+from prepare_data import get_encoding, read_meta, token_bytes
 
 
 def main():
@@ -48,10 +48,13 @@ def main():
         model.set_locality(schedule(args.schedule or config["schedule"], model.config.n_layer, fidelity))
     encoding = get_encoding(config["tokenizer"])
     vocabulary = token_bytes(encoding)
+    if "background" not in config:    # a run of an earlier version
+        config["background"] = read_meta(prepared(config))["background"]
     partitioners = [Partitioner(vocabulary, config["partition"], config["max_lookback"], config["background"])
                     for _ in prompts]
     generator = torch.Generator(device).manual_seed(args.seed)
 
+    sys.stdout.reconfigure(errors="replace")
     # the first text is shown as it grows, the others when all are done; a character may come in several tokens
     utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
     print(prompts[0], end="", flush=True)

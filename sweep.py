@@ -91,9 +91,27 @@ def read_results(path):
     """results.json of a cell, as a dict. Raises InputError where it is not as train.py wrote it."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return {**results, "config": {**results["config"]}, "folder": path.parent}
+        numbers = [results[key] for key in ("loss", "perplexity", "accuracy", "bits_per_byte", "tokens", "seed")]
+        numbers += [layer[key] for layer in results["layers"] for key in ("locality", "fidelity", "entropy")]
+        words = [results["date"], *(results["config"][key] for key in ("schedule", "partition", "init_from"))]
+        if not results["layers"] or not {"commit", "device", "torch"} <= results.keys() or not all(
+                isinstance(n, (int, float)) for n in numbers) or not all(isinstance(word, str) for word in words):
+            raise ValueError
+        return {**results, "config": {"max_lookback": None, **results["config"]}, "folder": path.parent}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is damaged; delete it, and the cell is brought to its end again") from None
+
+
+def read_curve(path):
+    """The validation losses in metrics.jsonl: a list of (step, nats). Raises InputError where it is damaged."""
+    try:
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        curve = [(int(line["step"]), float(line["val_loss"])) for line in lines if "val_loss" in line]
+        if not curve:
+            raise ValueError
+        return curve
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path} is damaged; delete the folder, and the cell is run again") from None
 
 
 def run_cell(cell, threads):
@@ -360,8 +378,7 @@ def figures(groups, out):
     for g in shown:
         curves = []
         for r in g["runs"]:
-            lines = map(json.loads, (r["folder"] / "metrics.jsonl").read_text().splitlines())
-            curves.append([(line["step"], line["val_loss"]) for line in lines if "val_loss" in line])
+            curves.append(read_curve(r["folder"] / "metrics.jsonl"))
         n = min(map(len, curves))    # a run may have stopped early
         mean = np.mean([curve[:n] for curve in curves], axis=0)    # (n, 2)
         color, marker = STYLES[g["schedule"]]
@@ -398,9 +415,10 @@ def main():
     jobs = None
     if "--jobs" in argv:
         at = argv.index("--jobs")
-        if not "".join(argv[at + 1:at + 2]).isdigit() or int(argv[at + 1]) < 1:
+        number = "".join(argv[at + 1:at + 2])
+        if not re.fullmatch("[1-9][0-9]{0,3}", number):
             raise InputError("--jobs takes a number of runs to go at a time")
-        jobs = int(argv[at + 1])
+        jobs = int(number)
         del argv[at:at + 2]
     values = read_values(argv, more=("sweep",))
     out = Path(values["out"])

@@ -177,7 +177,9 @@ def read_values(argv, more=()):
         if key not in names:
             near = difflib.get_close_matches(key, names, 1, cutoff=0)[0]
             raise InputError(f"unknown key {key}; the nearest known one is {near}")
-    values.setdefault("out", f"runs/{path.stem}")
+    values["out"] = values.get("out") or f"runs/{path.stem}"
+    if not isinstance(values["out"], str):
+        raise InputError(f"out must be a string, not {json.dumps(values['out'], default=str)}")
     return values
 
 
@@ -305,9 +307,9 @@ def keep_memory(largest=0):
     with GPT-2's vocabulary, a good part of a step. largest: bytes of the largest tensor; keeping takes room for some four
     more of it, and so is left alone where eight of them are more than a third of the machine's memory.
     """
-    if hasattr(os, "sysconf") and 8 * largest > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 3:
-        return
-    with contextlib.suppress(AttributeError, OSError, TypeError):    # other C libraries have no mallopt
+    with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):    # other C libraries have no mallopt
+        if 8 * largest > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 3:
+            return
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)     # M_MMAP_MAX: no block in a mapping of its own,
         mallopt(-1, -1)    # M_TRIM_THRESHOLD: and none given back
@@ -511,8 +513,8 @@ def train(config, held, resume=False):
     def look(step):
         """Score the validation split; keep the model if it is the best so far. Returns the loss in nats."""
         nonlocal best, looks_since_best
-        val = evaluate(model, *splits["val"], vocabulary, min(T, len(splits["val"][0]) - 1), config.batch_size,
-                       measure=False, limit=config.eval_contexts)
+        val = evaluate(model, *splits["val"], vocabulary, min(T, len(splits["val"][0]) - 1),
+                       batch_size=max(1, config.batch_size // world), measure=False, limit=config.eval_contexts)
         check_finite(step, val_loss=val["loss"])
         note(step=step, val_loss=val["loss"], val_perplexity=val["perplexity"])
         looks_since_best += 1
@@ -606,7 +608,7 @@ def train(config, held, resume=False):
     # what the best model is worth, on text it has never seen
     chosen = load(out / "best.pt")
     model.load_state_dict(chosen["model"])
-    results = evaluate(model, *splits["test"], vocabulary, batch_size=config.batch_size)
+    results = evaluate(model, *splits["test"], vocabulary, batch_size=max(1, config.batch_size // world))
     results = {"schedule": config.schedule, "fidelity": config.fidelity, "partition": config.partition, "split": "test",
                **results, "val_loss": chosen["val_loss"], "best_step": chosen["step"], "steps": step,
                "seconds": round(spent + time.perf_counter() - started, 1), **provenance(device, config.seed),

@@ -66,7 +66,9 @@ def test_every_section_runs_and_its_rows_agree(tmp_path):
 
 
 def test_mistakes_end_in_one_line(tmp_path):
-    for option, value in (("--nanogpt", "nowhere"), ("--rounds", "0"), ("--device", "abacus")):
+    (tmp_path / "model.py").write_text("class GPT: pass")
+    for option, value in (("--nanogpt", "nowhere"), ("--nanogpt", "."), ("--rounds", "0"), ("--device", "abacus"),
+                          ("--max-lookback", "0"), ("--json", "nowhere/b.json")):
         done = bench(tmp_path, "--only", "step", option, value)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert value in done.stderr

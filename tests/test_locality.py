@@ -92,7 +92,7 @@ def test_schedule_names_the_nearest():
         schedule("quintc", 12)
 
 
-@pytest.mark.parametrize("method", ["", "semantics", "window", "window:", "window:0", "window:-1", "window:2.5", "block:x", "sentence:3", None, 3])
+@pytest.mark.parametrize("method", ["", "semantics", "window", "window:", "window:0", "window:-1", "window:2.5", "window:" + "9" * 5000, "block:x", "sentence:3", None, 3])
 def test_parse_partition_refuses(method):
     with pytest.raises(InputError):
         parse_partition(method)

@@ -212,6 +212,14 @@ def test_what_a_killed_preparation_left_goes_and_a_living_one_stays():
     assert read_meta("out")["splits"]["train"]["tokens"] == len(read_split("out", "train")[0])
 
 
+def test_a_failure_takes_nothing_with_it_that_others_have_written(monkeypatch):
+    write("book.txt", "Hi.")
+    monkeypatch.setattr(prepare_data, "encode", lambda *args: (encode(*args), os.mkdir("data/other")))
+    with pytest.raises(InputError, match="too short"):
+        prepare("book.txt", "data/mine", "bytes")
+    assert os.listdir("data") == ["other"]
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing():
     write("book.txt", TEXT)
     script = Path(__file__).parent.parent / "prepare_data.py"

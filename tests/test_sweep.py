@@ -59,8 +59,11 @@ def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path):
                 config = Config(**{**TINY, "max_lookback": cap, "partition": partition, "schedule": "localist", "seed": seed})
                 folder = tmp_path / f"{cap}.{partition}.{seed}"
                 folder.mkdir()
-                (folder / "results.json").write_text(json.dumps({"loss": cap / 100 + len(partition) + seed, "seed": seed,
-                                                                 "config": asdict(config)}))
+                layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
+                (folder / "results.json").write_text(json.dumps({
+                    **dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1), "seed": seed, "layers": [layer],
+                    **dict.fromkeys(("date", "commit", "device", "torch"), ""), "loss": cap / 100 + len(partition) + seed,
+                    "config": asdict(config)}))
     groups, keys = collect(tmp_path)
     rows = [(row["first"], row["second"]) for row in comparisons(groups, keys)]
     assert rows == [("localist, semantic, max_lookback 128", "localist, window:60"),
@@ -145,7 +148,17 @@ def test_a_sweep_from_end_to_end(tmp_path):
     assert (tmp_path / "sweep" / "table.md").read_text() != text
     (tmp_path / "sweep" / "table.md").unlink()
     assert sweep("--report").returncode == 0 and "quintic" in (tmp_path / "sweep" / "table.md").read_text()
-    assert sweep("--jobs", "no").returncode == 2
-    (tmp_path / "sweep" / cells[0] / "results.json").write_text("{")    # damaged: named, and mended when it is gone
-    damaged = sweep()
-    assert damaged.returncode == 2 and damaged.stderr.count("results.json is damaged; delete it") == 1
+    for wrong in ("no", "0", "\u00b2"):
+        assert sweep("--jobs", wrong).returncode == 2
+    path = tmp_path / "sweep" / cells[0] / "metrics.jsonl"
+    whole = path.read_text()
+    for text in ("{", "[]", '{"val_loss": 1}'):
+        path.write_text(text)
+        damaged = sweep("--report")
+        assert damaged.returncode == 2 and damaged.stderr.count("metrics.jsonl is damaged") == damaged.stderr.count("\n") == 1
+    path.write_text(whole)
+    for text in ("{", "[]", '{"config": {}}'):    # damaged: named, and mended when it is gone
+        (tmp_path / "sweep" / cells[0] / "results.json").write_text(text)
+        damaged = sweep("--report")
+        assert damaged.returncode == 2 and damaged.stderr.count("results.json is damaged; delete it") == 1
+        assert damaged.stderr.count("\n") == 1

@@ -155,6 +155,8 @@ def test_sample_writes_text_the_same_for_the_same_seed(run):
     texts = [run("sample.py", "runs/tiny", "--prompt", "The mind ", "--tokens", 60, "--top-k", 20) for _ in range(2)]
     assert texts[0] == texts[1] and texts[0][0] == 0
     assert texts[0][1].startswith("The mind ") and len(texts[0][1]) > 30
+    greedy, cold = (run("sample.py", "runs/tiny", "--tokens", 20, "--temperature", t) for t in (0, 1e-46))
+    assert greedy == cold and greedy[0] == 0
     # two texts from each of two prompts; at one likely token each they are the texts that each prompt has alone
     options = ("--tokens", 40, "--top-p", 1e-6)
     alone = [run("sample.py", "runs/tiny", "--prompt", prompt, *options)[1].removesuffix("\n")
@@ -468,6 +470,7 @@ def test_overrides_and_the_learning_rate():
     rates = [learning_rate(step, config) for step in range(201)]
     assert rates[0] == pytest.approx(3e-4) and max(rates) == rates[10] == 3e-3 and rates[200] == pytest.approx(3e-5)
     assert read_config([str(TINY), "--source", '["a", "b"]']).source == ["a", "b"]
+    assert read_config([str(TINY), "--out", ""]).out == "runs/tiny"
 
 
 @pytest.mark.parametrize("override, says", [
@@ -490,6 +493,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")    # no network
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     (place / "broken.toml").write_text("schedule = quintic")
+    (place / "three.toml").write_text("out = 3")
     GPT(GPTConfig(1000, 128, n_layer=2, n_head=2, n_embd=32)).save_pretrained(tmp_path / "other")
     new_run = ("train.py", TINY, "--out", "runs/x")
     mistakes = [
@@ -511,6 +515,8 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (["eval.py", "runs/tiny", "--source", "data/sample.txt"], "--source"),
         (["eval.py", "runs/tiny", "--dial-sweep", "--fidelity", 0.5], "--dial-sweep"),
         (["eval.py", "runs/tiny", "--contexts", 0], "--contexts"),
+        (["train.py", "three.toml"], "out must be"),
+        (["sweep.py", "three.toml"], "out must be"),
         (["sweep.py"], "config"),
         (["sweep.py", TINY], "sweep"),
         (["sweep.py", ROOT / "configs" / "sweep_smoke.toml", "--report", "--out", "runs/none"], "runs/none"),
@@ -912,4 +918,8 @@ def test_runs_and_folders_of_an_earlier_version_are_read(place, run):
         changed(place, folder / name, files=None)
     status, printed, _ = run("eval.py", folder)
     assert status == 0 and printed.count("is made again") == 1 and read_meta(data) == meta
+    told, before = run("sample.py", folder, "--tokens", 30), torch.load(folder / "best.pt", weights_only=True)
+    del before["config"]["background"]    # of a version earlier still, which left it in meta.json alone
+    torch.save(before, folder / "best.pt")
+    assert told == run("sample.py", folder, "--tokens", 30) and told[0] == 0
     assert run("train.py", folder, "--resume", "--max_steps", 4)[0] == 0
