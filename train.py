@@ -177,7 +177,8 @@ def read_values(argv, more=()):
         if key not in names:
             near = difflib.get_close_matches(key, names, 1, cutoff=0)[0]
             raise InputError(f"unknown key {key}; the nearest known one is {near}")
-    values["out"] = values.get("out") or f"runs/{path.stem}"
+    if values.get("out", "") == "":
+        values["out"] = f"runs/{path.stem}"
     if not isinstance(values["out"], str):
         raise InputError(f"out must be a string, not {json.dumps(values['out'], default=str)}")
     return values

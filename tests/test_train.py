@@ -494,6 +494,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     (place / "broken.toml").write_text("schedule = quintic")
     (place / "three.toml").write_text("out = 3")
+    (place / "false.toml").write_text("out = false")
     GPT(GPTConfig(1000, 128, n_layer=2, n_head=2, n_embd=32)).save_pretrained(tmp_path / "other")
     new_run = ("train.py", TINY, "--out", "runs/x")
     mistakes = [
@@ -516,6 +517,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (["eval.py", "runs/tiny", "--dial-sweep", "--fidelity", 0.5], "--dial-sweep"),
         (["eval.py", "runs/tiny", "--contexts", 0], "--contexts"),
         (["train.py", "three.toml"], "out must be"),
+        (["train.py", "false.toml"], "out must be"),
         (["sweep.py", "three.toml"], "out must be"),
         (["sweep.py"], "config"),
         (["sweep.py", TINY], "sweep"),
