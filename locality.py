@@ -1,208 +1,82 @@
-"""Where attention may look: how locality grows with depth, and which block of the text each token sees.
+"""Where attention may look: how locality grows with depth, and which block each token sees.
 
-Two independent things, both free of any model. `schedule` gives the locality lambda_l of every layer. `partition` and
-`Partitioner` give the *lookback* of every token: token i sees the block of tokens i - lookback[i] ... i. Whatever the method,
-lookback[i] is a function of the tokens 0 ... i alone.
+Two things, both free of any model. `schedule` gives lambda_l, the dial of every layer. `partition`
+and `Partitioner` give the *lookback* of every token: the block of token i is the tokens
+i - lookback[i] ... i. Whatever the method, lookback[i] is a function of the tokens 0 ... i alone.
 """
-
-import difflib
-import multiprocessing
-import os
-import re
-import zlib
-from itertools import chain
-from queue import Empty
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------------------------------
+from support.files import InputError
+from support.machine import in_parallel
+from support.sentences import END_OF_TEXT, LONGEST, N_STEMS, PERSONS, Sentences, Stems, carries_on
+from support.settings import nearest
+
+# --------------------------------------------------------------------------------------------------
 # schedules: lambda_l = fidelity * (l / (L-1)) ** degree
 
-SCHEDULES = {"distributed": None, "localist": 0, "linear": 1, "quadratic": 2, "cubic": 3, "quartic": 4, "quintic": 5, "reversed": 5}
-
-
-class InputError(ValueError):
-    """A mistake of the user's: scripts print it as one line and exit with status 2."""
+SCHEDULES = {  # name: degree
+    "distributed": None,  # lambda is 0 in every layer: plain GPT-2
+    "localist": 0,
+    "linear": 1,
+    "quadratic": 2,
+    "cubic": 3,
+    "quartic": 4,
+    "quintic": 5,
+    "reversed": 5,  # quintic upside down, a control
+}
 
 
 def schedule(name, n_layer, fidelity=1.0):
-    """The locality of each layer, a list of n_layer floats in [0, 1]: `fidelity` at the last layer, fading towards the first.
+    """lambda of each layer, a list of n_layer floats in [0, 1] (arXiv 2511.18375).
 
-    `reversed` is quintic upside down, a control: `fidelity` at the first layer, fading towards the last.
+    It is `fidelity` at the last layer and fades towards the first. `reversed` is `fidelity` at the
+    first layer and fades towards the last.
     Raises InputError for an unknown name, n_layer < 1, or a fidelity outside (0, 1].
     """
     if name not in SCHEDULES:
-        near = difflib.get_close_matches(str(name), SCHEDULES, 1, 0.0)[0]
-        raise InputError(f"unknown schedule {name!r}: did you mean {near!r}? (one of {', '.join(SCHEDULES)})")
+        known = f"did you mean {nearest(name, SCHEDULES)!r}? (one of {', '.join(SCHEDULES)})"
+        raise InputError(f"unknown schedule {name!r}: {known}")
     if isinstance(n_layer, bool) or not isinstance(n_layer, (int, np.integer)) or n_layer < 1:
         raise InputError(f"n_layer must be a whole number of at least 1, not {n_layer!r}")
-    if isinstance(fidelity, bool) or not isinstance(fidelity, (int, float, np.number)) or not 0 < fidelity <= 1:
+    number = isinstance(fidelity, (int, float, np.number)) and not isinstance(fidelity, bool)
+    if not number or not 0 < fidelity <= 1:
         raise InputError(f"fidelity must be above 0 and at most 1, not {fidelity!r}")
     if name == "distributed":
         return [0.0] * n_layer
-    last = n_layer - 1  # a single layer is the last layer
-    lambdas = [float(fidelity) * ((l / last) ** SCHEDULES[name] if last else 1.0) for l in range(n_layer)]
+    last, degree = n_layer - 1, SCHEDULES[name]
+    if last == 0:  # a single layer is the last layer
+        return [float(fidelity)]
+    lambdas = [float(fidelity) * (l / last) ** degree for l in range(n_layer)]
     return lambdas[::-1] if name == "reversed" else lambdas
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sentences: found in the bytes, each as soon as it can be known and no sooner
-#
-# an end is known when the first character of the next sentence has been read. every pattern below is decided by the
-# bytes up to and including that character: nothing further on can undo a match or bring about an earlier one.
-
-END_OF_TEXT = b"<|endoftext|>"
-LONGEST = 800  # bytes; a longer sentence is cut at white space, so that text without punctuation has "sentences" too
-
-FIRST = rb"[.!?\n\xd6\xd8\xdb\xe0-\xe3\xef]"  # the first byte of every pattern, which lets the search skip the others quickly
-STOP = (  # . ! ? and … । ॥ ؟ ۔ ։ ።
-    rb"(?:(?<=[.!?])|(?<=\xe2)\x80\xa6|(?<=\xe0)\xa5[\xa4\xa5]|(?<=\xd8)\x9f|(?<=\xdb)\x94|(?<=\xd6)\x89|(?<=\xe1)\x8d\xa2)"
-)
-WIDE_STOP = rb"(?:(?<=\xe3)\x80\x82|(?<=\xef)\xbc[\x81\x9f]|(?<=\xef)\xbd\xa1)"  # 。！？｡ end a sentence without white space
-CLOSE = rb"(?:[\"')\]*_.!?]|\xe2\x80[\x99\x9d\xa6]|\xc2\xbb)*+"  # more stops, quotes and brackets that belong to the sentence
-SPACED_CLOSE = rb"(?:[ \t]++(?:''|[)\]]|\xe2\x80\x9d)++)*+"  # tokenised text: said . ''
-WIDE_CLOSE = rb"(?:\xe3\x80[\x82\x8d\x8f\x91]|\xef\xbc[\x81\x89\x9f]|\xef\xbd\xa1|[\"')\]]|\xe2\x80[\x99\x9d])*+"  # 」』】）
-NOT_ASCII = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
-ANY = rb"[^\s'\x80-\xff]|'[^']|" + NOT_ASCII
-NOT_LOWER = rb"[^\s'\x80-\xffa-z,;:)\]]|'[^']|(?!\xe2\x80\x9d)(?:" + NOT_ASCII + rb")"
-NOT_AFTER = (  # titles, initials and the like: their full stop ends nothing
-    rb"(?<![.!?][.!?])(?<!(?<![\x80-\xff'])\b[A-HJ-Za-z]\.)(?<!(?<![\x80-\xffA-Za-z])[\xce-\xd1][\x80-\xbf]\.)"
-    rb"(?<!\b(?:Mr|Dr|St|Lt|Mt|vs|cf)\.)(?<!\b(?:Mrs|Rev|Hon|Gen|Col|Sgt|Maj|Mme|viz)\.)(?<!\b(?:Prof|Capt|Mlle)\.)"
-    rb"(?<!\bMessrs\.)(?!(?:(?<=\b[Nn]o\.)|(?<=\bpp\.)|(?<=\bch\.)|(?<=\b(?:[Vv]ol|[Ff]ig)\.))\s++\d)"
-)
-SENTENCE = STOP + NOT_AFTER + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
-WIDE_SENTENCE = WIDE_STOP + WIDE_CLOSE + rb"\s*+(?P<wide>" + ANY + rb")"
-BLANK_LINE = rb"(?<=\n)(?<!\n\n)[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
-LIST_ITEM = rb"(?<=\n)[ \t]*+(?P<item>[*+-][ \t]|#++[ \t]|\xe2\x80\xa2|\d{1,3}[.)][ \t])"
-LINE = rb"(?<=\n)(?<!\n\n)\s*+(?P<line>" + ANY + rb")"
-WRAPPED_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, BLANK_LINE, LIST_ITEM, WIDE_SENTENCE]) + rb")")
-LINE_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, LINE, WIDE_SENTENCE]) + rb")")
-LONG_LINE = re.compile(rb"^[^\n\x80-\xff]{101}", re.M)
-
-
-def search_end(pattern, piece):
-    """The first end of a sentence in a piece of text, as a match whose last group is the next sentence's first character."""
-    match = pattern.search(piece)
-    while match and match.lastgroup == "maybe" and match["maybe"][0] > 127 and match["maybe"].decode(errors="replace").islower():
-        match = pattern.search(piece, match.start() + 1)  # a small letter that is not ASCII
-    return match
-
-
-def sentence_end(piece, long_lines):
-    """Where the sentence at the start of `piece` (bytes, at most LONGEST) ends, if that can be told yet.
-
-    long_lines: whether this paragraph is known to hold a line of over 100 characters, hence is not hard-wrapped, so that each of
-    its newlines ends something. Returns (end, seen, long_lines, paragraph): the next sentence begins at byte `end`, which is known
-    once byte `seen` >= end has been read; long_lines for it; whether it begins a paragraph. None where more text is needed.
-    """
-    seen = 0
-    match = search_end(LINE_END if long_lines else WRAPPED_END, piece)
-    if not long_lines:
-        read = match.end() if match else len(piece)
-        long = LONG_LINE.search(piece, 0, read) if read > 100 else None
-        if long and not (match and long.end() == read):
-            long_lines, seen = True, long.end() - 1
-            match = search_end(LINE_END, piece)
-    if match:
-        end = match.start(match.lastgroup)
-        newlines = piece.count(b"\n", match.start(), end)
-        return end, max(seen, match.end() - 1), long_lines and newlines < 2, newlines > (not long_lines)
-    if len(piece) < LONGEST:
-        return None
-    end = max(piece.rfind(space, LONGEST // 2, LONGEST - 1) for space in (b" ", b"\n")) + 1
-    if not end:  # no white space: between two characters
-        end = LONGEST - 1
-        while end > LONGEST - 4 and 128 <= piece[end] < 192:
-            end -= 1
-    return end, LONGEST - 1, long_lines, False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# words: what a sentence is about, as numbers
-
-PERSONS = """
-    i me my mine myself we us our ours ourselves you your yours he him his himself she her hers herself they them their
-    theirs themselves it its itself who whom whose is are was were be been am has have had do does did can could may might must
-    shall should will would
-    """.split()
-PERSONS = {word: i for i, word in enumerate(PERSONS)}
-STOP_WORDS = frozenset(
-    """about above after again against all also and any because before being below between both but doing don down during each
-    even every few for from further having here how into just more most much nor not now off once one only other out over own
-    same some such than that the then there these this those thou though through thus thy too under until upon very what when
-    where which while why with yet yourself yourselves""".split()
-)
-CARRIES_ON = frozenset(  # a sentence that begins with one of these leans on the sentence before it
-    b"""he she it they him them his her their its this these that those such however but also therefore thus moreover furthermore
-    instead""".split()
-)
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(f"[{UNSPACED}]|[^\\W\\d_{UNSPACED}]+")  # one character of a script without spaces is a word
-LETTERS = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256)).lower()
-N_STEMS = 1 << 18
-
-
-class Stems(dict):
-    """The bytes of a word -> a tuple of the ids of the stems in it, remembered.
-
-    Ids below len(PERSONS) are pronouns and auxiliaries: who is spoken of, and when. Any other id is a hash of the first five letters
-    of a word, a crude stem. Stop words have none.
-    """
-
-    def __init__(self):
-        self[b"\n"] = (-1,)  # see `of`
-
-    def __missing__(self, word):
-        text = word.decode(errors="ignore").lower()
-        ids = tuple(i for w in ([text] if text.isascii() else WORD.findall(text)) for i in self.stem(w))
-        if len(word) <= 40:  # a whole line of a script without spaces is not worth remembering
-            if len(self) >= 500_000:
-                self.clear()
-                self.__init__()
-            self[word] = ids
-        return ids
-
-    def stem(self, word):
-        if word in PERSONS:
-            return (PERSONS[word],)
-        if word in STOP_WORDS or len(word.encode()) < 3:
-            return ()
-        return (max(len(PERSONS), zlib.crc32(word[:5].encode()) % N_STEMS),)
-
-    def of(self, sentences):
-        """The ids in each of a list of sentences (bytes), in order: all of them, int64, and how many each has."""
-        marked = b" \n ".join(s.translate(LETTERS) for s in sentences)  # LETTERS leaves no newline
-        ids = np.fromiter(chain.from_iterable(map(self.__getitem__, marked.split(b" "))), np.int64)
-        ends = np.append(np.flatnonzero(ids < 0), len(ids))
-        return ids[ids >= 0], np.diff(ends, prepend=-1) - 1
-
-
-def first_word(sentence):
-    return sentence[:40].translate(LETTERS).lstrip().partition(b" ")[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the semantic partition: Bayesian online change-point detection (Adams & MacKay 2007) over sentences as bags of words
+# --------------------------------------------------------------------------------------------------
+# the semantic partition, part 1: how well a sentence goes with the sentences before it
 
 REACH = 32  # sentences: the longest block there is
 
 
 class Bag:
-    """How well the words of a sentence go with the sentences before it, as far back as each block that may be running.
+    """How well a sentence's words go with those before it, for each block that may be running.
 
-    The words of a block follow a Pitman-Yor process (Teh 2006), which is the Dirichlet-multinomial if discount = 0. After n
-    words of a block, v of them distinct and m of them w, and with q the background's probability of w,
+    The words of a block follow a Pitman-Yor process (Teh 2006); with discount = 0 that is the
+    Dirichlet-multinomial. After n words of a block, v of them distinct and m of them w, and with
+    q the background's probability of w,
 
         p(w | block) = (max(m - discount, 0) + (alpha + discount * v) * q) / (alpha + n)
 
-    so that a word said before is likely to be said again, and a block that repeats itself is expected to go on doing so. q is
-    learned as the document goes: its counts, on top of `prior` words spread as `base` (ids -> probability), on top of `floor`.
+    So a word said before is likely to be said again, and a block that repeats itself is expected to
+    go on doing so. q is learned as the document goes: its counts, on top of `prior` words spread as
+    `base` (ids -> probability), on top of `floor`.
     """
 
     def __init__(self, alpha, discount, base, prior, floor):
-        self.alpha, self.discount, self.base, self.prior, self.floor = alpha, discount, base, prior, floor
+        self.alpha, self.discount = alpha, discount
+        self.base, self.prior, self.floor = base, prior, floor
         i = np.arange(REACH * LONGEST)
-        self.log_n = np.concatenate([[0.0], np.cumsum(np.log(alpha + i))])  # log of alpha (alpha + 1) ... (alpha + n - 1)
+        # log of alpha (alpha + 1) ... (alpha + n - 1), and the same in steps of discount
+        self.log_n = np.concatenate([[0.0], np.cumsum(np.log(alpha + i))])
         self.log_v = np.concatenate([[0.0], np.cumsum(np.log(alpha + discount * i))])
         self.counts, self.total = np.zeros(len(base), np.int32), 1
         self.reset()
@@ -216,51 +90,36 @@ class Bag:
         self.sizes = np.zeros(0, np.int64)  # of each of them, in words
 
     def gains(self, words, sizes):
-        """log p(sentence | block of the `lag` sentences before it) - log p(sentence | no block), (REACH lags, sentences) float64.
+        """log p(sentence | block of the `lag` sentences before it) - log p(sentence | no block).
 
-        words: ids of the words of the new sentences, int64; sizes: words in each sentence. A sentence is scored as the set of its
-        words; a word m times in the block counts with the v of its latest time there. Sums run in an order that does not
-        depend on how many sentences come at once, so that streaming gives the same bits.
+        words: ids of the words of the new sentences, int64; sizes: words in each sentence, int64.
+        Returns (REACH lags, sentences) float64, in nats. A sentence is scored as the set of its
+        words; a word m times in the block counts with the v of its latest time there. Sums run in
+        an order that does not depend on how many sentences come at once: streaming gives the same
+        bits.
         """
-        alpha, discount, n_old, n_new = self.alpha, self.discount, len(self.sizes), len(sizes)
+        n_old, n_new = len(self.sizes), len(sizes)
         n, before = n_old + n_new, len(self.words)
-        words, sizes = np.concatenate([self.words, words]), np.concatenate([self.sizes, sizes])
+        words = np.concatenate([self.words, words])
+        sizes = np.concatenate([self.sizes, sizes])
         order = np.argsort(words, kind="stable")
-        word, when = words[order], np.repeat(np.arange(n), sizes)[order]  # the same words side by side, in order of their sentences
-        key = word * n + when
-
-        # sentences since each word was last said (REACH: out of reach), hence the words that are new to a block of each length
-        ago = np.full(len(word), REACH)
+        # the same words side by side, in the order of their sentences
+        word, when = words[order], np.repeat(np.arange(n), sizes)[order]
+        ago = np.full(len(word), REACH)  # sentences since each word was last said, at most REACH
         ago[1:] = np.where(word[1:] == word[:-1], np.minimum(when[1:] - when[:-1], REACH), REACH)
-        repeats = np.bincount(ago * n + when, minlength=(REACH + 1) * n).reshape(REACH + 1, n)
-        fresh = sizes - np.cumsum(repeats[:REACH], axis=0)
-        n_words, n_distinct = np.zeros((2, REACH, n), np.int64)
-        for lag in range(1, min(REACH, n)):
-            n_words[lag, lag:] = n_words[lag - 1, lag - 1 : -1] + sizes[lag - 1 : -1]
-            n_distinct[lag, lag:] = n_distinct[lag - 1, lag - 1 : -1] + fresh[lag - 1, lag - 1 : -1]
+        n_words, n_distinct = block_sizes(ago, when, sizes)
         n_words, n_distinct = n_words[:, n_old:], n_distinct[:, n_old:]
 
-        # what every word costs ...
         new = np.flatnonzero((ago > 0) & (when >= n_old))  # one of each word of each new sentence
-        column = when[new] - n_old
-        size = np.bincount(column, minlength=n_new)
-        gain = self.log_v[n_distinct + size] - self.log_v[n_distinct] - self.log_n[n_words + size] + self.log_n[n_words]
+        size = np.bincount(when[new] - n_old, minlength=n_new)
+        # what every word costs
+        gain = self.log_v[n_distinct + size] - self.log_v[n_distinct]
+        gain = gain - self.log_n[n_words + size] + self.log_n[n_words]
         gain -= self.log_v[size] - self.log_n[size]
-
-        # ... and what the words said before bring: one entry for each time that a word was said within reach
-        seen = self.counts[word[new]] + new - np.searchsorted(key, key[new] - column)
-        total = self.total + np.cumsum(sizes[n_old:]) - sizes[n_old:]
-        q = self.floor + (self.prior * self.base[word[new]] + seen) / (self.prior + total[column])
-        times = new - np.searchsorted(key, key[new] - np.minimum(when[new], REACH - 1))
-        m = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + 1
-        lag = np.repeat(when[new], times) - when[np.repeat(new, times) - m]
-        cell = lag * n_new + np.repeat(column, times)
-        open_mass = alpha + discount * n_distinct
-        value = np.log(open_mass.reshape(-1)[cell] + (m - discount) / np.repeat(q, times))
-        value[1:] -= np.where(m[1:] > 1, value[:-1], 0.0)
-        gain += np.cumsum(np.bincount(cell, value, minlength=gain.size).reshape(gain.shape), axis=0)
-        matched = np.cumsum(np.bincount(cell[m == 1], minlength=gain.size).reshape(gain.shape), axis=0)
-        gain -= matched * np.log(open_mass)
+        # what the words said before bring
+        brought, matched = self.rewards(word, when, new, n_distinct, sizes[n_old:], n_old)
+        gain += brought
+        gain -= matched
 
         np.add.at(self.counts, words[before:], 1)
         self.total += len(words) - before
@@ -268,9 +127,56 @@ class Bag:
         self.words = words[len(words) - self.sizes.sum() :]
         return gain
 
+    def rewards(self, word, when, new, n_distinct, sizes, n_old):
+        """What words that were said within reach add to `gains`: two (REACH, sentences) float64.
+
+        There is one entry for each time that a word of a new sentence was said before.
+        """
+        n_new = len(sizes)
+        key = word * (n_old + n_new) + when
+        column = when[new] - n_old
+        seen = self.counts[word[new]] + new - np.searchsorted(key, key[new] - column)
+        total = self.total + np.cumsum(sizes) - sizes
+        q = (self.prior * self.base[word[new]] + seen) / (self.prior + total[column])
+        q = self.floor + q
+        times = new - np.searchsorted(key, key[new] - np.minimum(when[new], REACH - 1))
+        m = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + 1
+        lag = np.repeat(when[new], times) - when[np.repeat(new, times) - m]
+        cell = lag * n_new + np.repeat(column, times)
+        open_mass = self.alpha + self.discount * n_distinct
+        value = np.log(open_mass.reshape(-1)[cell] + (m - self.discount) / np.repeat(q, times))
+        value[1:] -= np.where(m[1:] > 1, value[:-1], 0.0)
+        shape = REACH, n_new
+        brought = np.bincount(cell, value, minlength=REACH * n_new).reshape(shape)
+        matched = np.bincount(cell[m == 1], minlength=REACH * n_new).reshape(shape)
+        return np.cumsum(brought, axis=0), np.cumsum(matched, axis=0) * np.log(open_mass)
+
+
+def block_sizes(ago, when, sizes):
+    """The words, and the distinct words, of the block of `lag` sentences before each sentence.
+
+    ago, when: of each word, sentences since it was last said, and its sentence; sizes: words in
+    each sentence. Returns two (REACH lags, sentences) int64.
+    """
+    n = len(sizes)
+    repeats = np.bincount(ago * n + when, minlength=(REACH + 1) * n).reshape(REACH + 1, n)
+    fresh = sizes - np.cumsum(repeats[:REACH], axis=0)  # words new to a block of each length
+    n_words, n_distinct = np.zeros((2, REACH, n), np.int64)
+    for lag in range(1, min(REACH, n)):
+        n_words[lag, lag:] = n_words[lag - 1, lag - 1 : -1] + sizes[lag - 1 : -1]
+        n_distinct[lag, lag:] = n_distinct[lag - 1, lag - 1 : -1] + fresh[lag - 1, lag - 1 : -1]
+    return n_words, n_distinct
+
+
+# --------------------------------------------------------------------------------------------------
+# the semantic partition, part 2: Bayesian online change-point detection (Adams & MacKay 2007)
+
 
 def hazard(mean, shape):
-    """The chance that a block ends after 1 ... REACH sentences if it got so far; lengths follow a gamma distribution, cut at REACH."""
+    """The chance that a block ends after 1 ... REACH sentences if it got so far, (REACH,) float64.
+
+    Lengths follow a gamma distribution, cut at REACH. mean: sentences.
+    """
     i = np.arange(1, 20 * REACH) - 0.5
     p = i ** (shape - 1) * np.exp(-i * shape / mean)
     chance = p[:REACH] / np.cumsum(p[::-1])[::-1][:REACH]
@@ -278,25 +184,29 @@ def hazard(mean, shape):
     return chance
 
 
-# how long blocks are, and how regular, differs from text to text: a document is taken to follow one of these, (mean, shape), and
-# the posterior finds out which as it goes
+# How long blocks are, and how regular, differs from text to text. A document follows one of these,
+# (mean, shape); the posterior finds out which as it goes.
 LENGTHS = ((4, 16), (7, 16), (10, 16), (7, 4))
 END = np.stack([hazard(mean, shape) for mean, shape in LENGTHS])  # (len(LENGTHS), REACH)
 PARAGRAPH = 16.0  # times as likely to begin a block as another sentence
 LEANING = 0.2  # the same, of a sentence that leans on the one before it
-SURE = 0.6  # a block start cannot be taken back: move on at better than even chances
+SURE = 0.6  # a block start cannot be taken back: move on only at better than even chances
 
 
-class Blocks:
-    """The posterior over where the running block began and which of LENGTHS the document follows, sentence by sentence."""
+class ChangePoints:
+    """Where did the running block begin, and which of LENGTHS does the document follow?
+
+    The posterior over both, sentence by sentence.
+    """
 
     def __init__(self, background):
         base = np.zeros(N_STEMS)
         if background:
             base[background["stems"]] = np.array(background["counts"]) / background["total"]
         persons = np.full(len(PERSONS), 1 / len(PERSONS))
+        prior = 5000 if background else 1000
         self.bags = [  # what is spoken of; who is spoken of
-            Bag(alpha=16.0, discount=0.65, base=base, prior=5000 if background else 1000, floor=1e-4),
+            Bag(alpha=16.0, discount=0.65, base=base, prior=prior, floor=1e-4),
             Bag(alpha=60.0, discount=0.0, base=persons, prior=300, floor=0.0),
         ]
         self.reset()
@@ -307,17 +217,17 @@ class Blocks:
             bag.reset()
         self.starts = np.zeros(0, np.int64)  # first tokens of the last sentences
         self.n_sentences, self.n_paragraphs, self.n_leaning = 0, 0, 0
-        self.joint = np.zeros((len(LENGTHS), REACH))  # p(lengths, block began `lag` sentences before the last one | text up to it)
+        # p(lengths, block began `lag` sentences before the last one | text up to it)
+        self.joint = np.zeros((len(LENGTHS), REACH))
         self.joint[:, -1] = 1 / len(LENGTHS)  # a block has just ended
-        self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, REACH), over all lengths
+        self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, REACH)
 
     def observe(self, words, sizes, starts, floors, paragraphs, leaning):
-        """Take in new sentences (see Stems.of) that begin at tokens `starts`; forget blocks that began before token `floors`.
+        """Take in new sentences (see Stems.of) that begin at tokens `starts`.
 
-        paragraphs, leaning: whether a blank line precedes each sentence; whether its first word CARRIES_ON. They make a break
-        PARAGRAPH and LEANING times as likely as elsewhere, while over the document so far breaks stay as likely as END says: a
-        document that is all paragraphs, or has none, is none the wiser.
-        Returns a list of the median of the token at which the block began, one for each sentence.
+        floors: blocks that began before these tokens are forgotten. paragraphs, leaning: whether a
+        blank line precedes each sentence; whether it `carries_on`.
+        Returns the median of the token at which the block began, a list, one for each sentence.
         """
         when = np.repeat(np.arange(len(sizes)), sizes)
         gain = 0.0
@@ -329,17 +239,9 @@ class Blocks:
         reach = last - np.searchsorted(self.starts, floors)  # the longest lag that is not too long
 
         # a block goes on, or ends with the sentence before and another one begins
-        n_sentences = self.n_sentences + np.arange(n) + 1
-        factor = 1.0
-        for times, here, before in ((PARAGRAPH, paragraphs, self.n_paragraphs), (LEANING, leaning, self.n_leaning)):
-            share = (before + np.cumsum(here)) / n_sentences
-            factor = factor * np.where(here, times, 1) / (1 + (times - 1) * share)
-        end = np.minimum(1, END * factor[:, None, None])  # (n, len(LENGTHS), REACH)
-        end[:, :, -1] = 1
-        self.n_sentences += n
-        self.n_paragraphs += int(np.sum(paragraphs))
-        self.n_leaning += int(np.sum(leaning))
-        likely = np.exp(np.clip(gain[1:].T.copy(), -300, 300)) * (np.arange(1, REACH) <= reach[:, None])
+        end = self.chance_of_end(paragraphs, leaning)  # (n, len(LENGTHS), REACH)
+        likely = np.exp(np.clip(gain[1:].T.copy(), -300, 300))
+        likely = likely * (np.arange(1, REACH) <= reach[:, None])
         go_on = likely[:, None] * (1 - end[:, :, :-1])
         joint = np.empty((n + 1, *self.joint.shape))
         joint[0] = self.joint
@@ -352,14 +254,41 @@ class Blocks:
         self.later = np.cumsum(self.posterior, axis=1)
         return self.starts[last - (self.later[1:] < 0.5).sum(axis=1)].tolist()
 
+    def chance_of_end(self, paragraphs, leaning):
+        """The chance that a block ends before each new sentence: (n, len(LENGTHS), REACH) float64.
+
+        A paragraph makes a break PARAGRAPH times as likely as elsewhere, a sentence that leans on
+        the one before it LEANING times. Over the document so far breaks stay as likely as END says:
+        a document that is all paragraphs, or has none, is none the wiser.
+        """
+        n_sentences = self.n_sentences + np.arange(len(paragraphs)) + 1
+        factor = 1.0
+        for times, here, before in (
+            (PARAGRAPH, paragraphs, self.n_paragraphs),
+            (LEANING, leaning, self.n_leaning),
+        ):
+            share = (before + np.cumsum(here)) / n_sentences
+            factor = factor * np.where(here, times, 1) / (1 + (times - 1) * share)
+        end = np.minimum(1, END * factor[:, None, None])
+        end[:, :, -1] = 1
+        self.n_sentences += len(paragraphs)
+        self.n_paragraphs += int(np.sum(paragraphs))
+        self.n_leaning += int(np.sum(leaning))
+        return end
+
     def chance_later(self, i, block):
-        """At row i of the posterior, the chance that the block began after token `block`, where some sentence did."""
-        n_later = len(self.starts) - len(self.posterior) + i % len(self.posterior) + 1 - np.searchsorted(self.starts, block, side="right")
+        """At row i of the posterior, the chance that the block began after token `block`, where
+        some sentence did."""
+        n_posterior = len(self.posterior)
+        last = len(self.starts) - n_posterior + i % n_posterior
+        n_later = last + 1 - np.searchsorted(self.starts, block, side="right")
         return self.later[i, min(n_later, REACH) - 1]
 
     def best(self, i, floor):
-        """The median at row i of the posterior, among the blocks that began at token `floor` or later; None if there are none."""
-        last = len(self.starts) - len(self.posterior) + i % len(self.posterior)
+        """The median at row i of the posterior, among the blocks that began at token `floor` or
+        later. None if there are none."""
+        n_posterior = len(self.posterior)
+        last = len(self.starts) - n_posterior + i % n_posterior
         n_reach = last + 1 - np.searchsorted(self.starts, floor)
         if n_reach < 1:
             return None
@@ -367,56 +296,55 @@ class Blocks:
         return int(self.starts[last - (p < p[-1] / 2).sum()])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # partitioners
 
 
 def parse_partition(method):
-    """("semantic" or "sentence", None), or ("window" or "block", N). Raises InputError for anything else."""
+    """("semantic" or "sentence", None), or ("window" or "block", N). Else raises InputError."""
     name, _, n = str(method).partition(":")
     if method in ("semantic", "sentence"):
         return name, None
     if name in ("window", "block") and n.isascii() and n.isdigit() and len(n) < 10 and int(n) > 0:
         return name, int(n)
-    raise InputError(f"partition must be semantic, sentence, window:N or block:N with N > 0 tokens, not {method!r}")
+    known = "semantic, sentence, window:N or block:N with N > 0 tokens"
+    raise InputError(f"partition must be {known}, not {method!r}")
 
 
 class Partitioner:
     """Lookback of a text that arrives piece by piece.
 
-    token_bytes: the bytes of every vocabulary entry. method: see parse_partition. max_lookback: tokens, 1 ... 65535.
-    background: what `background` made of a training split, or None. Raises InputError.
+    token_bytes: the bytes of every vocabulary entry, a list. method: see parse_partition.
+    max_lookback: tokens, 1 ... 65535. background: what `background` made of a training split, or
+    None. Raises InputError.
     """
 
     def __init__(self, token_bytes, method, max_lookback, background=None):
-        if isinstance(max_lookback, bool) or not isinstance(max_lookback, (int, np.integer)) or not 1 <= max_lookback <= 65535:
+        whole = isinstance(max_lookback, (int, np.integer)) and not isinstance(max_lookback, bool)
+        if not whole or not 1 <= max_lookback <= 65535:
             raise InputError(f"max_lookback must be 1 to 65535 tokens, not {max_lookback!r}")
         self.method, self.size = parse_partition(method)
         self.cap = int(max_lookback)
         self.vocabulary = np.frombuffer(b"".join(token_bytes), np.uint8)
         self.n_bytes = np.array([len(b) for b in token_bytes], np.int64)
-        self.bytes_at = np.cumsum(self.n_bytes) - self.n_bytes  # where in `vocabulary` each token's bytes begin
-        self.blocks = Blocks(background) if self.method == "semantic" else None
-        self.stems = Stems()
+        self.bytes_at = np.cumsum(self.n_bytes) - self.n_bytes  # in `vocabulary`, each token's
+        self.sentences, self.stems = Sentences(), Stems()
+        self.blocks = ChangePoints(background) if self.method == "semantic" else None
         self.n_tokens = 0  # tokens so far
-        self.data = b""  # bytes from a little before the running sentence on
-        self.data_at = 0  # byte of the text that data[0] is
-        self.at = 0  # where in data the running sentence begins
+        self.n_read = 0  # bytes so far
         self.ends = np.zeros(0, np.int64)  # byte at which each of the last tokens ends
         self.start = 0  # first token of the running sentence
         self.known = 0  # token that told of it
         self.block = 0  # first token of the running block
-        self.seen = 0  # byte that told of the last end
-        self.long_lines = False
-        self.paragraph = False  # whether a blank line came before the running sentence
 
     def push(self, tokens):
-        """Lookback (uint16) of the next tokens (integers, any number of them)."""
+        """Lookback of the next tokens: integers, any number of them -> (n,) uint16."""
         tokens = np.asarray(tokens).reshape(-1)
         if not len(tokens):
             return np.zeros(0, np.uint16)
         if tokens.min() < 0 or tokens.max() >= len(self.n_bytes):
-            raise InputError(f"a token is not in the vocabulary of {len(self.n_bytes)}: {tokens.min()} ... {tokens.max()}")
+            found = f"{tokens.min()} ... {tokens.max()}"
+            raise InputError(f"a token is not in the vocabulary of {len(self.n_bytes)}: {found}")
         i = np.arange(self.n_tokens, self.n_tokens + len(tokens))
         self.n_tokens += len(tokens)
         if self.method == "window":
@@ -428,55 +356,62 @@ class Partitioner:
         return np.minimum(i - block, self.cap).astype(np.uint16)
 
     def find_blocks(self, tokens):
-        """A list of (token, block): from that one of the new tokens on, the block begins at token `block`."""
+        """A list of (token, block): from that new token on, the block begins at token `block`."""
         n = self.n_bytes[tokens]
         ends = np.cumsum(n)
         letters = np.repeat(self.bytes_at[tokens] - ends + n, n) + np.arange(ends[-1])
-        self.ends = np.concatenate([self.ends, self.data_at + len(self.data) + ends])
-        self.data += self.vocabulary[letters].tobytes()
-        origin = self.n_tokens - len(self.ends)  # token that ends[0] is of
-        ends = self.scan()
-        at = np.array([e[:2] for e in ends], np.int64).reshape(-1, 2)
-        at = origin + np.searchsorted(self.ends, at, side="right")
+        self.ends = np.concatenate([self.ends, self.n_read + ends])
+        self.n_read += int(ends[-1])
+        origin = self.n_tokens - len(self.ends)  # token that self.ends[0] is of
+        ended = self.sentences.push(self.vocabulary[letters].tobytes())
+        at = np.array([(e.next, e.seen) for e in ended], np.int64).reshape(-1, 2)
+        at = origin + np.searchsorted(self.ends, at, side="right")  # bytes -> tokens
 
         self.moves = [(self.n_tokens - len(tokens), self.block)]
         begin = 0
-        for stop in [i for i, e in enumerate(ends) if e[2] is None] + [len(ends)]:
-            self.take_sentences([e[2] for e in ends[begin:stop]], np.array([e[3] for e in ends[begin:stop]]), *at[begin:stop].T)
-            if stop < len(ends):
-                seen = int(at[stop, 1])  # a new document begins with the next token, or with this one if it holds more than the old
-                self.keep_within_reach(-1, seen)
-                self.start = self.block = self.known = seen + int(self.ends[seen - origin] == ends[stop][0])
-                self.moves.append((self.start, self.start))
-                if self.blocks:
-                    self.blocks.reset()
+        for stop in [i for i, e in enumerate(ended) if e.text is None] + [len(ended)]:
+            self.take_sentences(ended[begin:stop], *at[begin:stop].T)
+            if stop < len(ended):
+                # a new document begins with the next token, or with this one if it goes on after
+                seen = int(at[stop, 1])
+                self.begin_document(seen, seen + int(self.ends[seen - origin] == ended[stop].next))
             begin = stop + 1
         self.keep_within_reach(-1, self.n_tokens)
-
-        # keep what may still be part of a sentence
-        drop = max(0, self.at - len(END_OF_TEXT) + 1)
-        self.data, self.data_at, self.at = self.data[drop:], self.data_at + drop, self.at - drop
-        self.ends = self.ends[np.searchsorted(self.ends, self.data_at + self.at, side="right") :]
+        self.ends = self.ends[np.searchsorted(self.ends, self.sentences.begin, side="right") :]
         return self.moves
 
-    def take_sentences(self, sentences, paragraphs, starts, seen):
-        """Move on by some sentences of one document: the next one after each begins at token starts[i], known at token seen[i]."""
-        if not sentences:
+    def take_sentences(self, ended, starts, seen):
+        """Move on by some sentences of one document, a list of Ended. The next one after each
+        begins at token starts[i], which is known at token seen[i]."""
+        if not ended:
             return
         best = starts.tolist()
         if self.blocks:
             begun = np.concatenate([[self.start], starts[:-1]])
-            leaning = np.array([first_word(s) in CARRIES_ON for s in sentences])
-            best = self.blocks.observe(*self.stems.of(sentences), begun, seen - self.cap, paragraphs, leaning)
+            texts = [e.text for e in ended]
+            paragraphs = np.array([e.paragraph for e in ended])
+            leaning = np.array([carries_on(text) for text in texts])
+            words = self.stems.of(texts)
+            best = self.blocks.observe(*words, begun, seen - self.cap, paragraphs, leaning)
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
-            if block > self.block and (not self.blocks or self.blocks.chance_later(i + 1, self.block) > SURE):
+            sure = not self.blocks or self.blocks.chance_later(i + 1, self.block) > SURE
+            if block > self.block and sure:
                 self.block = block
                 self.moves.append((known, block))
 
+    def begin_document(self, seen, start):
+        """A document has ended, which token `seen` told; the next one begins at token `start`."""
+        self.keep_within_reach(-1, seen)
+        self.start = self.block = self.known = start
+        self.moves.append((start, start))
+        if self.blocks:
+            self.blocks.reset()
+
     def keep_within_reach(self, i, until):
-        """Where the block after sentence i outgrows the cap before token `until`, move on to the next best start within reach."""
+        """Where the block after sentence i outgrows the cap before token `until`, move on to the
+        next best start within reach."""
         while self.block + self.cap < until - 1:
             token = max(self.known, self.block + self.cap + 1)
             best = self.blocks.best(i, token - self.cap) if self.blocks else None
@@ -487,43 +422,24 @@ class Partitioner:
             self.block = best
             self.moves.append((token, best))
 
-    def scan(self):
-        """The ends of sentences in data: (byte the next one begins at, byte that told, the sentence, whether a paragraph begins with it).
 
-        The sentence is None where a document ends.
-        """
-        ends = []
-        begin = 0
-        while True:
-            stop = self.data.find(END_OF_TEXT, begin)
-            over = stop >= 0
-            stop = stop + len(END_OF_TEXT) if over else len(self.data)
-            while found := sentence_end(self.data[self.at : min(stop, self.at + LONGEST)], self.long_lines):
-                end, seen, self.long_lines, paragraph = found
-                self.seen = max(self.seen, self.data_at + self.at + seen)
-                ends.append((self.data_at + self.at + end, self.seen, self.data[self.at : self.at + end], self.paragraph))
-                self.at += end
-                self.paragraph = paragraph
-            if not over:
-                return ends
-            ends.append((self.data_at + stop, self.data_at + stop - 1, None, None))
-            begin = self.at = stop
-            self.long_lines = self.paragraph = False
-
+# --------------------------------------------------------------------------------------------------
+# a whole sequence
 
 CHUNK = 1 << 16  # tokens at a time
 SHARE = 1 << 20  # tokens at least that a process gets
 
 
 def partition(tokens, token_bytes, method, max_lookback, background=None, out=None):
-    """Lookback (uint16, as long as `tokens`) of a whole sequence, into `out` if given; see Partitioner.
+    """Lookback of a whole sequence, (n,) integers -> (n,) uint16, into `out` if given.
 
-    Documents do not depend on each other: where one token ends a document, groups of them are dealt out to the processors.
+    For the rest, and what it raises, see Partitioner. Documents do not depend on each other: where
+    one token ends a document, groups of them are dealt out to the processors.
     """
     Partitioner(token_bytes, method, max_lookback, background)  # complains early
     out = np.empty(len(tokens), np.uint16) if out is None else out
     cuts = [0]
-    if method in ("semantic", "sentence") and END_OF_TEXT in token_bytes and "fork" in multiprocessing.get_all_start_methods():
+    if method in ("semantic", "sentence") and END_OF_TEXT in token_bytes:
         end_of_text = token_bytes.index(END_OF_TEXT)
         for i in range(0, len(tokens), CHUNK):
             ends = np.flatnonzero(tokens[i : i + CHUNK] == end_of_text) + i + 1
@@ -541,61 +457,24 @@ def partition(tokens, token_bytes, method, max_lookback, background=None, out=No
     return out
 
 
-def in_parallel(function, arguments):
-    """Everything that function(*a) yields for each of the arguments, in any order, from as many processes as there are processors."""
-    n = min(len(arguments), os.cpu_count() or 1)
-    if n < 2:
-        for a in arguments:
-            yield from function(*a)
-        return
-    fork = multiprocessing.get_context("fork")  # children read `tokens` where they are
-    queue = fork.Queue(4 * n)
-
-    def work(mine):
-        try:
-            for a in mine:
-                for result in function(*a):
-                    queue.put(result)
-            queue.put(None)
-        except Exception as e:
-            queue.put(e)
-
-    children = [fork.Process(target=work, args=(arguments[i::n],), daemon=True) for i in range(n)]
-    try:
-        for child in children:
-            child.start()
-        while n:
-            try:
-                result = queue.get(timeout=1)
-            except Empty:
-                if any(child.exitcode for child in children):
-                    raise RuntimeError("a process that partitioned a part of the text was killed") from None
-                continue
-            if isinstance(result, Exception):
-                raise result
-            if result is None:  # a child is done
-                n -= 1
-            else:
-                yield result
-    finally:
-        for child in children:
-            child.terminate()
-
-
 def background(tokens, token_bytes):
-    """The word distribution of a text, for Partitioner: {"total": words, "stems": ids, "counts": of each}, plain ints.
+    """The word distribution of a text, for Partitioner: {"total": words, "stems": ids, "counts":
+    of each}, plain ints.
 
-    The 30,000 commonest stems, so that it is below a megabyte as JSON. Takes bounded memory on a memory-mapped `tokens`.
+    The 30,000 commonest stems, below a megabyte as JSON. Takes bounded memory on a memory map.
     """
     stems, counts, rest = Stems(), np.zeros(N_STEMS, np.int64), b""
     for i in range(0, len(tokens), CHUNK):
-        data = rest + b"".join([token_bytes[t] for t in np.asarray(tokens[i : i + CHUNK]).tolist()])
+        some = np.asarray(tokens[i : i + CHUNK]).tolist()
+        data = rest + b"".join([token_bytes[t] for t in some])
         cut = max(data.rfind(b" "), data.rfind(b"\n")) + 1  # a word may go on in the next chunk
         if i + CHUNK >= len(tokens) or len(data) - cut > 1 << 20:
             cut = len(data)
-        counts += np.bincount(stems.of([data[:cut].replace(END_OF_TEXT, b" ")])[0], minlength=N_STEMS)
+        ids, _ = stems.of([data[:cut].replace(END_OF_TEXT, b" ")])
+        counts += np.bincount(ids, minlength=N_STEMS)
         rest = data[cut:]
     counts[: len(PERSONS)] = 0
     commonest = np.argsort(-counts, kind="stable")[:30_000]
     commonest = np.sort(commonest[counts[commonest] > 0])
-    return {"total": int(max(1, counts.sum())), "stems": commonest.tolist(), "counts": counts[commonest].tolist()}
+    total = int(max(1, counts.sum()))
+    return {"total": total, "stems": commonest.tolist(), "counts": counts[commonest].tolist()}

@@ -1,30 +1,24 @@
-"""
-From a text to token ids, split in three, with the block of every token beside them.
+"""From a text to token ids, split in three, with the block of every token beside them.
 
     python prepare_data.py data/sample.txt --tokenizer bytes
     python prepare_data.py gutenberg:2529
     python prepare_data.py my_book.txt --partition block:64 --out data/my_book
 
-SOURCE is a text file, a folder of .txt files, an http(s) address, or gutenberg:NUMBER; several are joined into one
-corpus, with <|endoftext|> between the texts. The output folder holds
+SOURCE is a text file, a folder of .txt files, an http(s) address, or gutenberg:NUMBER. Several are
+joined into one corpus, with <|endoftext|> between the texts. The output folder holds
 
     train.bin val.bin test.bin                              token ids, uint16
-    train.lookback.bin val.lookback.bin test.lookback.bin   tokens back to the start of the block, uint16
-    meta.json                                               how it was made, what it counts, the background words, and a
-                                                            sha256 of every file, itself included
-
-The sha256 are checked whenever a file is opened to be used, at 1 to 2 GB/s: on 10 GB, some seconds before hours of training.
+    train.lookback.bin val.lookback.bin test.lookback.bin   tokens back to the block's start, uint16
+    meta.json                                               how it was made, what it counts, the
+                                                            background words, a sha256 of every file
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import re
-import shutil
-import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,41 +26,60 @@ import tiktoken
 from tqdm import tqdm
 
 import locality
-from download import CACHE, download, remove_stale
-from locality import InputError, background, parse_partition, partition
+from locality import background, parse_partition, partition
+from support import files, sentences
+from support.files import InputError
+from support.sources import pieces, slug, source_files
 
 SPLITS = ("train", "val", "test")
-PIECE = 1 << 22    # characters in memory at a time
+STRETCH = 1 << 22  # tokens in memory at a time
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokens
 
 
 def check_tokenizer(name):
     """Raises InputError for a name that `get_encoding` does not know."""
-    if name not in ("gpt2", "bytes") and not (re.fullmatch(r"gpt2:[0-9]{3,5}", name) and 257 <= int(name[5:]) < 50257):
-        raise InputError(f"tokenizer must be gpt2, gpt2:N with N in 257 … 50256, or bytes, not {json.dumps(name)}")
+    n = name.removeprefix("gpt2:")
+    small = n != name and n.isascii() and n.isdigit() and len(n) < 6 and 257 <= int(n) < 50257
+    if name not in ("gpt2", "bytes") and not small:
+        known = "gpt2, gpt2:N with N in 257 … 50256, or bytes"
+        raise InputError(f"tokenizer must be {known}, not {json.dumps(name)}")
+
+
+def vocabulary_size(name):
+    """How many tokens a tokenizer has, by its name."""
+    return {"gpt2": 50257, "bytes": 256}.get(name) or int(name.removeprefix("gpt2:"))
 
 
 def get_encoding(name):
-    """The tokenizer as a tiktoken.Encoding: `gpt2` (fetched once by tiktoken); `gpt2:N`, the N - 1 tokens that GPT-2's
-    byte pair encoding learned first, and <|endoftext|>; or `bytes`, 256 tokens, no download."""
+    """A tokenizer as a tiktoken.Encoding.
+
+    `gpt2` is fetched once by tiktoken. `gpt2:N` has the N - 1 tokens that GPT-2's byte pair
+    encoding learned first, and <|endoftext|>. `bytes` has 256 tokens and needs no download.
+    Raises InputError for another name, or where it cannot be fetched.
+    """
     check_tokenizer(name)
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
+        return tiktoken.Encoding(
+            "bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={}
+        )
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
-        if name == "gpt2":
-            return gpt2
-        n = int(name[5:])
-        ranks = {token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < n - 1}
-        return tiktoken.Encoding(name, pat_str=gpt2._pat_str, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": n - 1})
-    except (OSError, ValueError) as e:    # requests' errors are OSErrors, a bad hash is a ValueError
-        raise InputError(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); check the network, set "
-                         "TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer 'bytes'") from None
+    except (OSError, ValueError) as e:  # requests' errors are OSErrors, a bad hash is a ValueError
+        raise InputError(
+            f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); check the network, "
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer 'bytes'"
+        ) from None
+    if name == "gpt2":
+        return gpt2
+    n = vocabulary_size(name)
+    ranks = {token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < n - 1}
+    special = {"<|endoftext|>": n - 1}
+    return tiktoken.Encoding(
+        name, pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def token_bytes(encoding):
@@ -74,117 +87,20 @@ def token_bytes(encoding):
     return [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# text
+def encode(paths, encoding, out):
+    """Write the token ids of all files to `out`, uint16, <|endoftext|> between two files."""
+    n_bytes = sum(path.stat().st_size for path in paths)
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="encoding", leave=False, disable=None)
+    with open(out, "wb") as f, bar:
+        for number, path in enumerate(paths):
+            between = ["<|endoftext|>"] if number else []
+            for text in chain(between, pieces(path)):
+                ids = encoding.encode_to_numpy(text, allowed_special="all")
+                ids.astype(np.uint16).tofile(f)
+                bar.update(len(text.encode()))
 
 
-def source_files(source):
-    """The local text files that SOURCE (a string, or a list of them) stands for; what is remote is fetched once."""
-    if not isinstance(source, str):
-        return [path for one in source for path in source_files(one)]
-    if not source or not source.isprintable():
-        raise InputError(f"{source!r} does not name a source")
-    if match := re.fullmatch(r"gutenberg:([0-9]{1,9})", source):
-        number = match[1]
-        path = CACHE / "texts" / f"gutenberg-{number}.txt"
-        if not path.exists():
-            mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
-            raw = download(f"{mirror}/cache/epub/{number}/pg{number}.txt", path.with_suffix(f".{os.getpid()}.raw"))
-            try:
-                write_text(path, strip_gutenberg("".join(pieces(raw))))
-            except InputError as e:
-                raise InputError(f"{source}: {e}") from None
-            finally:
-                raw.unlink()
-        return [path]
-    if source.startswith("gutenberg:"):
-        raise InputError(f"{source}: a Gutenberg source is gutenberg:NUMBER, for example gutenberg:2529")
-    if source.startswith(("http://", "https://")):
-        path = CACHE / "texts" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.txt"
-        if not path.exists():
-            raw = download(source, path.with_suffix(f".{os.getpid()}.raw"))
-            try:
-                start = next((piece for piece in pieces(raw)), "")
-                if not start.strip() or re.match(r"\s*<(!doctype )?html", start, re.I):
-                    raise InputError("a web page or nothing, not a plain text")
-                os.replace(raw, path)
-            except InputError as e:
-                raw.unlink()
-                raise InputError(f"{source}: {e}") from None
-        return [path]
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*.txt") if file.is_file())
-        if not files:
-            raise InputError(f"{source}: no .txt file in this folder")
-        return files
-    if not path.is_file():
-        raise InputError(f"{source}: no such file or folder; a source is a text file, a folder of .txt files, "
-                         "an http(s) address or gutenberg:NUMBER")
-    return [path]
-
-
-def strip_gutenberg(text):
-    """The book alone: what stands between Project Gutenberg's START and END lines, without licence and headers.
-
-    Raises InputError where one of them is missing: then it is not the whole book.
-    """
-    start = re.search(r"^\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG.*?\*\*\*[ \t]*$", text, re.M | re.I | re.S)
-    end = re.search(r"^\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG", text, re.M | re.I)
-    if not start or not end:
-        raise InputError("the START or END line of a Project Gutenberg text is missing: not a book, or half a download")
-    return text[start.end():end.start()].strip() + "\n"
-
-
-def pieces(path):
-    """Yield the text of a file in pieces of about PIECE characters, cut where every tokenizer cuts anyway.
-
-    That is before a white-space character that follows another character: encoding the pieces gives the same tokens as
-    encoding the whole. Raises InputError for what is not UTF-8 text.
-    """
-    rest = ""
-    try:
-        with open(path, encoding="utf-8-sig") as f:    # reads CRLF as a newline
-            while text := f.read(PIECE):
-                if "\0" in text:
-                    raise InputError(f"{path}: holds NUL bytes: a binary file, not a text")
-                rest += text
-                cuts = [m.start() + 1 for m in re.finditer(r"\S\s", rest[-4096:])]
-                if cuts:
-                    cut = max(len(rest) - 4096, 0) + cuts[-1]
-                    yield rest[:cut]
-                    rest = rest[cut:]
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text (byte 0x{e.object[e.start]:02x}, {e.reason}); convert it first, "
-                         f"for example with iconv -f latin1 -t utf-8") from None
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    if rest:
-        yield rest
-
-
-def write_text(path, text):
-    """Write to a temporary name, then rename: `path` is always a whole file. Raises InputError where the disk is full."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as e:
-        raise InputError(f"{path}: could not be written ({e.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def digest(files):
-    """sha256 over the content of the files, in order."""
-    total = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as f:
-            total.update(hashlib.file_digest(f, "sha256").digest())
-    return total.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the prepared folder
 
 
@@ -194,95 +110,109 @@ def check_blocks(method, max_lookback, val, test):
     if not 1 <= max_lookback <= 65535:
         raise InputError(f"max_lookback must be in 1 … 65535, not {max_lookback}")
     if n and n - 1 > max_lookback:
-        raise InputError(f"{method} reaches {n - 1} tokens back, max_lookback allows {max_lookback}: "
-                         f"raise max_lookback or use {name}:{max_lookback + 1}")
+        reach = f"{method} reaches {n - 1} tokens back, max_lookback allows {max_lookback}"
+        raise InputError(f"{reach}: raise max_lookback or use {name}:{max_lookback + 1}")
     if not (val > 0 and test > 0 and val + test < 1):
-        raise InputError(f"val and test are fractions of the text, above 0 and together below 1, not {val} and {test}")
+        fractions = "fractions of the text, above 0 and together below 1"
+        raise InputError(f"val and test are {fractions}, not {val} and {test}")
 
 
 def default_folder(source, tokenizer, method, max_lookback, val, test):
-    """A folder under data/ that says what is in it; the six digits tell apart what the name leaves out."""
-    first = source if isinstance(source, str) else source[0]
-    name = re.sub(r"\W+", "-", first if ":" in first else Path(first).stem).strip("-")[:60]
+    """A folder under data/ that says what is in it; six digits stand for what the name leaves out."""
     rest = hashlib.sha256(json.dumps([source, val, test]).encode()).hexdigest()[:6]
-    return Path("data") / f"{name}.{tokenizer.replace(':', '')}.{method.replace(':', '')}.{max_lookback}.{rest}"
+    words = slug(source), tokenizer.replace(":", ""), method.replace(":", ""), max_lookback, rest
+    return Path("data") / ".".join(map(str, words))
 
 
-def prepare(source, out=None, tokenizer="gpt2", method="semantic", max_lookback=256, val=0.1, test=0.1):
-    """Make the prepared folder, unless it is there and still fits the source and the parameters. Returns its Path.
+def prepare(
+    source, out=None, tokenizer="gpt2", method="semantic", max_lookback=256, val=0.1, test=0.1
+):
+    """Make the prepared folder, unless it is there and still fits. Returns its Path.
 
-    source: a string or a list of strings; val, test: the fractions held out, taken from the end of the text. A folder
-    that was made of something else is made again, and the reason printed.
-    Raises InputError for a source that is no text or too short, or a full disk; then nothing is left behind.
+    source: a string or a list of strings; val, test: the fractions held out, taken from the end of
+    the text. A folder that was made of something else is made again, and the reason printed.
+    Raises InputError for a source that is no text or too short, or a full disk; then nothing is
+    left behind.
     """
     check_blocks(method, max_lookback, val, test)
-    files = source_files(source)
-    # the code counts too: a partitioner that was changed makes other blocks
-    made_from = {"source": source, "source_sha256": digest(files), "code_sha256": digest([Path(locality.__file__)]),
-                 "tokenizer": tokenizer, "partition": method, "max_lookback": max_lookback, "val": val, "test": test}
-    folder = Path(out) if out else default_folder(source, tokenizer, method, max_lookback, val, test)
-    remove_stale(folder, ".preparing-{}")
+    paths = source_files(source)
+    # the code counts too: another partitioner makes other blocks. a schedule makes none
+    code = files.digest_code(
+        [locality.__file__, sentences.__file__], without=("SCHEDULES", "schedule")
+    )
+    made_from = {
+        "source": source,
+        "source_sha256": files.digest(paths),
+        "code_sha256": code,
+        "tokenizer": tokenizer,
+        "partition": method,
+        "max_lookback": max_lookback,
+        "val": val,
+        "test": test,
+    }
+    folder = Path(out or default_folder(source, tokenizer, method, max_lookback, val, test))
+    files.remove_stale(folder, ".preparing-{}")
     reason = misfit(folder, made_from)
     if not reason:
         return folder
-    foreign = [path.name for path in folder.iterdir() if not re.fullmatch(
-        r"(train|val|test)(\.lookback)?\.bin|meta\.json|\.preparing-\d+", path.name)] if folder.exists() else []
-    if foreign:
-        raise InputError(f"{folder} holds other files ({foreign[0]}, …); prepare into a folder of its own")
+    ours = {f"{split}{end}" for split in SPLITS for end in (".bin", ".lookback.bin")} | {
+        "meta.json"
+    }
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name not in ours and not path.name.startswith(".preparing-"):
+            own = "prepare into a folder of its own"
+            raise InputError(f"{folder} holds other files ({path.name}, …); {own}")
     if (folder / "meta.json").exists():
         print(f"{folder} is made again: {reason}")
-
-    encoding = get_encoding(tokenizer)
-    vocabulary = token_bytes(encoding)
-    new = [path for path in [folder, *folder.parents] if not path.exists()]
-    work = folder / f".preparing-{os.getpid()}"
-    work.mkdir(parents=True)
-    try:
-        encode(files, encoding, work / "all.bin")
+    with files.filling(folder, last="meta.json") as work:
+        encoding = get_encoding(tokenizer)
+        encode(paths, encoding, work / "all.bin")
         if not (work / "all.bin").stat().st_size:
             raise InputError(f"{source}: the text is empty")
         tokens = np.memmap(work / "all.bin", np.uint16, "r")
-        n = len(tokens)
-        ends = [n - round(n * val) - round(n * test), n - round(n * test), n]
-        if min(np.diff([0, *ends])) < 2:
-            raise InputError(f"{source}: the text is too short: {n} tokens cannot be split in three")
-        words = background(tokens[:ends[0]], vocabulary) if method == "semantic" else None
-        counts = {}
-        for split, start, end in zip(SPLITS, [0, *ends], ends):
-            tokens[start:end].tofile(work / f"{split}.bin")
-            with open(work / f"{split}.lookback.bin", "wb") as f:    # a full disk is an error here, in a memory map a crash
-                f.truncate(2 * (end - start))
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(f.fileno(), 0, 2 * (end - start))
-            lookback = np.memmap(work / f"{split}.lookback.bin", np.uint16, "r+")
-            partition(tokens[start:end], vocabulary, method, max_lookback, words, out=lookback)
-            lookback.flush()
-            counts[split] = statistics(tokens[start:end], lookback, vocabulary, method)
-            del lookback
+        made = split_and_partition(tokens, encoding, work, made_from)
         del tokens
         (work / "all.bin").unlink()
-        meta = {**made_from, "vocab_size": encoding.n_vocab, "splits": counts,
-                "versions": {"python": platform.python_version(), "numpy": np.__version__,
-                             "tiktoken": tiktoken.__version__},
-                "files": {path.name: digest([path]) for path in sorted(work.iterdir())}, "background": words}
-        meta["sha256"] = digest_of(meta)
-        write_text(work / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False))
-        (folder / "meta.json").unlink(missing_ok=True)    # from here to the last rename the folder counts as not prepared
-        for path in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
-            os.replace(path, folder / path.name)
-    except OSError as e:
-        raise InputError(f"{folder}: could not be written ({e.strerror or e})") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if not (folder / "meta.json").exists():
-            with contextlib.suppress(OSError):    # a folder that is not empty: someone else has put something there
-                for path in new:
-                    path.rmdir()
+        versions = {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "tiktoken": tiktoken.__version__,
+        }
+        digests = {path.name: files.digest([path]) for path in sorted(work.iterdir())}
+        meta = {**made_from, **made, "versions": versions, "files": digests}
+        files.write_json(work / "meta.json", files.seal(meta))
     return folder
 
 
+def split_and_partition(tokens, encoding, work, made_from):
+    """Write the tokens and the lookback of each split to the folder `work`.
+
+    tokens: (n,) uint16, of the whole text. Returns what meta.json says of them, a dict.
+    """
+    vocabulary, method = token_bytes(encoding), made_from["partition"]
+    n, val, test = len(tokens), made_from["val"], made_from["test"]
+    ends = [n - round(n * val) - round(n * test), n - round(n * test), n]
+    if min(np.diff([0, *ends])) < 2:
+        short = f"the text is too short: {n} tokens cannot be split in three"
+        raise InputError(f"{made_from['source']}: {short}")
+    words = background(tokens[: ends[0]], vocabulary) if method == "semantic" else None
+    counts = {}
+    for split, start, end in zip(SPLITS, [0, *ends], ends):
+        tokens[start:end].tofile(work / f"{split}.bin")
+        with open(work / f"{split}.lookback.bin", "wb") as f:
+            f.truncate(2 * (end - start))
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, in a map a crash
+                os.posix_fallocate(f.fileno(), 0, 2 * (end - start))
+        lookback = np.memmap(work / f"{split}.lookback.bin", np.uint16, "r+")
+        cap = made_from["max_lookback"]
+        partition(tokens[start:end], vocabulary, method, cap, words, out=lookback)
+        lookback.flush()
+        counts[split] = statistics(tokens[start:end], lookback, vocabulary, method)
+    return {"vocab_size": encoding.n_vocab, "splits": counts, "background": words}
+
+
 def misfit(folder, made_from):
-    """Why this folder is not a whole, prepared one, from this source with these parameters; "" if it is one."""
+    """Why this folder is not a whole, prepared one, made of this; "" if it is one."""
     try:
         meta = read_meta(folder)
         tokens = {name: meta["splits"][name.split(".")[0]]["tokens"] for name in meta["files"]}
@@ -290,78 +220,95 @@ def misfit(folder, made_from):
     except (InputError, OSError) as e:
         return str(e)
     other = [key for key, value in made_from.items() if meta.get(key) != value]
-    return f"it was made with another {', '.join(other)}" if other else "" if whole else "a file has another length"
-
-
-def digest_of(meta):
-    """sha256 of what meta.json says, apart from this very number."""
-    rest = {key: value for key, value in meta.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    if other:
+        return f"it was made with another {', '.join(other)}"
+    return "" if whole else "a file has another length"
 
 
 def read_meta(folder):
-    """meta.json as a dict. Raises InputError if the folder holds no prepared data, or not what prepare_data.py wrote."""
+    """meta.json as a dict. Raises InputError if it is not there, or not as it was written."""
     try:
         meta = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
     except OSError:
-        raise InputError(f"{folder}: no prepared data here (no meta.json); run prepare_data.py") from None
+        none = "no prepared data here (no meta.json); run prepare_data.py"
+        raise InputError(f"{folder}: {none}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{folder}/meta.json is damaged; it has to be prepared again") from None
-    if not isinstance(meta, dict) or meta.get("sha256") != digest_of(meta):
-        raise InputError(f"{folder}/meta.json was edited, damaged, or written by an earlier version: "
-                         "it has to be prepared again")
+    if not files.is_sealed(meta):
+        changed = "was edited, damaged, or written by an earlier version"
+        raise InputError(f"{folder}/meta.json {changed}: it has to be prepared again")
     return meta
 
 
 def read_split(folder, split):
     """Token ids and lookbacks of one split, two uint16 memory maps of the same length.
 
-    Raises InputError where one of the files is not, byte for byte, what was prepared: a stale lookback would quietly
-    train and measure another model.
+    Raises InputError where one of the files is not, byte for byte, what was prepared: a stale
+    lookback would quietly train and measure another model.
     """
-    files = read_meta(folder)["files"]
+    digests, paths = read_meta(folder)["files"], []
     for name in (f"{split}.bin", f"{split}.lookback.bin"):
+        paths.append(Path(folder) / name)
+        again = "delete the folder and prepare again"
         try:
-            same = digest([Path(folder) / name]) == files[name]
+            same = files.digest(paths[-1:]) == digests[name]
         except OSError as e:
-            raise InputError(f"{folder}/{name} cannot be read ({e.strerror}); delete the folder and prepare again") from None
+            raise InputError(f"{paths[-1]} cannot be read ({e.strerror}); {again}") from None
         if not same:
-            raise InputError(f"{folder}/{name} is not what was prepared (edited, damaged or of another preparation): "
-                             "delete the folder and prepare again")
-    return [np.memmap(Path(folder) / name, np.uint16, "r") for name in (f"{split}.bin", f"{split}.lookback.bin")]
+            changed = "is not what was prepared (edited, damaged or of another preparation)"
+            raise InputError(f"{paths[-1]} {changed}: {again}")
+    return [np.memmap(path, np.uint16, "r") for path in paths]
 
 
-def encode(files, encoding, path):
-    """Write the token ids of all files to `path`, <|endoftext|> between two files."""
-    bar = tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc="encoding", leave=False)
-    with open(path, "wb") as out, bar:
-        for number, file in enumerate(files):
-            if number:
-                encoding.encode_to_numpy("<|endoftext|>", allowed_special="all").astype(np.uint16).tofile(out)
-            for text in pieces(file):
-                encoding.encode_to_numpy(text, allowed_special="all").astype(np.uint16).tofile(out)
-                bar.update(len(text.encode()))
+def prepared(config):
+    """The prepared folder that a config (a dict) names, made if it is missing or no longer fits.
+
+    Raises InputError if the config is of a run, and the text, its tokens or its blocks are not
+    those any more that it was trained on. (A run of an earlier version tells the sha256 alone.)
+    """
+    source = config["source"]
+    if config.get("source_sha256") not in (None, files.digest(source_files(source))):
+        since = "has changed since this run was trained on it; put the old text back"
+        raise InputError(f"{source} {since}")
+    keys = "tokenizer", "partition", "max_lookback", "val", "test"
+    folder = prepare(source, config["data"] or None, *(config[key] for key in keys))
+    found, before = read_meta(folder)["files"], config.get("files")
+    changed = [name for name in found if before and before.get(name) != found[name]]
+    if changed:
+        blocks = all("lookback" in name for name in changed)
+        what = "blocks: the partitioner" if blocks else "tokens: the tokenizer"
+        since = f"has other {what} has changed since this run was trained"
+        back = f"use the version of the code that trained it ({', '.join(changed)})"
+        raise InputError(f"{folder} {since}; {back}")
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# what the partition found
 
 
 def block_starts(lookback):
-    """The tokens at which blocks begin. Where a block slides at the cap, a token at a time, no new one begins.
+    """The tokens at which blocks begin: (n,) uint16 -> int64, ascending.
 
-    lookback: (n,) uint16. Returns int64, ascending; reads a memory map stretch by stretch.
+    Where a block slides at the cap, a token at a time, no new one begins. Reads a memory map
+    stretch by stretch.
     """
     starts = [np.zeros(min(len(lookback), 1), np.int64)]
-    for at in range(0, len(lookback), PIECE):
+    for at in range(0, len(lookback), STRETCH):
         before = max(at - 1, 0)
-        start = np.arange(before, min(at + PIECE, len(lookback))) - lookback[before:at + PIECE]
+        i = np.arange(before, min(at + STRETCH, len(lookback)))
+        start = i - lookback[before : at + STRETCH]
         starts.append(start[1:][np.diff(start) > 1])
     return np.concatenate(starts)
 
 
 def statistics(tokens, lookback, vocabulary, method):
-    """What meta.json counts of a split: tokens, bytes, blocks and their lengths in tokens. Reads it stretch by stretch."""
-    length = np.array([len(b) for b in vocabulary])
-    n_bytes = sum(int(length[tokens[at:at + PIECE]].sum()) for at in range(0, len(tokens), PIECE))
-    counts = {"tokens": len(tokens), "bytes": n_bytes,
-              "mean_lookback": round(float(lookback.sum(dtype=np.int64)) / len(tokens), 2)}
+    """What meta.json counts of a split: tokens, bytes, blocks and their lengths in tokens."""
+    length, n_bytes = np.array([len(b) for b in vocabulary]), 0
+    for at in range(0, len(tokens), STRETCH):
+        n_bytes += int(length[tokens[at : at + STRETCH]].sum())
+    mean = float(lookback.sum(dtype=np.int64)) / len(tokens)
+    counts = {"tokens": len(tokens), "bytes": n_bytes, "mean_lookback": round(mean, 2)}
     if not method.startswith("window"):
         starts = block_starts(lookback)
         quartiles = np.percentile(np.diff(starts, append=len(tokens)), (25, 50, 75)).tolist()
@@ -369,49 +316,60 @@ def statistics(tokens, lookback, vocabulary, method):
     return counts
 
 
+def mark_blocks(tokens, lookback, vocabulary):
+    """The text of some tokens, ▌ where a block begins. tokens, lookback: (n,) integers."""
+    starts = set(block_starts(np.minimum(lookback, np.arange(len(tokens))))[1:].tolist())
+    marked = ["▌".encode() * (i in starts) + vocabulary[t] for i, t in enumerate(tokens)]
+    return b"".join(marked).decode(errors="replace")
+
+
 def describe(folder):
     """Print what the partition found, with three boundaries in context."""
     meta = read_meta(folder)
-    encoding = get_encoding(meta["tokenizer"])
-    counts = meta["splits"]
-    print(f"{folder}: " + ", ".join(f"{split} {counts[split]['tokens']:,}" for split in SPLITS) + f" tokens "
-          f"({meta['tokenizer']}), {counts['train']['bytes'] / counts['train']['tokens']:.2f} bytes a token")
-    train = counts["train"]
+    encoding, counts = get_encoding(meta["tokenizer"]), meta["splits"]
+    train, method = counts["train"], meta["partition"]
+    sizes = ", ".join(f"{split} {counts[split]['tokens']:,}" for split in SPLITS)
+    ratio = train["bytes"] / train["tokens"]
+    print(f"{folder}: {sizes} tokens ({meta['tokenizer']}), {ratio:.2f} bytes a token")
+    mean = f"mean lookback {train['mean_lookback']:.0f}"
     if "blocks" not in train:
-        print(f"{meta['partition']}: a sliding window, mean lookback {train['mean_lookback']:.0f} tokens")
+        print(f"{method}: a sliding window, {mean} tokens")
         return
     q1, median, q3 = train["block_length_quartiles"]
-    print(f"{meta['partition']}: {train['blocks']:,} blocks in train, median length {median:.0f} tokens "
-          f"(quartiles {q1:.0f} and {q3:.0f}), mean lookback {train['mean_lookback']:.0f}; three of them begin at")
-    tokens, lookback = (np.fromfile(folder / name, np.uint16, PIECE) for name in ("train.bin", "train.lookback.bin"))
+    lengths = f"median length {median:.0f} tokens (quartiles {q1:.0f} and {q3:.0f})"
+    print(
+        f"{method}: {train['blocks']:,} blocks in train, {lengths}, {mean}; three of them begin at"
+    )
+    paths = folder / "train.bin", folder / "train.lookback.bin"
+    tokens, lookback = (np.fromfile(path, np.uint16, STRETCH) for path in paths)
     starts = block_starts(lookback)[1:]
+    if len(starts) > 3:
+        starts = starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]]
     width = 60 if meta["tokenizer"] == "bytes" else 16
-    for start in starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]] if len(starts) > 3 else starts:
-        before, after = (encoding.decode(tokens[a:b].tolist()).replace("\n", " ")
-                         for a, b in ((max(start - width, 0), start), (start, start + width)))
+    for start in starts:
+        sides = tokens[max(start - width, 0) : start], tokens[start : start + width]
+        before, after = (encoding.decode(side.tolist()).replace("\n", " ") for side in sides)
         print(f"  … {before} ▌{after} …")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="text -> token ids, split, with the block of every token",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
-    parser.add_argument("--out", help="folder to write (default: one under data/, named after the source)")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, gpt2:N (its first N tokens) or bytes")
-    parser.add_argument("--partition", default="semantic", help="semantic, sentence, window:N or block:N")
-    parser.add_argument("--max-lookback", type=int, default=256, help="no block reaches back further, in tokens")
-    parser.add_argument("--val", type=float, default=0.1, help="fraction of the text for validation")
-    parser.add_argument("--test", type=float, default=0.1, help="fraction of the text for the final test")
+    parser = argparse.ArgumentParser(
+        description="text -> token ids, split, with the block of every token",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
+    add("--out", help="folder to write (default: one under data/, named after the source)")
+    add("--tokenizer", default="gpt2", help="gpt2, gpt2:N (its first N tokens) or bytes")
+    add("--partition", default="semantic", help="semantic, sentence, window:N or block:N")
+    add("--max-lookback", type=int, default=256, help="no block reaches back further, in tokens")
+    add("--val", type=float, default=0.1, help="fraction of the text for validation")
+    add("--test", type=float, default=0.1, help="fraction of the text for the final test")
     args = parser.parse_args()
     source = args.source[0] if len(args.source) == 1 else args.source
-    describe(prepare(source, args.out, args.tokenizer, args.partition, args.max_lookback, args.val, args.test))
+    how = args.tokenizer, args.partition, args.max_lookback, args.val, args.test
+    describe(prepare(source, args.out, *how))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    files.run_script(main)

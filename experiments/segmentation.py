@@ -21,7 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-from locality import END_OF_TEXT, PERSONS, STOP_WORDS, InputError, Partitioner, Stems, background, partition
+from locality import (
+    END_OF_TEXT,
+    PERSONS,
+    STOP_WORDS,
+    InputError,
+    Partitioner,
+    Stems,
+    background,
+    partition,
+)
 from prepare_data import get_encoding, token_bytes
 
 SETS = {"3-11": (3, 11), "3-5": (3, 5), "6-8": (6, 8), "9-11": (9, 11)}
@@ -66,7 +75,11 @@ def choi_documents(sources, shortest, longest, n, rng, first=False, n_pieces=10)
     """
     documents = []
     for _ in range(n):
-        books = rng.sample(sources, n_pieces) if len(sources) >= n_pieces else rng.choices(sources, k=n_pieces)
+        books = (
+            rng.sample(sources, n_pieces)
+            if len(sources) >= n_pieces
+            else rng.choices(sources, k=n_pieces)
+        )
         sentences, piece = [], []
         for number, book in enumerate(books):
             size = rng.randint(shortest, longest)
@@ -79,7 +92,10 @@ def choi_documents(sources, shortest, longest, n, rng, first=False, n_pieces=10)
 
 def same_place(sources, n_pieces=10):
     """Ten parts of one book in place of ten books: a harder set, since its parts share author, style and often subject."""
-    return [[book[len(book) * i // n_pieces : len(book) * (i + 1) // n_pieces] for i in range(n_pieces)] for book in sources]
+    return [
+        [book[len(book) * i // n_pieces : len(book) * (i + 1) // n_pieces] for i in range(n_pieces)]
+        for book in sources
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +133,9 @@ def partitioned(method, encode, vocabulary, known=None, joint=b" "):
         first_bytes = np.cumsum([0] + [len(s) + len(joint) for s in sentences[:-1]])
         first = np.searchsorted(ends, first_bytes, side="right")  # token of each sentence
         block = np.arange(len(tokens)) - partition(tokens, vocabulary, method, MAX_LOOKBACK, known)
-        return np.searchsorted(first, block[np.append(first[1:], len(tokens) - 1)], side="right") - 1
+        return (
+            np.searchsorted(first, block[np.append(first[1:], len(tokens) - 1)], side="right") - 1
+        )
 
     return begins
 
@@ -146,7 +164,9 @@ def text_tiling(sentences, piece):
         tiles = TextTilingTokenizer(stopwords=[*STOP_WORDS, *PERSONS]).tokenize(text)
     except ValueError:  # too short for it
         return one_block(sentences, piece)
-    counts = np.cumsum([0] + [len([p for p in tile.split("\n\n") if p.strip()]) for tile in tiles[:-1]])
+    counts = np.cumsum(
+        [0] + [len([p for p in tile.split("\n\n") if p.strip()]) for tile in tiles[:-1]]
+    )
     return counts[np.searchsorted(counts, np.arange(len(sentences)), side="right") - 1]
 
 
@@ -154,17 +174,27 @@ def quality(path, encoding, seeds, n, use_background, first):
     """The tables: {title: {rival: {set: (Pk, WindowDiff)}}}, means over `seeds` x n documents a set."""
     books = BREAK.split(read(path))
     if len(books) < 3:
-        raise InputError(f"{path} holds {len(books)} texts; at least 3 are needed, with {END_OF_TEXT.decode()} between them")
+        raise InputError(
+            f"{path} holds {len(books)} texts; at least 3 are needed, with {END_OF_TEXT.decode()} between them"
+        )
     encoding = get_encoding(encoding)
     vocabulary = token_bytes(encoding)
     encode = lambda text: encoding.encode_to_numpy(text.decode(), allowed_special="all")
-    known = background(np.frombuffer(END_OF_TEXT.join(books[0::3]), np.uint8), BYTES) if use_background else None
+    known = (
+        background(np.frombuffer(END_OF_TEXT.join(books[0::3]), np.uint8), BYTES)
+        if use_background
+        else None
+    )
     enough = 11 if first else 200
     sources = [s for s in map(sentences_of, books[2::3]) if len(s) >= enough]
     if not sources:
         raise InputError(f"{path}: no text among the 2nd, 5th, 8th ... has {enough} sentences")
     rivals = {"semantic": partitioned("semantic", encode, vocabulary, known)}
-    rivals |= {"one block": one_block, "a block per sentence": block_per_sentence, "fixed blocks, mean length": fixed_blocks}
+    rivals |= {
+        "one block": one_block,
+        "a block per sentence": block_per_sentence,
+        "fixed blocks, mean length": fixed_blocks,
+    }
     try:
         import nltk  # noqa: F401
 
@@ -172,7 +202,11 @@ def quality(path, encoding, seeds, n, use_background, first):
     except ImportError:
         print("nltk is not installed: no TextTiling", file=sys.stderr)
     tables = {}
-    groups_of = {"ten texts": [sources]} if first else {"ten books": [sources], "ten places of one book": same_place(sources)}
+    groups_of = (
+        {"ten texts": [sources]}
+        if first
+        else {"ten books": [sources], "ten places of one book": same_place(sources)}
+    )
     for title, groups in groups_of.items():
         table = tables[title] = {name: {} for name in rivals}
         for name, (shortest, longest) in SETS.items():
@@ -180,16 +214,26 @@ def quality(path, encoding, seeds, n, use_background, first):
             for seed in range(seeds):
                 rng = random.Random(f"{seed} {name}")
                 for i in range(n):
-                    documents += choi_documents(groups[i % len(groups)], shortest, longest, 1, rng, first)
+                    documents += choi_documents(
+                        groups[i % len(groups)], shortest, longest, 1, rng, first
+                    )
             for rival, begins in rivals.items():
                 got = [(begins(*d), d[1]) for d in documents]
-                table[rival][name] = (np.mean([p_k(*g) for g in got]), np.mean([window_diff(*g) for g in got]))
+                table[rival][name] = (
+                    np.mean([p_k(*g) for g in got]),
+                    np.mean([window_diff(*g) for g in got]),
+                )
     return tables
 
 
 def print_tables(tables):
     for title, table in tables.items():
-        print(f"\n{title:26s}" + "".join(f"{s:>14s}" for s in SETS) + f"{'mean':>14s}\n{'':26s}" + "      Pk    WD" * (len(SETS) + 1))
+        print(
+            f"\n{title:26s}"
+            + "".join(f"{s:>14s}" for s in SETS)
+            + f"{'mean':>14s}\n{'':26s}"
+            + "      Pk    WD" * (len(SETS) + 1)
+        )
         for rival, row in table.items():
             cells = [*row.values(), np.mean(list(row.values()), axis=0)]
             print(f"{rival:26s}" + "".join(f"{pk:8.3f}{wd:6.3f}" for pk, wd in cells))
@@ -198,7 +242,13 @@ def print_tables(tables):
 # ---------------------------------------------------------------------------------------------------------------------
 # figures
 
-COLOURS = ["#9ecae9", "#ffd08a", "#a8dcc0", "#f5b8d5", "#e9e48c"]  # apart also for those who do not tell red from green
+COLOURS = [
+    "#9ecae9",
+    "#ffd08a",
+    "#a8dcc0",
+    "#f5b8d5",
+    "#e9e48c",
+]  # apart also for those who do not tell red from green
 LINES = ["#0072b2", "#d55e00", "#009e73"]
 
 
@@ -233,7 +283,9 @@ def draw_page(path, first_line, figure):
 
     paragraphs = {0} | {i for i in starts.tolist() if text[:i].rstrip(b" ").endswith(b"\n")}
     hits = np.mean([b in paragraphs for b in blocks.tolist()[1:]])
-    print(f"{len(starts)} sentences, {len(blocks)} blocks; {hits:.0%} of the blocks begin a paragraph, {len(paragraphs) / len(starts):.0%} of the sentences do")
+    print(
+        f"{len(starts)} sentences, {len(blocks)} blocks; {hits:.0%} of the blocks begin a paragraph, {len(paragraphs) / len(starts):.0%} of the sentences do"
+    )
 
     position = text.find(first_line.encode())
     if position < 0:
@@ -254,8 +306,18 @@ def draw_page(path, first_line, figure):
         if at in evidence and at > position:
             _, before, after, bits = evidence[at]
             label = f"{bits:+.0f}".replace("-", "−") if np.isfinite(bits) else ""
-            style = {"weight": "bold", "color": "#b00000"} if after > before else {"color": "#555555"}
-            ax.text(x, y - 0.12, label, size=size * 0.72, family="DejaVu Sans Mono", va="center", **style)
+            style = (
+                {"weight": "bold", "color": "#b00000"} if after > before else {"color": "#555555"}
+            )
+            ax.text(
+                x,
+                y - 0.12,
+                label,
+                size=size * 0.72,
+                family="DejaVu Sans Mono",
+                va="center",
+                **style,
+            )
             x += len(label) * 0.72 + 0.8
         if b"\n\n" in text[at - 3 : at] and at > position:
             x, y = 0, y + 1.5
@@ -268,7 +330,15 @@ def draw_page(path, first_line, figure):
             again |= said.get(stem) == number and stem >= len(PERSONS)
             said[stem] = number
         ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), len(shown) + 1, 1, color=colour, lw=0))
-        ax.text(x, y, shown, size=size, family="DejaVu Sans Mono", va="center", weight="bold" if again else "normal")
+        ax.text(
+            x,
+            y,
+            shown,
+            size=size,
+            family="DejaVu Sans Mono",
+            va="center",
+            weight="bold" if again else "normal",
+        )
         x += len(shown) + 1
     title = f"{Path(path).name}: each colour is a block, found while reading, without looking ahead"
     key = (
@@ -289,14 +359,33 @@ def draw_lengths(paths, figure):
     bins = np.geomspace(4, 1000, 28)
     for path, colour, style in zip(paths, LINES * len(paths), ["-", "--", ":"] * len(paths)):
         text = np.frombuffer(read(path), np.uint8)
-        begin = np.unique(np.arange(len(text)) - partition(text, BYTES, "semantic", 65535, background(text, BYTES)).astype(np.int64))
-        words = np.array([len(text[a:b].tobytes().split()) for a, b in zip(begin, [*begin[1:], len(text)])])
+        begin = np.unique(
+            np.arange(len(text))
+            - partition(text, BYTES, "semantic", 65535, background(text, BYTES)).astype(np.int64)
+        )
+        words = np.array(
+            [len(text[a:b].tobytes().split()) for a, b in zip(begin, [*begin[1:], len(text)])]
+        )
         low, middle, high = np.percentile(words, [25, 50, 75])
         name = Path(path).stem
-        print(f"{name}: {len(words)} blocks, of {middle:.0f} words at the median, quartiles {low:.0f} and {high:.0f}, longest {words.max()}")
+        print(
+            f"{name}: {len(words)} blocks, of {middle:.0f} words at the median, quartiles {low:.0f} and {high:.0f}, longest {words.max()}"
+        )
         share, _ = np.histogram(words, bins)
-        ax.stairs(share / len(words), bins, color=colour, linestyle=style, lw=2, label=f"{name} (median {middle:.0f})")
-    ax.set(xscale="log", xlabel="length of a block, words", ylabel="share of the blocks", title="Block length follows the text")
+        ax.stairs(
+            share / len(words),
+            bins,
+            color=colour,
+            linestyle=style,
+            lw=2,
+            label=f"{name} (median {middle:.0f})",
+        )
+    ax.set(
+        xscale="log",
+        xlabel="length of a block, words",
+        ylabel="share of the blocks",
+        title="Block length follows the text",
+    )
     ax.set_xticks([5, 10, 20, 50, 100, 200, 500, 1000], [5, 10, 20, 50, 100, 200, 500, 1000])
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9)
@@ -313,18 +402,42 @@ def save(fig, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--books", metavar="FILE", help="text of many books, with <|endoftext|> between them")
-    what.add_argument("--page", metavar="FILE", help="draw a page of this text in the colours of its blocks")
-    what.add_argument("--lengths", metavar="FILE", nargs="+", help="draw how long the blocks of these texts are")
-    parser.add_argument("--first", action="store_true", help="pieces are the first sentences of their texts, not any")
+    what.add_argument(
+        "--books", metavar="FILE", help="text of many books, with <|endoftext|> between them"
+    )
+    what.add_argument(
+        "--page", metavar="FILE", help="draw a page of this text in the colours of its blocks"
+    )
+    what.add_argument(
+        "--lengths", metavar="FILE", nargs="+", help="draw how long the blocks of these texts are"
+    )
+    parser.add_argument(
+        "--first",
+        action="store_true",
+        help="pieces are the first sentences of their texts, not any",
+    )
     parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="bytes")
-    parser.add_argument("--no-background", action="store_true", help="start from nothing instead of the words of other books")
+    parser.add_argument(
+        "--no-background",
+        action="store_true",
+        help="start from nothing instead of the words of other books",
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=50, help="documents a set and seed (default 50)")
+    parser.add_argument(
+        "--documents", type=int, default=50, help="documents a set and seed (default 50)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the table here too")
-    parser.add_argument("--from", dest="first_line", default="", metavar="WORDS", help="words of the text with whose block the page begins")
+    parser.add_argument(
+        "--from",
+        dest="first_line",
+        default="",
+        metavar="WORDS",
+        help="words of the text with whose block the page begins",
+    )
     parser.add_argument("--figure", metavar="FILE", help="where to draw (default: under figures/)")
     args = parser.parse_args()
     if args.seeds < 1 or args.documents < 1:
@@ -334,7 +447,14 @@ def main():
     elif args.lengths:
         draw_lengths(args.lengths, args.figure)
     else:
-        tables = quality(args.books, args.tokenizer, args.seeds, args.documents, not args.no_background, args.first)
+        tables = quality(
+            args.books,
+            args.tokenizer,
+            args.seeds,
+            args.documents,
+            not args.no_background,
+            args.first,
+        )
         print_tables(tables)
         if args.json:
             Path(args.json).write_text(json.dumps(tables, indent=1) + "\n")

@@ -1,0 +1,185 @@
+"""The user's error, the one way to write a file, digests, and how a script starts and ends."""
+
+import ast
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """A mistake of the user's. Scripts print it as one line and exit with status 2."""
+
+
+def run_script(main, when_stopped=""):
+    """Call main(). A user's mistake ends in one line and status 2, Ctrl-C in status 130.
+
+    when_stopped: what to print after Ctrl-C.
+    """
+    # a console that cannot show a character shows "?" in its place
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        main()
+    except (InputError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if when_stopped:
+            print(when_stopped, file=sys.stderr)
+        sys.exit(130)
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`. If all goes well it is synced and takes `path`'s name.
+
+    So `path` is always a whole file: the old one or the new one. Raises InputError where the file
+    cannot be written, because the disk is full or it is not allowed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        # torch covers the system's error with one of its own
+        reason = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise InputError(f"{path}: could not be written ({reason.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all. Raises InputError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """Write a value as JSON, whole or not at all. Raises InputError."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def check_writable(path):
+    """Raises InputError, before the work is done, if a file cannot be written at `path`."""
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: a file cannot be written there")
+
+
+def append_line(file, text):
+    """Append a line to a file that is open unbuffered, whole or not at all. Raises InputError."""
+    before, line = file.seek(0, os.SEEK_END), (text + "\n").encode()
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as e:
+        file.truncate(before)
+        raise InputError(f"{file.name}: could not be written ({e.strerror})") from None
+
+
+@contextlib.contextmanager
+def filling(folder, last):
+    """Yield an empty folder to work in. If all goes well its files move to `folder`, `last` last.
+
+    While `last` is missing the folder is not filled. After a failure nothing new is left.
+    Raises InputError where it cannot be written.
+    """
+    missing = [path for path in [folder, *folder.parents] if not path.exists()]
+    work = folder / f".preparing-{os.getpid()}"
+    try:
+        work.mkdir(parents=True)
+        yield work
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(work.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, folder / path.name)
+    except OSError as e:
+        raise InputError(f"{folder}: could not be written ({e.strerror or e})") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not (folder / last).exists():
+            with contextlib.suppress(OSError):  # not empty: someone else has put something there
+                for path in missing:
+                    path.rmdir()
+
+
+def remove_stale(folder, pattern):
+    """Remove what killed processes left: `pattern` with the number of a process in place of {}."""
+    before, after = pattern.split("{}")
+    for path in folder.glob(before + "[0-9]*" + after) if folder.is_dir() else ():
+        number = path.name[len(before) : len(path.name) - len(after)]
+        try:
+            if number.isdecimal() and os.name == "posix":
+                os.kill(int(number), 0)  # signal 0 only asks whether there is such a process
+        except (ProcessLookupError, OverflowError):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+        except OSError:
+            pass  # it is someone else's, and alive
+
+
+# --------------------------------------------------------------------------------------------------
+# digests
+
+
+def digest(files):
+    """sha256 over the content of the files, in order."""
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as f:
+            total.update(hashlib.file_digest(f, "sha256").digest())
+    return total.hexdigest()
+
+
+def digest_code(paths, without=()):
+    """sha256 over what Python files do. Comments, docstrings and layout do not count.
+
+    without: names of functions and variables at the top of a file that do not count either.
+    """
+    total = hashlib.sha256()
+    for path in paths:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not names_of(node) & set(without)]
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and is_text(body[0]):
+                node.body = body[1:]
+        total.update(ast.dump(tree).encode())
+    return total.hexdigest()
+
+
+def names_of(node):
+    """The names that a statement defines: of a function, a class, or variables."""
+    targets = getattr(node, "targets", [])
+    return {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
+
+
+def is_text(node):
+    """Whether a statement is nothing but a string: a docstring."""
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+
+
+def seal(meta):
+    """A copy of a dict that holds a sha256 of all the rest."""
+    return {**meta, "sha256": seal_of(meta)}
+
+
+def seal_of(meta):
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def is_sealed(meta):
+    """Whether this is a dict that `seal` made, with nothing changed since."""
+    return isinstance(meta, dict) and meta.get("sha256") == seal_of(meta)

@@ -1,0 +1,254 @@
+"""The machine: device, precision, compiler, memory, processes, signals, provenance."""
+
+import contextlib
+import ctypes
+import datetime
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from queue import Empty
+from typing import NamedTuple
+
+import torch
+from torch import distributed
+
+from support.files import InputError
+
+# --------------------------------------------------------------------------------------------------
+# device, precision, compiler, memory
+
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, mps ... -> torch.device. Raises InputError for one not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise InputError(f"device {name} is not available here; use auto or cpu") from None
+
+
+def fast_bfloat16(device):
+    """Whether bfloat16 is faster than float32: on CUDA cards that have it, and on CPUs with AMX.
+
+    AVX-512 alone has the instructions too, but was slower with them where we tried (docs/LOG.md).
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+
+
+def precision(device, dtype):
+    """The context of a forward pass: bfloat16 arithmetic, or float32. auto: whatever is faster."""
+    if dtype == "bfloat16" or dtype == "auto" and fast_bfloat16(device):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def compiles(device, choice):
+    """Whether to use torch.compile: true, false, or auto.
+
+    auto: on CUDA and on CPUs with AMX, where there is a compiler for it to use. On other CPUs
+    nearly all the time goes into matrix products, and compiling won next to nothing.
+    """
+    if choice != "auto":
+        return choice
+    cuda = device.type == "cuda"
+    c, cpp = os.environ.get("CC", "cc"), os.environ.get("CXX", "c++")
+    names = (c, "gcc", "clang") if cuda else (cpp, "g++")
+    return (cuda or fast_bfloat16(device)) and any(map(shutil.which, names))
+
+
+def keep_memory(largest=0):
+    """On a CPU with glibc, have this process keep the memory it frees until it ends.
+
+    glibc gives a block above 32 MB back to the system at once. Every page of the next one is
+    fetched and zeroed anew: with GPT-2's vocabulary, a good part of a step.
+
+    largest: bytes of the largest tensor. To keep takes room for some four more of it. So memory is
+    left alone where eight of them are more than a third of what the machine has.
+    """
+    # other C libraries have no mallopt
+    with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
+        if 8 * largest > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 3:
+            return
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own,
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and none given back
+
+
+# dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
+PEAK = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
+
+
+def peak_flops(device):
+    """The most flop/s that this device can do, or None where we do not know."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAK.items() if card in name), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# several processes
+
+
+class Here(NamedTuple):
+    """Where this process runs: number `rank` of the `world` that torchrun started, or 0 of 1."""
+
+    device: torch.device
+    rank: int
+    world: int
+
+
+def join(device, batch_size):
+    """Here, after the other processes, if there are any, have been met.
+
+    Processes talk by NCCL, each on a GPU of its own, or by Gloo where the device is the CPU.
+    Raises InputError if they cannot share a batch of `batch_size`.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world:
+        share = f"must be divisible by the {world} processes that share it"
+        raise InputError(f"batch_size ({batch_size}) {share}")
+    own_gpu = world > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else device)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return Here(device, rank, world)
+
+
+@contextlib.contextmanager
+def in_turn(rank, world):
+    """For what one process downloads or writes and the others then read.
+
+    Rank 0 is through with it first. The first process of each other machine, which may have a disk
+    of its own, comes next, then all others.
+    """
+    turn = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn if world > 1 else 0):
+        distributed.barrier()
+    yield
+    for _ in range(2 - turn if world > 1 else 0):
+        distributed.barrier()
+
+
+def shared_mean(values, world, device):
+    """The mean over all processes of each of some numbers: a list of floats."""
+    values = torch.tensor([float(value) for value in values], dtype=torch.double, device=device)
+    if world > 1:
+        distributed.all_reduce(values)
+    return (values / world).tolist()
+
+
+def from_first(values, world, device):
+    """What rank 0 gives as `values`, a list of as many numbers for everyone."""
+    if world == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.double, device=device)
+    distributed.broadcast(values, 0)
+    return values.tolist()
+
+
+def in_parallel(function, arguments):
+    """Everything that function(*a) yields for each of the arguments, in any order.
+
+    The work is shared by as many processes as there are processors, where the system can fork.
+    """
+    n = min(len(arguments), os.cpu_count() or 1)
+    if n < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        for a in arguments:
+            yield from function(*a)
+        return
+    fork = multiprocessing.get_context("fork")  # children read the arguments where they are
+    queue = fork.Queue(4 * n)
+
+    def work(mine):
+        try:
+            for a in mine:
+                for result in function(*a):
+                    queue.put(result)
+            queue.put(None)
+        except Exception as e:
+            queue.put(e)
+
+    children = [fork.Process(target=work, args=(arguments[i::n],), daemon=True) for i in range(n)]
+    try:
+        for child in children:
+            child.start()
+        while n:
+            try:
+                result = queue.get(timeout=1)
+            except Empty:
+                if any(child.exitcode for child in children):
+                    raise RuntimeError("a process that did part of the work was killed") from None
+                continue
+            if isinstance(result, Exception):
+                raise result
+            if result is None:  # a child is done
+                n -= 1
+            else:
+                yield result
+    finally:
+        for child in children:
+            child.terminate()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect SIGINT and SIGTERM in a list in place of dying of them.
+
+    So the step in hand is finished and saved first.
+    """
+    asked = []
+    before = {
+        number: signal.signal(number, lambda number, frame: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# where a number comes from
+
+
+def provenance(device, seed):
+    """Command, commit, device, date, seed, and torch's version: a dict."""
+    root = Path(__file__).parent.parent
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(git, cwd=root, text=True, capture_output=True, check=True)
+        commit = done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    name = f"{device.type}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "device": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "torch": torch.__version__,
+    }

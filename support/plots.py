@@ -1,0 +1,270 @@
+"""Every figure. Every eye tells the colours apart (Okabe & Ito); markers serve black and white."""
+
+import numpy as np
+
+from support.files import replacing
+
+# colour and marker of each schedule, in the order in which they are shown
+STYLES = {
+    "distributed": ("#000000", "o"),
+    "localist": ("#d55e00", "s"),
+    "linear": ("#e69f00", "^"),
+    "quadratic": ("#56b4e9", "v"),
+    "cubic": ("#009e73", "D"),
+    "quartic": ("#0072b2", "P"),
+    "quintic": ("#cc79a7", "*"),
+    "reversed": ("#888888", "X"),
+}
+COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #888888".split()
+FLOOR, MEASURED = "#d55e00", "#0072b2"
+
+
+def style(schedule):
+    """(colour, marker) of a schedule, one that was added since too."""
+    return STYLES.get(schedule, ("#a6761d", "h"))
+
+
+def order(schedule):
+    """Where a schedule stands among the others, a number; one that was added since comes last."""
+    return list(STYLES).index(schedule) if schedule in STYLES else len(STYLES)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save_figure(fig, path, close=True):
+    """Save a figure, whole or not at all; and close it. Raises InputError."""
+    try:
+        with replacing(path) as temporary:
+            fig.savefig(temporary, dpi=130, format=path.suffix[1:])
+    finally:
+        if close:
+            pyplot().close(fig)
+
+
+def bare(fig):
+    """Take the upper and the right spine off every axis that shows no image."""
+    for ax in fig.axes:
+        if not ax.images:
+            ax.spines[["top", "right"]].set_visible(False)
+
+
+def layer_mean(results, key):
+    return float(np.mean([layer[key] for layer in results["layers"]]))
+
+
+# --------------------------------------------------------------------------------------------------
+# one model
+
+
+def draw_attention(maps, start, locality, layers, path, title):
+    """The attention of the first and the last layer over a text, and all layers in numbers.
+
+    maps: of each layer, (T, T) weights, the mean over heads; start: (T,) where each query's block
+    begins; locality: lambda of each layer; layers: of each, a dict of measures.
+    """
+    plt = pyplot()
+    from matplotlib.colors import PowerNorm
+
+    T, numbers = len(start), np.arange(1, len(maps) + 1)
+    fig, axes = plt.subplots(2, 2, figsize=(10, 8.6), height_ratios=(1.55, 1), layout="constrained")
+    for ax, layer in zip(axes[0], (0, len(maps) - 1)):
+        shown = np.where(np.tri(T, dtype=bool), maps[layer], np.nan)
+        norm = PowerNorm(0.35, 0, 1)
+        image = ax.imshow(shown, cmap="Blues", norm=norm, interpolation="nearest")
+        edge = [*start - 0.5, start[-1] - 0.5]
+        ax.step(edge, np.arange(T + 1) - 0.5, where="pre", color=FLOOR, lw=1.3)
+        ax.set(
+            title=f"layer {layer + 1}, dial at {locality[layer]:.2f}",
+            xlabel="key (token)",
+            xlim=(-0.5, T - 0.5),
+        )
+    axes[0, 0].set_ylabel("query (token)")
+    axes[0, 0].plot([], [], color=FLOOR, label="start of the query's block")
+    axes[0, 0].legend(loc="upper right", frameon=False)
+    fig.colorbar(image, ax=axes[0], label="attention weight, mean over heads", shrink=0.9)
+
+    values = {key: [layer[key] for layer in layers] for key in layers[0]}
+    ax = axes[1, 0]
+    ax.fill_between(numbers, values["locality"], color=FLOOR, alpha=0.15, lw=0)
+    ax.plot(numbers, values["locality"], "--", color=FLOOR, label="dial: the certified floor")
+    label = "fidelity: mass inside the block"
+    ax.plot(numbers, values["fidelity"], "o-", color=MEASURED, label=label)
+    ax.plot(numbers, values["pointer_accuracy"], "^:", color="#666666", label="pointer accuracy")
+    ax.set(
+        xlabel="layer",
+        ylim=(-0.03, 1.5),
+        xticks=numbers,
+        yticks=np.arange(0, 1.1, 0.2),
+        title="attention that stays in the block",
+    )
+    ax.legend(frameon=False, loc="upper left")
+    ax = axes[1, 1]
+    ax.plot(numbers, values["entropy"], "o-", color=MEASURED)
+    ax.set(
+        xlabel="layer",
+        ylabel="bits",
+        xticks=numbers,
+        ylim=(0, 1.1 * max(values["entropy"])),
+        title="entropy of the attention",
+    )
+    bare(fig)
+    fig.suptitle(title, parse_math=False)
+    save_figure(fig, path)
+
+
+def draw_dials(rows, path, title):
+    """What each dial costs in perplexity, against its mean and against the fidelity it gives.
+
+    rows: a dict for each dial, distributed first: schedule, ratio, layers.
+    """
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    labels = {
+        "locality": "lambda, mean over layers: what the dial is set to",
+        "fidelity": "fidelity, mean over layers: attention inside the block",
+    }
+    for ax, key in zip(axes, labels):
+        for name in dict.fromkeys(row["schedule"] for row in rows):
+            color, marker = style(name)
+            # every curve begins at dial 0
+            mine = [row for row in rows if row["schedule"] in (name, "distributed")]
+            x, y = [layer_mean(row, key) for row in mine], [row["ratio"] for row in mine]
+            line = "--" if name == "reversed" else "-"
+            ax.plot(x, y, color=color, marker=marker, label=name, lw=1.5, ls=line)
+        ax.set(xlabel=labels[key])
+    axes[0].set_ylabel("perplexity, ratio to distributed")
+    axes[1].legend(frameon=False)
+    bare(fig)
+    fig.suptitle(title, parse_math=False)
+    save_figure(fig, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# a sweep
+
+
+# groups: a list of dicts, see report.collect; a series: all groups with the same blocks
+
+OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+
+
+def draw_sweep(groups, folder):
+    """Draw a sweep: ratio, tradeoff, layers, curves, each as PNG and SVG. Returns the paths."""
+    used = {g["schedule"] for g in groups}
+    names = sorted(used, key=order)
+    series = list(dict.fromkeys(g["blocks"] for g in groups if g["schedule"] != "distributed"))
+
+    # layers and curves have one line a schedule: of the blocks with the most schedules, semantic
+    # ones if they are among them
+    def weight(blocks):
+        return sum(g["blocks"] == blocks for g in groups), blocks.startswith("semantic")
+
+    main = max(series or [""], key=weight)
+    shown = [g for g in groups if g["blocks"] == main or g["schedule"] == "distributed"]
+    rated = [g for g in groups if g["ratio"] and g["schedule"] != "distributed"]
+    base = [g for g in groups if g["schedule"] == "distributed"]
+    label = "name" if len(shown) > len(names) else "schedule"
+    of = f", {main} (mean over seeds)" if main else " (mean over seeds)"
+    figures = {}
+    if rated:
+        title = "What locality costs, by schedule (mean over seeds, 95 % interval)"
+        figures["ratio"] = draw_ratios(rated, names, series), title
+        title = "The trade-off: every configuration a point"
+        figures["tradeoff"] = draw_tradeoff(rated, base, names, series), title
+    figures["layers"] = draw_layers(shown, label), f"Layer by layer{of}"
+    figures["curves"] = draw_curves(shown, label), f"Training{of}"
+    drawn = []
+    for name, (fig, title) in figures.items():
+        bare(fig)
+        fig.suptitle(title, parse_math=False)
+        for suffix in (".png", ".svg"):
+            drawn.append(folder / (name + suffix))
+            save_figure(fig, drawn[-1], close=suffix == ".svg")
+    return drawn
+
+
+def look(series, blocks):
+    """(marker, colour) of a series."""
+    i = series.index(blocks) if blocks in series else 0
+    return "os^Dv*PX"[i % 8], COLOURS[(i + i // 8) % 8]
+
+
+def draw_ratios(groups, names, series):
+    """The perplexity of every group as a ratio to distributed, with its interval."""
+    fig, ax = pyplot().subplots(figsize=(8, 4.4), layout="constrained")
+    x = {name: i for i, name in enumerate(n for n in names if n != "distributed")}
+    for i, blocks in enumerate(series):
+        mine = [g for g in groups if g["blocks"] == blocks]
+        shift = 0.7 * ((i + 0.5) / len(series) - 0.5)
+        at = [x[g["schedule"]] + shift for g in mine]
+        rows = [g["ratio"] for g in mine]
+        ratio = [row["ratio"] for row in rows]
+        ends = ("low", "high")
+        error = [[abs(row["ratio"] - (row[end] or row["ratio"])) for row in rows] for end in ends]
+        marker, color = look(series, blocks)
+        ax.errorbar(at, ratio, error, fmt=marker, color=color, capsize=3, label=blocks)
+    ax.axhline(1, color="black", lw=0.8)
+    ax.set(xticks=range(len(x)), xticklabels=list(x), ylabel="perplexity, ratio to distributed")
+    ax.legend(frameon=False, **(OUTSIDE if len(series) > 4 else {}))
+    return fig
+
+
+def draw_tradeoff(groups, base, names, series):
+    """Perplexity against fidelity, a point for every group."""
+    fig, ax = pyplot().subplots(figsize=(7, 5), layout="constrained")
+    by_schedule = len(names) > 2  # what the colours tell; with one schedule, they tell the blocks
+    for g in groups + base:
+        marker, color = look(series, g["blocks"]) if g["blocks"] in series else ("o", "#000000")
+        color = style(g["schedule"])[0] if by_schedule else color
+        fidelity = np.mean([layer_mean(r, "fidelity") for r in g["runs"]])
+        ax.plot(fidelity, g["ratio"]["ratio"], marker, color=color, ms=8)
+    for name in names if by_schedule else ():
+        ax.plot([], [], "o", color=style(name)[0], label=name)
+    for blocks in series if len(series) > 1 else ():
+        marker, color = look(series, blocks)
+        how = {"color": "white", "mec": "black"} if by_schedule else {"color": color}
+        ax.plot([], [], marker, label=blocks, **how)
+    ax.axhline(1, color="black", lw=0.8)
+    ax.set(
+        xlabel="fidelity, mean over layers: attention inside the block",
+        ylabel="perplexity, ratio to distributed",
+    )
+    ax.legend(frameon=False, **OUTSIDE)
+    return fig
+
+
+def draw_layers(groups, label):
+    """Fidelity and entropy of every layer."""
+    fig, axes = pyplot().subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for g in groups:
+        color, marker = style(g["schedule"])
+        layers = range(1, len(g["runs"][0]["layers"]) + 1)
+        for ax, key in zip(axes, ("fidelity", "entropy")):
+            values = [[layer[key] for layer in r["layers"]] for r in g["runs"]]
+            mean = np.mean(values, axis=0)
+            ax.plot(layers, mean, marker=marker, color=color, label=g[label])
+            ax.set(xlabel="layer", xticks=layers)
+    axes[0].set(ylabel="fidelity: attention inside the block", ylim=(0, 1.03))
+    axes[1].set(ylabel="entropy of the attention, bits", ylim=(0, None))
+    axes[1].legend(frameon=False, **OUTSIDE)
+    return fig
+
+
+def draw_curves(groups, label):
+    """The validation loss as training goes on."""
+    fig, ax = pyplot().subplots(figsize=(7, 4.4), layout="constrained")
+    for g in groups:
+        n = min(map(len, g["curves"]))  # a run may have stopped early
+        steps, nats = np.mean([curve[:n] for curve in g["curves"]], axis=0).T
+        color, marker = style(g["schedule"])
+        ax.plot(steps, nats, marker=marker, ms=4, color=color, label=g[label])
+    ax.set(xlabel="step", ylabel="validation loss, nats a token")
+    ax.legend(frameon=False, **OUTSIDE)
+    return fig
