@@ -1,12 +1,18 @@
-# make quickstart: install into .venv, train a small localist GPT-2 on the sample text, measure and draw it
-# make test:       install what the tests need as well, and run them
+# make quickstart: install into .venv; train a small localist GPT-2 on the sample text, measure, draw
+# make test:       install what the tests need as well; check the format, run the tests
 PYTHON ?= python3
 
 quickstart: .venv/run-time
 	.venv/bin/python train.py configs/quickstart.toml --overwrite
 
 test: .venv/tests
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q tests
+
+format: .venv/tests
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
@@ -20,4 +26,4 @@ test: .venv/tests
 	.venv/bin/pip install --quiet -r requirements-test.txt
 	@touch $@
 
-.PHONY: quickstart test
+.PHONY: quickstart test format
