@@ -1,19 +1,23 @@
-"""
-Times, side by side and with their log.
+"""Time the parts of the project, side by side with their rivals.
 
-    python bench.py [--only attention|step|generate|data] [--nanogpt DIR] [--json FILE]
-    python bench.py --only data --source BOOKS.txt
+    python -m experiments.bench [--only SECTION] [--nanogpt DIR] [--json FILE]
+    python -m experiments.bench --only data --source BOOKS.txt
 
-attention: a layer's attention, forward and backward, against what PyTorch has for the whole context or for any mask
-step:      a training step, against nanoGPT's (--nanogpt: a checkout) and `transformers` given the same mask; the loader
-generate:  tokens a second with the cache, against reading the context anew for every token
-data:      encoding a text (tiktoken) and partitioning it (semantic blocks), at 1, 4 and 16 times the text
+attention: one layer's attention, forward and backward. Against PyTorch's own, over the whole
+           context and with a dense mask.
+step:      a training step. Against nanoGPT's (--nanogpt: a checkout), and against that of
+           `transformers` with the same mask. Also the loading of batches.
+generate:  tokens a second with the cache. Against reading the context again for every token.
+data:      to partition a text into semantic blocks. Against encoding it (tiktoken). Both for the
+           text once, 4 times and 16 times in a row.
 
-Contestants take turns, round after round, so that other work on the machine slows all of them alike; a time is the
-median of its rounds. On a CPU the steps of other software run in processes of their own, where memory is handled as they
-leave it. A row's `ratio` is to its `baseline`: of seconds where it has `seconds`, of tokens a second where it has
-`tokens_per_s`. What is not installed here is left out, and said. On a CUDA device the shapes are larger, and the model is
-compiled.
+Contestants take turns, round after round, so that other work on the machine slows all of them
+alike. A time is the median of its rounds. On a CPU, other software takes its steps in processes of
+its own. There memory is handled in its way, not in ours.
+
+Each row has `seconds` or `tokens_per_s`. Its `ratio` is to the same number of its `baseline`.
+What is not installed is left out, with a note. On a CUDA device the shapes are larger, and the
+model is compiled.
 """
 
 import argparse
@@ -21,7 +25,7 @@ import contextlib
 import gc
 import importlib.util
 import io
-import json
+import itertools
 import math
 import multiprocessing
 import os
@@ -33,32 +37,29 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is loaded: see train.py
+import support  # before torch: it sets what torch reads when it is loaded  # noqa: F401
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eval import pick_device
-from locality import InputError, Partitioner, background, partition, schedule
+from locality import Partitioner, background, partition, schedule
 from model import GPT, GPTConfig, block_mask, clamp_lookback, in_block, local_attention
-from prepare_data import get_encoding, token_bytes, write_text
-from train import (
-    Config,
-    build_optimizers,
-    compiles,
-    keep_memory,
-    precision,
-    random_batch,
-    utilisation,
-)
+from prepare_data import get_encoding, token_bytes
+from support.files import InputError, check_writable, run_script, write_json
+from support.machine import compiles, keep_memory, peak_flops, pick_device, precision
+from train import Config, build_optimizers, random_batch
 
 W = 128  # max_lookback of all but `data`
+DIALS = ("distributed", "quintic", "localist")
+SMALL = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512}
+CPU = torch.device("cpu")
+SPAWN = multiprocessing.get_context("spawn")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # measuring
 
 
@@ -66,18 +67,13 @@ def machine(device):
     """What the times depend on, a dict."""
     cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
-        cpu = next(
-            line.split(":", 1)[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        )
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+        cpu = read_field("/proc/cpuinfo", "model name")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu,
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load before": load,
+        "load before": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "dtype": str(auto_dtype(device)).removeprefix("torch."),
         "compiled": compiles(device, "auto"),
         "torch": torch.__version__,
@@ -87,14 +83,21 @@ def machine(device):
     }
 
 
+def read_field(path, key):
+    """What Linux says of `key` in a file of lines `key: value`. Raises OSError, StopIteration."""
+    lines = Path(path).read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
+
+
+def read_mb(path, key):
+    return int(read_field(path, key).split()[0]) / 1024
+
+
 def auto_dtype(device):
     """What `dtype = "auto"` means on this device."""
     with precision(device, "auto"):
-        return (
-            torch.get_autocast_dtype(device.type)
-            if torch.is_autocast_enabled(device.type)
-            else torch.float32
-        )
+        lower = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if lower else torch.float32
 
 
 def synchronize(device):
@@ -103,7 +106,10 @@ def synchronize(device):
 
 
 def race(contestants, device, rounds):
-    """{name: function} -> {name: median seconds of a call}. They take turns; the first round warms up and does not count."""
+    """{name: function} -> {name: median seconds of a call}.
+
+    They take turns. The first round warms up and does not count.
+    """
     times = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, turn in contestants.items():
@@ -116,83 +122,52 @@ def race(contestants, device, rounds):
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def apart(make, *args):
-    """make(*args), which returns a turn, done in a new process: a function to call; None where make returns None."""
-    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    if process.submit(take_turn, make, args).result():
-        return lambda: process.submit(take_turn).result()
-
-
-def take_turn(make=None, args=()):
-    """In that process: make the turn, and say whether there is one; or, without arguments, take it."""
-    global TURN
-    if make:
-        TURN = make(*args)
-        return TURN is not None
-    TURN()
-
-
 def row(section, name, seconds=None, tokens_per_s=None, against=None, **more):
-    """One line of the table, printed. against: the row of the baseline."""
-    found = {
-        "section": section,
-        "name": name,
-        "seconds": seconds,
-        "tokens_per_s": tokens_per_s,
-        **more,
-    }
+    """One row of the table, printed; a dict. against: the row of the baseline."""
+    found = {"section": section, "name": name, "seconds": seconds, "tokens_per_s": tokens_per_s}
+    found |= more
+    value = ratio = ""
+    if seconds:
+        value = f"{1e3 * seconds:12,.1f} ms   "
+    elif tokens_per_s:
+        value = f"{tokens_per_s:12,.1f} tok/s"
     if against:
         key = "seconds" if seconds else "tokens_per_s"
-        found.update(baseline=against["name"], ratio=found[key] / against[key])
-    found = {key: value for key, value in found.items() if value is not None}
-    value = (
-        f"{1e3 * seconds:12,.1f} ms   "
-        if seconds
-        else f"{tokens_per_s:12,.1f} tok/s"
-        if tokens_per_s
-        else " " * 18
-    )
-    ratio = f"{found['ratio']:7.3f} x {found['baseline']}" if against else ""
-    print(
-        f"{name:44s} {value} {ratio:56s} "
-        + ", ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in more.items()
-            if v is not None
-        ),
-        flush=True,
-    )
-    return found
+        found |= {"baseline": against["name"], "ratio": found[key] / against[key]}
+        ratio = f"{found['ratio']:7.3f} x {found['baseline']}"
+    notes = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in more.items()}
+    notes = ", ".join(f"{key} {note}" for key, note in notes.items() if note is not None)
+    print(f"{name:44s} {value:18s} {ratio:56s} {notes}", flush=True)
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def peak_of(function, *args, device):
-    """MB that function(*args), which returns a turn, and one turn hold at most, beyond what was there before.
+def in_new_process(function, *args):
+    """function(*args) in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, SPAWN) as process:
+        return process.submit(function, *args).result()
 
-    On a CPU in a fresh process, whose peak nothing else has raised; None where the system does not say.
+
+def peak_of(make, *args, device):
+    """The most MB that make(*args), which returns a turn, and one turn hold: what they add.
+
+    On a CPU in a new process, where nothing else has raised the peak. None where the system does
+    not say.
     """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function(*args)()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_here, (function, args))
+    if device.type != "cuda":
+        return in_new_process(peak_here, make, args)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    make(*args)()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def peak_here(function, args):
-    """The same of this process, from Linux's record of its largest size, which is set back first."""
-
-    def size(key):
-        return (
-            next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-            / 1024
-        )
-
+def peak_here(make, args):
+    """The same for this process. Linux keeps a record of its largest size, which is reset first."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = size("VmRSS")
-        function(*args)()
-        return size("VmHWM") - before
+        before = read_mb("/proc/self/status", "VmRSS")
+        make(*args)()
+        return read_mb("/proc/self/status", "VmHWM") - before
     except (OSError, StopIteration):
         return None
 
@@ -200,12 +175,19 @@ def peak_here(function, args):
 def random_lookback(B, T, seed=0):
     """Lookbacks of random blocks of 60 tokens on average, (B, T) int64."""
     new = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < 1 / 60
-    return clamp_lookback(
-        torch.arange(T) - torch.where(new, torch.arange(T), 0).cummax(1).values, W
-    )
+    start = torch.where(new, torch.arange(T), 0).cummax(1).values
+    return clamp_lookback(torch.arange(T) - start, W)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def free(device):
+    """Forget what was compiled, and give back the memory of models that are gone."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------------
 # attention
 
 
@@ -217,17 +199,14 @@ def attention_turn(name, T, device, heads=12, dtype=torch.float32):
     )
     lookback = random_lookback(1, T).to(device)
     if name == "local":
-        mask = block_mask(lookback, W)
+        attend = partial(local_attention, mask=block_mask(lookback, W))
     elif name == "dense mask":
-        mask = in_block(lookback)[:, None]
+        attend = partial(F.scaled_dot_product_attention, attn_mask=in_block(lookback)[:, None])
+    else:
+        attend = partial(F.scaled_dot_product_attention, is_causal=True)
 
     def turn():
-        if name == "local":
-            y = local_attention(q, k, v, mask, W)
-        elif name == "dense mask":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = attend(q, k, v)
         torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
 
     return turn
@@ -235,63 +214,120 @@ def attention_turn(name, T, device, heads=12, dtype=torch.float32):
 
 def bench_attention(args):
     cuda = args.device.type == "cuda"
-    lengths = (
-        (256, 512) if args.quick else (1024, 2048, 4096, 8192, 16384) + ((32768,) if cuda else ())
-    )
-    settings = (args.device, 12, torch.bfloat16 if cuda else torch.float32)
+    lengths = (1024, 2048, 4096, 8192, 16384) + ((32768,) if cuda else ())
+    if args.quick:
+        lengths = (256, 512)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    what = f"12 heads x 64, blocks of at most {W} tokens back, batch 1"
+    print(f"{what}, {str(dtype).removeprefix('torch.')}")
     rows, local = [], {}
-    print(
-        f"12 heads x 64, blocks of at most {W} tokens back, batch 1, {str(settings[2]).removeprefix('torch.')}"
-    )
     for T in lengths:
-        # the others take too long, or too much, beyond
+        # longer contexts take the others too long, or too much memory
         names = ["local"] + ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096)
-        times = race(
-            {name: attention_turn(name, T, *settings) for name in names}, args.device, args.rounds
-        )
-        found = {
-            name: row(
-                "attention",
-                f"{name}, T = {T}",
-                times[name],
-                peak_mb=peak_of(attention_turn, name, T, *settings, device=args.device),
-            )
-            for name in names[1:]
-        }
-        peak = peak_of(attention_turn, "local", T, *settings, device=args.device)
-        local[T] = row(
-            "attention",
-            f"local, T = {T}",
-            times["local"],
-            against=found.get("causal"),
-            peak_mb=peak,
-        )
-        rows += [*found.values(), local[T]]
+        how = {name: (name, T, args.device, 12, dtype) for name in names}
+        times = race({n: attention_turn(*how[n]) for n in names}, args.device, args.rounds)
+        found = {}
+        for name in [*names[1:], "local"]:
+            peak = peak_of(attention_turn, *how[name], device=args.device)
+            against = found.get("causal") if name == "local" else None
+            title = f"{name}, T = {T}"
+            found[name] = row("attention", title, times[name], against=against, peak_mb=peak)
+        rows += found.values()
+        local[T] = found["local"]
         if "dense mask" in found:
-            rows.append(
-                row("attention", f"local, T = {T}", times["local"], against=found["dense mask"])
-            )
-    slopes = {
-        key: np.polyfit(np.log(lengths), np.log([local[T][key] for T in lengths]), 1)[0]
-        for key in ("seconds", "peak_mb")
-        if all(local[T].get(key) for T in lengths)
-    }
-    rows.append(
-        row(
-            "attention",
-            f"local, exponent of T from {lengths[0]} to {lengths[-1]}",
-            **{f"exponent_of_{key}": float(slope) for key, slope in slopes.items()},
-        )
-    )
-    return rows
+            against = found["dense mask"]
+            rows.append(row("attention", f"local, T = {T}", times["local"], against=against))
+    slopes = {}
+    for key in ("seconds", "peak_mb"):
+        if all(local[T].get(key) for T in lengths):
+            values = np.log([local[T][key] for T in lengths])
+            slopes[f"exponent_of_{key}"] = float(np.polyfit(np.log(lengths), values, 1)[0])
+    title = f"local, exponent of T from {lengths[0]} to {lengths[-1]}"
+    return [*rows, row("attention", title, **slopes)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a training step
+# --------------------------------------------------------------------------------------------------
+# a training step: ours
+
+
+def step_turn(model, optimizer, loss_of, device):
+    """A training step: a function to call. loss_of(): the forward pass."""
+
+    def turn():
+        with precision(device, "auto"):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return turn
+
+
+def random_tokens(shape, B, device):
+    """A batch as `random_batch` gives it: ids, lookbacks, targets, (B, T) each."""
+    T, V = shape["block_size"], shape.get("vocab_size", 50257)
+    x, lookback = torch.randint(V, (B, T), device=device), random_lookback(B, T).to(device)
+    return x, lookback, torch.randint(V, (B, T), device=device)
+
+
+def our_step(dial, shape, B, device):
+    """A step of train.py with the schedule `dial`: a function to call."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape, max_lookback=W)).to(device)
+    model.set_locality(schedule(dial, model.config.n_layer))
+    # dynamic=False: where several models share the code, the compiler would take lambda for a
+    # variable; a run has one model, and there it is a constant
+    fast_model = torch.compile(model, dynamic=False) if compiles(device, "auto") else model
+    (optimizer,) = build_optimizers(model, Config())
+    x, lookback, y = random_tokens(shape, B, device)
+    return step_turn(model, optimizer, lambda: fast_model(x, lookback, y)[1], device)
+
+
+def head_turn(shape, B, device):
+    """The three matrix products of a step with its largest matrix, the output head: a function."""
+    rows, V, C = B * shape["block_size"], shape.get("vocab_size", 50304), shape["n_embd"]
+    sizes, dtype = ((rows, C), (V, C), (rows, V)), auto_dtype(device)
+    x, w, dy = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+    return lambda: (x @ w.T, dy @ w, dy.T @ x)
+
+
+# --------------------------------------------------------------------------------------------------
+# a training step: that of other software
+
+TURN = []  # in a process that `apart` started: the turn it takes
+
+
+def apart(make):
+    """The turn that make() returns, in a process of its own: a function to call. None for None."""
+    process = ProcessPoolExecutor(1, SPAWN)
+    if process.submit(prepare_turn, make).result():
+        return lambda: process.submit(take_turn).result()
+
+
+def prepare_turn(make):
+    TURN.append(make())
+    return TURN[0] is not None
+
+
+def take_turn():
+    TURN[0]()
+
+
+def quiet():
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def adamw(model):
+    """The optimizer that ours has, for a model of other software."""
+    large = [p for p in model.parameters() if p.dim() >= 2]
+    small = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": large, "weight_decay": 0.1}, {"params": small, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
 
 
 def load_nanogpt(folder):
-    """nanoGPT's model.py as a module; None, and said, where there is no checkout to compare with."""
+    """nanoGPT's model.py as a module. None, with a note, if there is no checkout."""
     if not folder:
         print("(nanoGPT left out: --nanogpt DIR names a checkout of it)")
         return None
@@ -299,92 +335,36 @@ def load_nanogpt(folder):
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
         module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        (
-            module.GPT,
-            module.GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8, bias=False),
-        )
+        _ = module.GPT, module.GPTConfig(**SMALL, bias=False)
         return module
-    except Exception as e:  # it is whatever stands there
-        raise InputError(
-            f"--nanogpt {folder}: its model.py cannot be used as nanoGPT's ({type(e).__name__}: {e})"
-        ) from None
-
-
-def optimise(model, loss, optimizer):
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def our_step(name, shape, B, device):
-    """A step of train.py with the schedule `name`: a function to call."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape, max_lookback=W)).to(device)
-    model.set_locality(schedule(name, model.config.n_layer))
-    # as static as the only model of a run is: the compiler would take lambda for a variable where several share the code
-    fast_model = torch.compile(model, dynamic=False) if compiles(device, "auto") else model
-    (optimizer,) = build_optimizers(model, Config(), device)
-    x, r, y = random_tokens(shape, B, device)
-
-    def turn():
-        with precision(device, "auto"):
-            loss = fast_model(x, r, y)[1]
-        optimise(model, loss, optimizer)
-
-    return turn
-
-
-def random_tokens(shape, B, device):
-    T, V = shape["block_size"], shape.get("vocab_size", 50257)
-    return (
-        torch.randint(V, (B, T), device=device),
-        random_lookback(B, T).to(device),
-        torch.randint(V, (B, T), device=device),
-    )
-
-
-def head_turn(shape, B, device):
-    """The three products of a step with the output head, by far its largest matrix: a function to call."""
-    rows, V, C = B * shape["block_size"], shape.get("vocab_size", 50304), shape["n_embd"]
-    x, w, dy = (
-        torch.randn(size, device=device, dtype=auto_dtype(device))
-        for size in ((rows, C), (V, C), (rows, V))
-    )
-    return lambda: (x @ w.T, dy @ w, dy.T @ x)
+    except Exception as e:  # any code may stand there
+        why = f"its model.py cannot be used as nanoGPT's ({type(e).__name__}: {e})"
+        raise InputError(f"--nanogpt {folder}: {why}") from None
 
 
 def nanogpt_step(folder, shape, B, device, kept=False, defaults=False, compiled=False):
-    """The step of nanoGPT's train.py: with the biases and the AdamW that ours has, or with its defaults. kept: as if it,
-    too, kept the memory it frees."""
+    """A step of nanoGPT's train.py: a function to call.
+
+    It has the biases and the AdamW that ours has, or with `defaults` its own. kept: it keeps the
+    memory it frees, as ours does. compiled: always, not just where ours is.
+    """
     nanogpt = load_nanogpt(folder)
     if kept:
         keep_memory()
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = nanogpt.GPT(
-            nanogpt.GPTConfig(**{"vocab_size": 50304, **shape}, bias=not defaults)
-        ).to(device)
-        optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device.type)
-    if not defaults:
-        groups = [
-            {key: group[key] for key in ("params", "weight_decay")}
-            for group in optimizer.param_groups
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    with quiet():
+        config = nanogpt.GPTConfig(**{"vocab_size": 50304, **shape}, bias=not defaults)
+        model = nanogpt.GPT(config).to(device)
+        optimizer = adamw(model)
+        if defaults:
+            optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device.type)
     fast_model = torch.compile(model) if compiled or compiles(device, "auto") else model
     x, _, y = random_tokens(shape, B, device)
-
-    def turn():
-        with precision(device, "auto"):
-            loss = fast_model(x, y)[1]
-        optimise(model, loss, optimizer)
-
-    return turn
+    return step_turn(model, optimizer, lambda: fast_model(x, y)[1], device)
 
 
 def transformers_step(shape, B, device):
-    """The same with GPT-2 of `transformers`, the blocks as a 4-D additive mask; None where it is not installed."""
+    """The same of GPT-2 in `transformers`, the blocks as a 4-D mask. None if not installed."""
     try:
         import transformers
     except ImportError:
@@ -392,162 +372,143 @@ def transformers_step(shape, B, device):
         return None
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        **{"n_positions" if key == "block_size" else key: value for key, value in shape.items()},
-        embd_pdrop=0,
-        attn_pdrop=0,
-        resid_pdrop=0,
-        attn_implementation="sdpa",
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    how = {"n_positions" if key == "block_size" else key: value for key, value in shape.items()}
+    how |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0)
+    how |= {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    config = transformers.GPT2Config(**how, attn_implementation="sdpa")
     model = transformers.GPT2LMHeadModel(config).to(device).train()
     fast_model = torch.compile(model) if compiles(device, "auto") else model
-    groups = [
-        {
-            "params": [p for p in model.parameters() if (p.dim() < 2) == small],
-            "weight_decay": 0.0 if small else 0.1,
-        }
-        for small in (False, True)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
-    x, r, _ = random_tokens(shape, B, device)
+    x, lookback, _ = random_tokens(shape, B, device)
 
-    def turn():
-        mask = torch.zeros(B, 1, x.size(1), x.size(1), device=device).masked_fill(
-            ~in_block(r)[:, None], -math.inf
-        )
-        with precision(device, "auto"):
-            loss = fast_model(x, attention_mask=mask, labels=x).loss
-        optimise(model, loss, optimizer)
+    def loss_of():
+        T = x.size(1)
+        mask = torch.zeros(B, 1, T, T, device=device)
+        mask = mask.masked_fill(~in_block(lookback)[:, None], -math.inf)
+        return fast_model(x, attention_mask=mask, labels=x).loss
 
-    return turn
+    return step_turn(model, adamw(model), loss_of, device)
+
+
+def rival_turns(args, shape, B):
+    """The steps of other software, as far as it is installed: {name: function}."""
+    cuda, rivals = args.device.type == "cuda", {}
+    if load_nanogpt(args.nanogpt):
+        nanogpt = partial(nanogpt_step, args.nanogpt, shape, B, args.device)
+        rivals["nanoGPT"] = nanogpt
+        if not cuda:
+            rivals["nanoGPT, its memory kept"] = partial(nanogpt, kept=True)
+        compiled = not args.quick and any(map(shutil.which, ("c++", "g++")))
+        rivals["nanoGPT, its defaults"] = partial(nanogpt, defaults=True, compiled=compiled)
+    rivals["transformers, masked"] = partial(transformers_step, shape, B, args.device)
+    turns = {name: make() if cuda else apart(make) for name, make in rivals.items()}
+    return {name: turn for name, turn in turns.items() if turn}
+
+
+# --------------------------------------------------------------------------------------------------
+# a training step: the race
 
 
 def bench_step(args):
     cuda = args.device.type == "cuda"
-    shape, B = (
-        {"block_size": 1024, "n_layer": 12 if cuda else 4, "n_head": 12, "n_embd": 768},
-        16 if cuda else 1,
-    )
+    shape = {"block_size": 1024, "n_layer": 12 if cuda else 4, "n_head": 12, "n_embd": 768}
+    B = 16 if cuda else 1
     if args.quick:
-        shape, B = (
-            {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512},
-            1,
-        )
-    T, names = shape["block_size"], ("distributed", "quintic", "localist")
+        shape, B = SMALL, 1
     print(f"{shape}, batch {B}, blocks of at most {W} tokens back, AdamW")
-    turns = {name: our_step(name, shape, B, args.device) for name in names}
-    rival = (lambda make, *args: make(*args)) if cuda else apart
-    if load_nanogpt(args.nanogpt):
-        turns["nanoGPT"] = rival(nanogpt_step, args.nanogpt, shape, B, args.device)
-        if not cuda:
-            turns["nanoGPT, its memory kept"] = rival(
-                nanogpt_step, args.nanogpt, shape, B, args.device, True
-            )
-        turns["nanoGPT, its defaults"] = rival(
-            nanogpt_step,
-            args.nanogpt,
-            shape,
-            B,
-            args.device,
-            False,
-            True,
-            not args.quick and any(map(shutil.which, ("c++", "g++"))),
-        )
-    turns["transformers, masked"] = rival(transformers_step, shape, B, args.device)
-    # what a step would take if it were its matrix products alone, and all as fast as the largest
-    turns["matrix products alone"] = head_turn(shape, B, args.device)
-    turns = {name: turn for name, turn in turns.items() if turn}
-    times = race(turns, args.device, args.rounds)
-    sized = GPT(GPTConfig(**shape))
-    matrices = sum(p.numel() for p in sized.parameters() if p.dim() == 2) - sized.wpe.weight.numel()
-    times["matrix products alone"] *= matrices / sized.wte.weight.numel()
-    others = [
-        row("step", name, tokens_per_s=B * T / times[name]) for name in turns if name not in names
-    ]
-    rows, ours = [*others], None
-    for name in names:
-        for other in [ours, *others]:  # the first of ours is the baseline of the next two
-            rows.append(
-                row(
-                    "step",
-                    name,
-                    tokens_per_s=B * T / times[name],
-                    against=other,
-                    mfu=utilisation(sized, B * T / times[name], T, args.device),
-                )
-            )
-            ours = ours or rows[-1]
-    del turns
-    rows += bench_loader(T, B, ours)
+    rows = race_steps(args, shape, B)
+    ours = next(found for found in rows if found["name"] == "distributed")
+    rows.append(bench_loader(shape["block_size"], B, ours))
     for T in (8192, 32768) if cuda and not args.quick else ():
         free(args.device)
-        long = {**shape, "block_size": T}
-        turns = {name: our_step(name, long, 1, args.device) for name in ("distributed", "localist")}
-        times = race(turns, args.device, args.rounds)
-        base = None
-        for name, turn in turns.items():
-            rows.append(
-                row(
-                    "step",
-                    f"{name}, T = {T}",
-                    tokens_per_s=T / times[name],
-                    against=base,
-                    peak_mb=peak_of(lambda: turn, device=args.device),
-                )
-            )
-            base = base or rows[-1]
-        del turns
+        rows += race_long_steps(args, {**shape, "block_size": T})
     return rows
 
 
-def free(device):
-    """Forget what was compiled, and give back the memory of models that are gone."""
-    gc.collect()
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def race_steps(args, shape, B):
+    """Our steps against those of other software, and against what no step can beat: rows."""
+    products = "matrix products alone"  # as if a step were nothing else, all as fast as the largest
+    turns = {dial: our_step(dial, shape, B, args.device) for dial in DIALS}
+    turns |= rival_turns(args, shape, B)
+    turns[products] = head_turn(shape, B, args.device)
+    times = race(turns, args.device, args.rounds)
+    sized, T = GPT(GPTConfig(**shape)), shape["block_size"]
+    matrices = sum(p.numel() for p in sized.parameters() if p.dim() == 2) - sized.wpe.weight.numel()
+    times[products] *= matrices / sized.wte.weight.numel()
+    speeds = {name: B * T / seconds for name, seconds in times.items()}
+    others = [row("step", name, tokens_per_s=speeds[name]) for name in turns if name not in DIALS]
+    rows, ours, peak = [*others], None, peak_flops(args.device)
+    for dial in DIALS:
+        speed = speeds[dial]
+        mfu = peak and speed * sized.flops_per_token(T) / peak
+        for other in [ours, *others]:  # the first of ours is the baseline of the other two
+            rows.append(row("step", dial, tokens_per_s=speed, against=other, mfu=mfu))
+            ours = ours or rows[-1]
+    return rows
+
+
+def race_long_steps(args, shape):
+    """Steps with one long context: rows."""
+    T, rows = shape["block_size"], []
+    turns = {dial: our_step(dial, shape, 1, args.device) for dial in ("distributed", "localist")}
+    times = race(turns, args.device, args.rounds)
+    for dial, turn in turns.items():
+        peak = peak_of(lambda turn: turn, turn, device=args.device)
+        against = rows[0] if rows else None
+        title = f"{dial}, T = {T}"
+        speed = T / times[dial]
+        rows.append(row("step", title, tokens_per_s=speed, against=against, peak_mb=peak))
+    return rows
 
 
 def bench_loader(T, B, step):
-    """Batches from a file that is in the system's cache, 0.2 GB; and the memory it takes to open one of 10 GB (a hole)."""
+    """A row: batches from a file of 0.2 GB in the system's cache, and the MB to open one of 10 GB.
+
+    step: the row it is compared with.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path, config, number = Path(folder) / "train.bin", Config(batch_size=B), iter(range(10**9))
-        np.random.default_rng(0).integers(0, 50257, 10**8).astype(np.uint16).tofile(path)
+        path = Path(folder) / "train.bin"
+        np.random.default_rng(0).integers(0, 50257, 10**8, np.uint16).tofile(path)
         tokens = np.memmap(path, np.uint16, "r")
-        tokens.max()
-        cpu = torch.device("cpu")
-        turn = lambda: [
-            random_batch(tokens, tokens, T, config, next(number), cpu) for _ in range(100)
-        ]
-        seconds = race({"loader": turn}, cpu, 5)["loader"] / 100
-        os.truncate(path, 10**10)
-        to_open = peak_of(open_and_read, path, T, device=cpu)
+        tokens.max()  # now it is in the cache
+        seconds = race({"loader": reader(tokens, T, B, 100)}, CPU, 5)["loader"] / 100
+        os.truncate(path, 10**10)  # a hole: it takes no room on the disk
+        to_open = peak_of(open_and_read, path, T, device=CPU)
         del tokens
-    return [
-        row(
-            "step",
-            "loader",
-            tokens_per_s=B * T / seconds,
-            against=step,
-            mb_for_a_file_of_10_GB=to_open,
-        )
-    ]
+    speed = B * T / seconds
+    return row("step", "loader", tokens_per_s=speed, against=step, mb_for_a_file_of_10_GB=to_open)
+
+
+def reader(tokens, T, B, n):
+    """Reads n batches: a function to call."""
+    config, number = Config(batch_size=B), itertools.count()
+    return lambda: [random_batch(tokens, tokens, T, config, next(number), CPU) for _ in range(n)]
 
 
 def open_and_read(path, T):
-    tokens = np.memmap(path, np.uint16, "r")
-    return lambda: random_batch(tokens, tokens, T, Config(), 0, torch.device("cpu"))
+    return reader(np.memmap(path, np.uint16, "r"), T, 8, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generation
 
 
-def recompute(forward, prompt, n):
-    """Greedy decoding that reads the context anew for every token, as nanoGPT's sample.py does: a list of n tokens."""
+def nanogpt_twin(nanogpt, model):
+    """nanoGPT with the weights of our model."""
+    c = model.config
+    with quiet():
+        config = nanogpt.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+        twin = nanogpt.GPT(config).eval()
+    state = {f"transformer.{key}": value for key, value in model.state_dict().items()}
+    head = state["transformer.wte.weight"][: c.vocab_size]  # without the padding
+    twin.load_state_dict({**state, "transformer.wte.weight": head, "lm_head.weight": head})
+    return twin
+
+
+def read_anew(forward, prompt, n):
+    """The likeliest n tokens after a prompt, a list. Reads the context again for each of them.
+
+    nanoGPT's sample.py does so too.
+    """
     tokens = torch.tensor([prompt])
     with torch.no_grad():
         for _ in range(n):
@@ -556,140 +517,119 @@ def recompute(forward, prompt, n):
     return tokens[0, len(prompt) :].tolist()
 
 
+def generate(model, dial, prompt, n, copies=1):
+    """The same with the cache, several copies of the prompt at once: the tokens of the first."""
+    model.set_locality(schedule(dial, model.config.n_layer))
+    vocabulary = [b"a"] * model.config.vocab_size  # a window does not read what they say
+    partitioners = [Partitioner(vocabulary, f"window:{W}", W) for _ in range(copies)]
+    steps = model.generate([prompt] * copies, n, partitioners, temperature=0)
+    return [tokens[0] for tokens in steps]
+
+
+def race_prompt(model, slow, name, prompt, n):
+    """Rows for one prompt: `slow`, the model called `name`, reads anew; ours has the cache."""
+    of = f"prompt of {len(prompt)}"
+    model.set_locality([0.0] * model.config.n_layer)
+    with torch.no_grad():
+        slow(torch.tensor([prompt]))  # warm up
+    start = time.perf_counter()
+    expected = read_anew(slow, prompt, n)
+    speed = n / (time.perf_counter() - start)
+    base = row("generate", f"{name}, {of}", tokens_per_s=speed)
+    times = race({dial: partial(generate, model, dial, prompt, n) for dial in DIALS}, CPU, 2)
+    same = {"distributed": generate(model, "distributed", prompt, n) == expected}
+    rows = [base]
+    for dial in DIALS:
+        how = {"against": base, "same_tokens": same.get(dial)}
+        rows.append(row("generate", f"cached, {dial}, {of}", tokens_per_s=n / times[dial], **how))
+    return rows
+
+
 def bench_generate(args):
-    device, n, rows = torch.device("cpu"), 256, []
-    shape, prompts = {}, (16, 512)
+    shape, lengths, n = {}, (16, 512), 256
     if args.quick:
-        shape, prompts, n = (
-            {"block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512},
-            (16,),
-            32,
-        )
+        shape, lengths, n = {**SMALL, "block_size": 128}, (16,), 32
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, max_lookback=W)).eval()
-    vocabulary = [b"ab. "[i % 4 : i % 4 + 1] for i in range(model.config.vocab_size)]
     weights = torch.randn(sum(p.numel() for p in model.parameters()))
-    print(
-        f"{len(weights) / 1e6:.0f} M parameters, random; {n} new tokens, greedy, float32, on the CPU"
-    )
+    size = f"{len(weights) / 1e6:.0f} M parameters, random"
+    print(f"{size}; {n} new tokens, greedy, float32, on the CPU")
     slow, name = model, "reading anew"
-    nanogpt = load_nanogpt(args.nanogpt)
-    if nanogpt:
-        c = model.config
-        with contextlib.redirect_stdout(io.StringIO()):
-            slow = nanogpt.GPT(
-                nanogpt.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-            ).eval()
-        state = {
-            f"transformer.{key}": value[: c.vocab_size] if key == "wte.weight" else value
-            for key, value in model.state_dict().items()
-        }
-        slow.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
-        name = "nanoGPT, reading anew"
-
-    def generate(prompt, dial, copies=1):
-        model.set_locality(schedule(dial, model.config.n_layer))
-        partitioners = [Partitioner(vocabulary, f"window:{W}", W) for _ in range(copies)]
-        return [
-            tokens[0]
-            for tokens in model.generate([prompt] * copies, n, partitioners, temperature=0)
-        ]
-
-    for length in prompts:
+    if nanogpt := load_nanogpt(args.nanogpt):
+        slow, name = nanogpt_twin(nanogpt, model), "nanoGPT, reading anew"
+    rows = []
+    for length in lengths:
         prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
-        model.set_locality([0.0] * model.config.n_layer)
-        with torch.no_grad():
-            slow(torch.tensor([prompt]))  # warm up
-        start = time.perf_counter()
-        expected = recompute(slow, prompt, n)
-        base = row(
-            "generate",
-            f"{name}, prompt of {length}",
-            tokens_per_s=n / (time.perf_counter() - start),
-        )
-        turns = {
-            dial: lambda dial=dial: generate(prompt, dial)
-            for dial in ("distributed", "quintic", "localist")
-        }
-        times = race(turns, device, 2)
-        same = generate(prompt, "distributed") == expected
-        rows += [base] + [
-            row(
-                "generate",
-                f"cached, {dial}, prompt of {length}",
-                tokens_per_s=n / times[dial],
-                against=base,
-                same_tokens=same if dial == "distributed" else None,
-            )
-            for dial in turns
-        ]
+        base, *cached = race_prompt(model, slow, name, prompt, n)
+        rows += [base, *cached]
     name = f"cached, distributed, 8 prompts of {length}"
-    seconds = race({name: lambda: generate(prompt, "distributed", 8)}, device, 1)[name]
+    turn = partial(generate, model, "distributed", prompt, n, copies=8)
+    seconds = race({name: turn}, CPU, 1)[name]
     rows.append(row("generate", name, tokens_per_s=8 * n / seconds, against=base))
-    # no token of one text comes faster than the weights can be read
-    seconds = race({"reading": weights.sum}, device, args.rounds)["reading"]
+    # no token of a single text comes faster than the weights can be read
+    seconds = race({"reading": weights.sum}, CPU, args.rounds)["reading"]
     return [row("generate", "reading the weights alone", tokens_per_s=1 / seconds), *rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data
 
 
 def held():
-    """MB that this process and its children hold now, files apart, and what they share counted once. Linux alone."""
-    pids = [os.getpid(), *Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    total = 0
-    for pid in pids:
+    """MB that this process and its children hold now. Linux alone says so.
+
+    Files do not count. What the processes share counts once.
+    """
+    children, total = f"/proc/self/task/{os.getpid()}/children", 0
+    for pid in [os.getpid(), *Path(children).read_text().split()]:
         with contextlib.suppress(OSError, StopIteration):  # a child may be gone
-            total += (
-                next(
-                    int(line.split()[1])
-                    for line in open(f"/proc/{pid}/smaps_rollup")
-                    if line.startswith("Pss_Anon")
-                )
-                / 1024
-            )
+            total += read_mb(f"/proc/{pid}/smaps_rollup", "Pss_Anon")
     return total
 
 
-def encode_and_partition(text, times, tokenizer, max_lookback):
-    """(tokens, seconds to encode, seconds to partition, the most MB that partitioning held, looked at ten times a second)."""
-    encoding = get_encoding(tokenizer)
-    vocabulary = token_bytes(encoding)
-    start = time.perf_counter()
-    tokens = np.concatenate(
-        [
-            encoding.encode_to_numpy(text, allowed_special="all").astype(np.uint16)
-            for _ in range(times)
-        ]
-    )
-    encode = time.perf_counter() - start
-    known = background(tokens[: len(tokens) // times], vocabulary)
-    peaks, done = [], threading.Event()
+@contextlib.contextmanager
+def watching():
+    """Yield a list that fills with the MB held beyond what is held now, ten times a second."""
+    held_since, done = [], threading.Event()
 
     def watch():
         with contextlib.suppress(OSError):  # no such files: not Linux
             before = held()
             while not done.wait(0.1):
-                peaks.append(held() - before)
+                held_since.append(held() - before)
 
-    with tempfile.TemporaryDirectory() as folder:
-        lookback = np.memmap(Path(folder) / "lookback.bin", np.uint16, "w+", shape=len(tokens))
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.perf_counter()
-        try:
-            partition(tokens, vocabulary, "semantic", max_lookback, known, lookback)
-        finally:
-            done.set()
-        split = time.perf_counter() - start
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield held_since
+    finally:
+        done.set()
         watcher.join()
+
+
+def encode_and_partition(text, times, tokenizer, max_lookback):
+    """(tokens, seconds to encode, seconds to partition, the most MB that partitioning held)."""
+    encoding = get_encoding(tokenizer)
+    vocabulary = token_bytes(encoding)
+    encode = lambda: encoding.encode_to_numpy(text, allowed_special="all").astype(np.uint16)
+    start = time.perf_counter()
+    tokens = np.concatenate([encode() for _ in range(times)])
+    encoded = time.perf_counter() - start
+    known = background(tokens[: len(tokens) // times], vocabulary)
+    with tempfile.TemporaryDirectory() as folder, watching() as held_since:
+        lookback = np.memmap(Path(folder) / "lookback.bin", np.uint16, "w+", shape=len(tokens))
+        start = time.perf_counter()
+        partition(tokens, vocabulary, "semantic", max_lookback, known, lookback)
+        split = time.perf_counter() - start
         del lookback
-    return len(tokens), encode, split, max(peaks, default=None)
+    return len(tokens), encoded, split, max(held_since, default=None)
 
 
 def bench_data(args):
-    """Encoding against partitioning. Time should grow with the text, memory should not, and the ratio be at most three."""
+    """To encode against to partition.
+
+    Time should grow with the text, and memory should not. The ratio should be at most three.
+    """
     try:
         text = Path(args.source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -698,21 +638,17 @@ def bench_data(args):
         raise InputError(f"{args.source} is too short to time: {len(text)} characters")
     rows = []
     for times in (1, 4, 16):
-        with ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn")
-        ) as process:  # as fresh as prepare_data.py's
-            n, encode, split, peak = process.submit(
-                encode_and_partition, text, times, args.tokenizer, args.max_lookback
-            ).result()
-        mb = times * len(text.encode()) / 1e6
-        rows.append(row("data", f"encode, {mb:,.1f} MB", encode, tokens=n))
-        rows.append(
-            row("data", f"partition, {mb:,.1f} MB", split, against=rows[-1], tokens=n, peak_mb=peak)
-        )
+        how = text, times, args.tokenizer, args.max_lookback
+        # a new process, as prepare_data.py is one
+        n, encoded, split, peak = in_new_process(encode_and_partition, *how)
+        size = f"{times * len(text.encode()) / 1e6:,.1f} MB"
+        base = row("data", f"encode, {size}", encoded, tokens=n)
+        more = {"against": base, "tokens": n, "peak_mb": peak}
+        rows += [base, row("data", f"partition, {size}", split, **more)]
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SECTIONS = {
     "attention": bench_attention,
@@ -724,32 +660,27 @@ SECTIONS = {
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", choices=SECTIONS, help="one section; default: all")
-    parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to compare with")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="small shapes, to see that it works: the numbers mean nothing",
-    )
-    parser.add_argument(
-        "--source", default="data/sample.txt", metavar="FILE", help="the text of `data`"
-    )
-    parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2")
-    parser.add_argument("--max-lookback", type=int, default=256, help="of `data`")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the rows here, with the machine in each"
-    )
+    add = parser.add_argument
+    add("--only", choices=SECTIONS, help="one section (default: all)")
+    add("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to compare with")
+    add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda ...")
+    add("--rounds", type=int, default=7, metavar="N", help="turns of each contestant (default: 7)")
+    add("--quick", action="store_true", help="small shapes, to see that it works, not how fast")
+    add("--source", default="data/sample.txt", metavar="FILE", help="the text of `data`")
+    add("--tokenizer", choices=["gpt2", "bytes"], default="gpt2", help="of `data` (default: gpt2)")
+    add("--max-lookback", type=int, default=256, metavar="N", help="of `data` (default: 256)")
+    add("--json", type=Path, metavar="FILE", help="write the rows here, the machine in each")
     args = parser.parse_args()
     if args.rounds < 1:
         raise InputError(f"--rounds is at least 1, not {args.rounds}")
     if not 1 <= args.max_lookback <= 65535:
         raise InputError(f"--max-lookback is in 1 … 65535, not {args.max_lookback}")
-    if args.json and (args.json.is_dir() or not os.access(args.json.absolute().parent, os.W_OK)):
-        raise InputError(f"{args.json}: a file cannot be written there")
+    if args.json:
+        check_writable(args.json)
     args.device = pick_device(args.device)
     if args.device.type == "cpu":
         keep_memory()  # as train.py does
@@ -761,16 +692,8 @@ def main():
         rows += SECTIONS[name](args)
         free(args.device)
     if args.json:
-        write_text(
-            args.json, json.dumps([{**found, "machine": log} for found in rows], indent=1) + "\n"
-        )
+        write_json(args.json, [{**found, "machine": log} for found in rows])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -1,0 +1,129 @@
+"""Known topic shifts are scored as defined, and the figures of blocks are drawn."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.segmentation import main, p_k, trace, window_diff
+from support.files import run_script
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "data" / "sample.txt"
+
+
+def script(folder, *options):
+    command = [sys.executable, "-m", "experiments.segmentation", *options]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
+
+
+@pytest.fixture
+def segmentation(monkeypatch, capsys):
+    """segmentation(*options) does the same in this process, and returns what it prints."""
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["segmentation", *map(str, options)])
+        run_script(main)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def books(tmp_path):
+    """A file of three texts, each made of chapters of the sample, twice over."""
+    chapters = re.split(r"(?m)^(?=Chapter \d)", SAMPLE.read_text())[1:]
+    path = tmp_path / "books.txt"
+    path.write_text("<|endoftext|>".join("".join(chapters[i::3]) * 2 for i in range(3)))
+    return path
+
+
+def test_the_measures():
+    piece = np.repeat([0, 1, 2], 4)
+    perfect, single = piece * 4, np.zeros(12, int)
+    assert p_k(perfect, piece) == window_diff(perfect, piece) == 0
+    # k is 2: of the ten pairs (i - 2, i) four are apart
+    assert p_k(single, piece) == window_diff(single, piece) == 0.4
+    assert p_k(np.arange(12), piece) == 0.6 and window_diff(np.arange(12), piece) == 1
+
+
+def test_documents_from_books(books, tmp_path, segmentation):
+    table = tmp_path / "table.json"
+    how = "--seeds", 1, "--documents", 2, "--tokenizer", "bytes"
+    told = segmentation("--books", books, *how, "--json", table)
+    tables = json.loads(table.read_text())
+    assert list(tables) == ["ten books", "ten places of one book"]
+    for title, rivals in tables.items():
+        assert title in told
+        scores = {rival: np.array(list(row.values())) for rival, row in rivals.items()}
+        assert all(s.shape == (4, 2) and s.min() >= 0 and s.max() <= 1 for s in scores.values())
+        # whatever one block gets wrong, a block per sentence gets right
+        both = scores["one block"][:, 0] + scores["a block per sentence"][:, 0]
+        assert both == pytest.approx(1)
+        assert (scores["a block per sentence"][:, 1] > 0.9).all()
+    segmentation("--books", books, *how, "--json", table)
+    assert json.loads(table.read_text()) == tables  # drawn at random, and always the same
+    told = segmentation("--books", books, *how, "--first", "--no-background")
+    assert "ten texts" in told and "semantic" in told
+
+
+def test_a_page_and_lengths_are_drawn(tmp_path, segmentation):
+    page = "--page", SAMPLE, "--from", "Chapter 2.", "--figure", "new/page.png"
+    done = script(tmp_path, *page)
+    assert done.returncode == 0, done.stderr
+    assert "678 sentences, 221 blocks" in done.stdout
+    assert (tmp_path / "new" / "page.png").read_bytes().startswith(b"\x89PNG")
+    figure = tmp_path / "lengths.svg"
+    told = segmentation("--lengths", SAMPLE, "--figure", figure)
+    assert told.startswith("sample: 221 blocks") and "<svg" in figure.read_text()
+
+
+def test_a_trace_goes_through_the_text_sentence_by_sentence():
+    text = SAMPLE.read_bytes()[:3000]
+    sentences = trace(text)
+    assert [s.next for s in sentences[:-1]] == [s.start for s in sentences[1:]]
+    assert sentences[0].start == 0 and sentences[0].bits == -np.inf
+    blocks = [0] + [s.block for s in sentences]
+    assert blocks == sorted(blocks)
+    assert [s.moved for s in sentences] == [a < b for a, b in zip(blocks, blocks[1:])]
+    assert any(s.moved for s in sentences) and all(s.bits > 0 for s in sentences if s.moved)
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (["--page", "nowhere.txt"], "nowhere.txt"),
+        (["--page", "short.txt"], "one block"),
+        (["--page", "short.txt", "--from", "no such words"], "no such words"),
+        (["--page", "latin.txt"], "UTF-8"),
+        (["--page", str(SAMPLE), "--figure", "page.doc"], "page.doc"),
+        (["--lengths", "empty.txt"], "empty.txt is empty"),
+        (["--books", "short.txt"], "at least 3"),
+        (["--books", "few.txt"], "200 sentences"),
+        (["--books", "few.txt", "--seeds", "0"], "at least 1"),
+        (["--books", "few.txt", "--json", "nowhere/t.json"], "nowhere/t.json"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, why, segmentation, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("It rained all day. We stayed in and played cards.")
+    Path("few.txt").write_text("One. Two.<|endoftext|>One. Two.<|endoftext|>One. Two.")
+    Path("latin.txt").write_bytes("café".encode("latin-1"))
+    Path("empty.txt").write_text(" \n")
+    with pytest.raises(SystemExit) as stopped:
+        segmentation(*options)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+    assert why in told
+
+
+def test_so_does_the_script(tmp_path):
+    done = script(tmp_path, "--page", "nowhere.txt")
+    why = "cannot read nowhere.txt: No such file or directory"
+    assert (done.returncode, done.stderr) == (2, f"error: {why}\n")
