@@ -27,6 +27,7 @@ from prepare_data import (
     check_tokenizer,
     get_encoding,
     prepared,
+    read_contexts,
     read_meta,
     read_split,
     token_bytes,
@@ -133,24 +134,15 @@ def windows(n, block_size, stride):
     return [(start, end - start) for start, end in zip(starts, ends)]
 
 
-def read_contexts(tokens, lookback, starts, T, device):
-    """Contexts of T tokens: (B, T) int64 each of ids, lookbacks, and the ids that come next."""
-    rows = zip(
-        *((tokens[s : s + T], lookback[s : s + T], tokens[s + 1 : s + T + 1]) for s in starts)
-    )
-    return [torch.from_numpy(np.stack(each).astype(np.int64)).to(device) for each in rows]
-
-
 @torch.no_grad()
 def evaluate(
     model, tokens, lookback, vocabulary, stride=None, batch_size=8, measure=True, limit=None
 ):
-    """Score a split, (n,) uint16 tokens and lookbacks, in float32: bfloat16 would round the logits
-    by up to half a nat.
+    """Score a split, in float32: bfloat16 would round the logits by up to half a nat.
 
-    vocabulary: the bytes of each token, a list. stride: tokens between two contexts, by default
-    half a context. measure: the attention of every layer too (dense, slower). limit: at most so many
-    contexts, evenly spread.
+    tokens, lookback: (n,) uint16. vocabulary: the bytes of each token, a list. stride: tokens
+    between two contexts, by default half a context. measure: the attention of every layer too
+    (dense, slower). limit: at most so many contexts, evenly spread.
     Returns a dict: perplexity = exp(mean nats per token), bits_per_byte, accuracy (top-1), tokens
     scored; by_position, a list of (tokens of context at least, loss in nats), which falls for as
     long as the model uses more context; layers, as `attention_measures` has them.
@@ -173,7 +165,8 @@ def evaluate(
     batches = range(0, len(contexts), batch_size)
     for at in tqdm(batches, desc="evaluating", leave=False, disable=None if measure else True):
         starts, firsts = zip(*contexts[at : at + batch_size])
-        x, back, y = read_contexts(tokens, lookback, starts, T, device)  # (B, T) each
+        arrays = tokens, lookback, tokens[1:]
+        x, back, y = read_contexts(arrays, starts, T, device)  # (B, T) each
         score = torch.arange(T, device=device) >= torch.tensor(firsts, device=device)[:, None]
         logits = model(x, back)[0]  # (B, T, V)
         nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
@@ -185,34 +178,24 @@ def evaluate(
         if measure:
             sums = sums + attention_measures(model, x, back, score)
     model.train(was_training)
+    results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored}
+    results |= {"bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored}
+    results |= {"tokens": scored, "bytes": size, "stride": stride, "context": T}
     edges = [0, *(2**i for i in range(4, 40) if 2**i < T), T]
-    results = {
-        "perplexity": math.exp(min(nats / scored, 700)),
-        "loss": nats / scored,
-        "bits_per_byte": nats / math.log(2) / size,
-        "accuracy": correct / scored,
-        "tokens": scored,
-        "bytes": size,
-        "stride": stride,
-        "context": T,
-        "by_position": [
-            (a + 1, nats_at[a:b].mean().item() / len(contexts)) for a, b in zip(edges, edges[1:])
-        ],
-    }
+    means = [nats_at[a:b].mean().item() / len(contexts) for a, b in zip(edges, edges[1:])]
+    results["by_position"] = [(a + 1, mean) for a, mean in zip(edges, means)]
     if measure:
         keys = "fidelity", "pointer_accuracy", "entropy", "first_token"
-        results["layers"] = [
-            {"locality": x, **dict(zip(keys, row))}
-            for x, row in zip(model.locality, (sums / scored).tolist())
-        ]
+        rows = zip(model.locality, (sums / scored).tolist())
+        results["layers"] = [{"locality": x, **dict(zip(keys, row))} for x, row in rows]
     return results
 
 
 def attention_measures(model, idx, lookback, score):
     """How local the attention is, summed over the queries to score: (n_layer, 4) float64.
 
-    The columns: fidelity, the mass inside the block; pointer accuracy, whether the largest weight is
-    inside; entropy in bits; the mass on the context's first token. Means over heads.
+    The columns: fidelity, the mass inside the block; pointer accuracy, whether the largest weight
+    is inside; entropy in bits; the mass on the context's first token. Means over heads.
     idx, lookback: (B, T) int64; score: (B, T) booleans.
     """
     block, sums = model.blocks(lookback), []  # (B, 1, T, T)
@@ -287,9 +270,13 @@ def dial_table(rows):
 
 
 @torch.no_grad()
-def figure(model, tokens, lookback, results, path, title):
+def figure(model, tokens, lookback, results, path, title, vocabulary=None):
     """Draw `path`: the attention of the first and the last layer over one stretch of text, and the
-    layers in numbers. results: as `evaluate` gives them."""
+    layers in numbers.
+
+    results: as `evaluate` gives them. vocabulary: the bytes of each token, to name the blocks by
+    their first words.
+    """
     model.eval()
     T = min(model.config.block_size, len(tokens), 1024)
 
@@ -297,12 +284,15 @@ def figure(model, tokens, lookback, results, path, title):
         return len(block_starts(lookback[at : at + T].clip(max=np.arange(T))))
 
     at = max(range(0, len(tokens) - T + 1, max(T // 8, 1)), key=moves)
-    rows = tokens[at : at + T], lookback[at : at + T]
     device = model.wte.weight.device
-    idx, back = (torch.from_numpy(row.astype(np.int64))[None].to(device) for row in rows)
+    idx, back = read_contexts((tokens, lookback), [at], T, device)  # (1, T) each
     maps = [a[0].mean(0).cpu().numpy() for a in model.attention_maps(idx, back)]  # (T, T) each
     start = np.arange(T) - clamp_lookback(back, model.config.max_lookback)[0].cpu().numpy()
-    plots.draw_attention(maps, start, model.locality, results["layers"], path, title)
+    words = {}
+    for token in np.unique(start).tolist() if vocabulary else ():
+        text = b"".join(vocabulary[t] for t in tokens[at + token : at + token + 40].tolist())
+        words[token] = " ".join(text.decode(errors="replace").split()[:4])
+    plots.draw_attention(maps, start, words, model.locality, results["layers"], path, title)
 
 
 def main():
@@ -326,9 +316,6 @@ def main():
 
     device = pick_device(args.device)
     model, config = load_model(args.run, device, args.source)
-    if not config["source"]:
-        which = "to measure other weights, say on which text: --source my_book.txt"
-        raise InputError(f"{args.run}: no checkpoint of a run here; {which}")
     name, fidelity = turn(model, config, args.schedule, args.fidelity)
     split, method, vocabulary = read_text(config, args.split, args.partition)
     how = {"stride": args.stride, "batch_size": args.batch_size, "limit": args.contexts}
@@ -349,20 +336,23 @@ def main():
     if args.figure and args.dial_sweep:
         plots.draw_dials(rows, args.figure, title)
     elif args.figure:
-        figure(model, *split, results, args.figure, title)
+        figure(model, *split, results, args.figure, title, vocabulary)
 
 
 def check_arguments(args):
     """Raises InputError for what could only fail after the work is done."""
     for path in filter(None, (args.json, args.figure)):
         check_writable(path)
-    if args.figure and args.figure.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{args.figure}: a figure ends in .png, .svg or .pdf")
+    if args.figure:
+        plots.check_suffix(args.figure)
     if args.batch_size < 1 or args.contexts is not None and args.contexts < 1:
         raise InputError("--batch-size and --contexts must be at least 1")
     if args.dial_sweep and (args.schedule or args.fidelity is not None):
         every = "goes through all schedules and fidelities; leave out --schedule and --fidelity"
         raise InputError(f"--dial-sweep {every}")
+    if not args.source and (args.run in PRETRAINED or not is_run(args.run)):
+        which = "to measure other weights, say on which text: --source my_book.txt"
+        raise InputError(f"{args.run}: no checkpoint of a run here; {which}")
 
 
 def read_text(config, split, method=None):
@@ -372,11 +362,12 @@ def read_text(config, split, method=None):
     """
     folder = prepared(config)
     tokens, lookback = read_split(folder, split)
-    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+    meta = read_meta(folder)
+    vocabulary = token_bytes(get_encoding(meta["tokenizer"]))
     method = method or config["partition"]
     if method != config["partition"]:
         check_blocks(method, config["max_lookback"], config["val"], config["test"])
-        words = read_meta(folder)["background"]
+        words = meta["background"]
         if words is None and method == "semantic":
             words = background(read_split(folder, "train")[0], vocabulary)
         lookback = partition(tokens, vocabulary, method, config["max_lookback"], words)

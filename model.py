@@ -511,9 +511,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     It is drawn from softmax(logits / temperature). temperature 0: the likeliest. top_k: among the k
     likeliest alone; 0: all. top_p: among the fewest likeliest that have the probability p together.
     """
-    if (
-        temperature < 1e-6
-    ):  # the likeliest is certain by far; lower still, float32 would divide by 0
+    # below, the likeliest is certain by far; lower still, float32 would divide by 0
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k:

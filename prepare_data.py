@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+import torch
 from tqdm import tqdm
 
 import locality
@@ -40,8 +41,8 @@ STRETCH = 1 << 22  # tokens in memory at a time
 
 def check_tokenizer(name):
     """Raises InputError for a name that `get_encoding` does not know."""
-    n = name.removeprefix("gpt2:")
-    small = n != name and n.isascii() and n.isdigit() and len(n) < 6 and 257 <= int(n) < 50257
+    kind, _, n = name.partition(":")
+    small = kind == "gpt2" and n.isascii() and n.isdigit() and len(n) < 6 and 257 <= int(n) < 50257
     if name not in ("gpt2", "bytes") and not small:
         known = "gpt2, gpt2:N with N in 257 … 50256, or bytes"
         raise InputError(f"tokenizer must be {known}, not {json.dumps(name)}")
@@ -49,7 +50,7 @@ def check_tokenizer(name):
 
 def vocabulary_size(name):
     """How many tokens a tokenizer has, by its name."""
-    return {"gpt2": 50257, "bytes": 256}.get(name) or int(name.removeprefix("gpt2:"))
+    return {"gpt2": 50257, "bytes": 256}.get(name) or int(name.partition(":")[2])
 
 
 def get_encoding(name):
@@ -61,10 +62,7 @@ def get_encoding(name):
     """
     check_tokenizer(name)
     if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={}
-        )
+        return encoding_of(name, "(?s:.)", [bytes([i]) for i in range(256)])
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as e:  # requests' errors are OSErrors, a bad hash is a ValueError
@@ -74,12 +72,15 @@ def get_encoding(name):
         ) from None
     if name == "gpt2":
         return gpt2
-    n = vocabulary_size(name)
-    ranks = {token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < n - 1}
-    special = {"<|endoftext|>": n - 1}
-    return tiktoken.Encoding(
-        name, pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens=special
-    )
+    n = vocabulary_size(name) - 1
+    first = sorted(gpt2._mergeable_ranks, key=gpt2._mergeable_ranks.get)[:n]
+    return encoding_of(name, gpt2._pat_str, first, {"<|endoftext|>": n})
+
+
+def encoding_of(name, pattern, tokens, special=None):
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    how = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": special or {}}
+    return tiktoken.Encoding(name, **how)
 
 
 def token_bytes(encoding):
@@ -118,7 +119,7 @@ def check_blocks(method, max_lookback, val, test):
 
 
 def default_folder(source, tokenizer, method, max_lookback, val, test):
-    """A folder under data/ that says what is in it; six digits stand for what the name leaves out."""
+    """A folder under data/ that says what is in it; six digits stand for what it leaves out."""
     rest = hashlib.sha256(json.dumps([source, val, test]).encode()).hexdigest()[:6]
     words = slug(source), tokenizer.replace(":", ""), method.replace(":", ""), max_lookback, rest
     return Path("data") / ".".join(map(str, words))
@@ -260,6 +261,20 @@ def read_split(folder, split):
     return [np.memmap(path, np.uint16, "r") for path in paths]
 
 
+def read_contexts(arrays, starts, T, device):
+    """T values of each of some arrays, (n,) integers, from each start on: a list of (B, T) int64.
+
+    The targets of tokens are those of tokens[1:].
+    """
+    contexts = []
+    for values in arrays:
+        rows = np.stack([values[start : start + T] for start in starts])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        rows = rows.pin_memory() if device.type == "cuda" else rows
+        contexts.append(rows.to(device, non_blocking=device.type == "cuda"))
+    return contexts
+
+
 def prepared(config):
     """The prepared folder that a config (a dict) names, made if it is missing or no longer fits.
 
@@ -345,7 +360,7 @@ def describe(folder):
     starts = block_starts(lookback)[1:]
     if len(starts) > 3:
         starts = starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]]
-    width = 60 if meta["tokenizer"] == "bytes" else 16
+    width = round(60 / ratio)  # 60 bytes
     for start in starts:
         sides = tokens[max(start - width, 0) : start], tokens[start : start + width]
         before, after = (encoding.decode(side.tolist()).replace("\n", " ") for side in sides)

@@ -99,7 +99,7 @@ def resolve(values):
 
 
 def run_cell(cell, threads):
-    """Bring one cell to its end in a process of its own. Returns None, or a line on why it broke."""
+    """Bring one cell to its end in a process of its own. Returns None, or why it broke, a line."""
     out = Path(cell.out)
     finished, begun = (out / "results.json").is_file(), (out / "last.pt").is_file()
     if finished or begun:

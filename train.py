@@ -37,9 +37,11 @@ from prepare_data import (
     get_encoding,
     mark_blocks,
     prepared,
+    read_contexts,
     read_meta,
     read_split,
     token_bytes,
+    vocabulary_size,
 )
 from support import machine, settings
 from support.files import InputError, run_script, write_json
@@ -54,7 +56,7 @@ class Config:
     source: str | list = key(
         "data/sample.txt", "file, folder, http(s) address, gutenberg:NUMBER, or a list of these"
     )
-    tokenizer: str = key("gpt2", "gpt2, gpt2:N (the first N of its tokens) or bytes")
+    tokenizer: str = key("gpt2", "gpt2, gpt2:N (its first N tokens) or bytes")
     partition: str = key("semantic", "semantic, sentence, window:N or block:N")
     max_lookback: int = key(256, "no block reaches back further, in tokens", at_least=1)
     val: float = key(0.1, "fraction of the text for validation")
@@ -197,22 +199,16 @@ def random_batch(tokens, lookback, T, config, number, device, rank=0, world=1):
     """
     rng = np.random.default_rng((config.seed, number))
     starts = rng.integers(0, len(tokens) - T, config.batch_size)[rank::world]
-    batch = []
-    for values, shift in ((tokens, 0), (lookback, 0), (tokens, 1)):
-        rows = np.stack([values[s + shift : s + shift + T] for s in starts])
-        batch.append(torch.from_numpy(rows.astype(np.int64)))
-    if device.type == "cuda":
-        return [b.pin_memory().to(device, non_blocking=True) for b in batch]
-    return [b.to(device) for b in batch]
+    return read_contexts((tokens, lookback, tokens[1:]), starts, T, device)
 
 
 class Text:
     """The prepared text of a run: its splits, its vocabulary, and how it was prepared."""
 
-    def __init__(self, folder, encoding):
+    def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder)
         self.train, self.val, self.test = (read_split(folder, split) for split in SPLITS)
-        self.vocabulary = token_bytes(encoding)
+        self.vocabulary = token_bytes(get_encoding(self.meta["tokenizer"]))
 
     def identity(self):
         """What a checkpoint says of its text, so that a run is measured on that text alone."""
@@ -303,10 +299,9 @@ def start(config, resume=False):
     torch.manual_seed(config.seed)
     with Run(config.out, resume, writes=rank == 0) as run:
         with machine.in_turn(rank, world):
-            encoding = get_encoding(config.tokenizer)
             folder = prepared(run.saved["config"] if resume else asdict(config))
-            model = build_model(config, encoding.n_vocab).to(device)
-        text = Text(folder, encoding)
+            model = build_model(config, vocabulary_size(config.tokenizer)).to(device)
+        text = Text(folder)
         check_length(text, model, config)
         if device.type == "cpu":
             logits = config.batch_size * model.config.block_size * len(model.wte.weight)
@@ -403,7 +398,7 @@ def finish(run, config, model, text, here):
     write_json(run.folder / "results.json", results)
     picture = run.folder / "attention.png"
     title = f"{run.folder.name}: {config.schedule}, {config.partition} blocks, test split"
-    figure(model, *text.test, results, picture, title)
+    figure(model, *text.test, results, picture, title, text.vocabulary)
     print(f"\n{run.folder}: the best model (step {best_step}) on the test split")
     print(table(results))
     print(f"\nwhat it writes, ▌ where a block begins:\n{written(model, config, text)}\n")

@@ -28,7 +28,7 @@ import numpy as np
 from locality import Partitioner, background, partition
 from prepare_data import get_encoding, token_bytes
 from support.files import InputError, check_writable, run_script, write_json
-from support.plots import COLOURS, bare, pyplot, save_figure
+from support.plots import COLOURS, bare, check_suffix, pyplot, save_figure
 from support.sentences import END_OF_TEXT, PERSONS, STOP_WORDS, Stems
 
 PIECES = 10  # of a document
@@ -411,8 +411,8 @@ def main():
     args = parser.parse_args()
     if args.seeds < 1 or args.documents < 1:
         raise InputError("--seeds and --documents must be at least 1")
-    if args.figure and args.figure.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{args.figure}: a figure ends in .png, .svg or .pdf")
+    if args.figure:
+        check_suffix(args.figure)
     if args.json:
         check_writable(args.json)
     if args.page:

@@ -151,7 +151,7 @@ def in_turn(rank, world):
 
 def shared_mean(values, world, device):
     """The mean over all processes of each of some numbers: a list of floats."""
-    values = torch.tensor([float(value) for value in values], dtype=torch.double, device=device)
+    values = torch.tensor([float(value) for value in values], device=device)
     if world > 1:
         distributed.all_reduce(values)
     return (values / world).tolist()

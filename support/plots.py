@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from support.files import replacing
+from support.files import InputError, replacing
 
 # colour and marker of each schedule, in the order in which they are shown
 STYLES = {
@@ -38,6 +38,12 @@ def pyplot():
     return plt
 
 
+def check_suffix(path):
+    """Raises InputError for a figure that would not end in .png, .svg or .pdf."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path}: a figure ends in .png, .svg or .pdf")
+
+
 def save_figure(fig, path, close=True):
     """Save a figure, whole or not at all; and close it. Raises InputError."""
     try:
@@ -63,60 +69,63 @@ def layer_mean(results, key):
 # one model
 
 
-def draw_attention(maps, start, locality, layers, path, title):
+def draw_attention(maps, start, words, locality, layers, path, title):
     """The attention of the first and the last layer over a text, and all layers in numbers.
 
     maps: of each layer, (T, T) weights, the mean over heads; start: (T,) where each query's block
-    begins; locality: lambda of each layer; layers: of each, a dict of measures.
+    begins; words: {token: first words of the block that begins there}; locality: lambda of each
+    layer; layers: of each, a dict of measures.
     """
-    plt = pyplot()
-    from matplotlib.colors import PowerNorm
-
-    T, numbers = len(start), np.arange(1, len(maps) + 1)
-    fig, axes = plt.subplots(2, 2, figsize=(10, 8.6), height_ratios=(1.55, 1), layout="constrained")
+    how = {"height_ratios": (1.55, 1), "layout": "constrained"}
+    fig, axes = pyplot().subplots(2, 2, figsize=(10, 8.6), **how)
     for ax, layer in zip(axes[0], (0, len(maps) - 1)):
-        shown = np.where(np.tri(T, dtype=bool), maps[layer], np.nan)
-        norm = PowerNorm(0.35, 0, 1)
-        image = ax.imshow(shown, cmap="Blues", norm=norm, interpolation="nearest")
-        edge = [*start - 0.5, start[-1] - 0.5]
-        ax.step(edge, np.arange(T + 1) - 0.5, where="pre", color=FLOOR, lw=1.3)
-        ax.set(
-            title=f"layer {layer + 1}, dial at {locality[layer]:.2f}",
-            xlabel="key (token)",
-            xlim=(-0.5, T - 0.5),
-        )
+        image = draw_map(ax, maps[layer], start)
+        ax.set(title=f"layer {layer + 1}, dial at {locality[layer]:.2f}", xlabel="key (token)")
     axes[0, 0].set_ylabel("query (token)")
     axes[0, 0].plot([], [], color=FLOOR, label="start of the query's block")
     axes[0, 0].legend(loc="upper right", frameon=False)
+    T, below = len(start), -np.inf
+    for token, text in sorted(words.items()):  # in the empty corner, where each block begins
+        if 0 < token < 0.8 * T and token > below + 0.04 * T:
+            axes[0, 1].text(token + 0.02 * T, token, f"{text} …", size=7, va="center", color=FLOOR)
+            below = token
     fig.colorbar(image, ax=axes[0], label="attention weight, mean over heads", shrink=0.9)
+    draw_measures(axes[1], layers)
+    bare(fig)
+    fig.suptitle(title, parse_math=False)
+    save_figure(fig, path)
 
+
+def draw_map(ax, weights, start):
+    """One (T, T) map of attention, and where each query's block begins. Returns the image."""
+    from matplotlib.colors import PowerNorm
+
+    T = len(start)
+    shown, norm = np.where(np.tri(T, dtype=bool), weights, np.nan), PowerNorm(0.35, 0, 1)
+    image = ax.imshow(shown, cmap="Blues", norm=norm, interpolation="nearest")
+    edge = [*start - 0.5, start[-1] - 0.5]
+    ax.step(edge, np.arange(T + 1) - 0.5, where="pre", color=FLOOR, lw=1.3)
+    ax.set(xlim=(-0.5, T - 0.5))
+    return image
+
+
+def draw_measures(axes, layers):
+    """Fidelity and pointer accuracy of every layer; entropy of every layer."""
+    numbers = np.arange(1, len(layers) + 1)
     values = {key: [layer[key] for layer in layers] for key in layers[0]}
-    ax = axes[1, 0]
+    ax = axes[0]
     ax.fill_between(numbers, values["locality"], color=FLOOR, alpha=0.15, lw=0)
     ax.plot(numbers, values["locality"], "--", color=FLOOR, label="dial: the certified floor")
     label = "fidelity: mass inside the block"
     ax.plot(numbers, values["fidelity"], "o-", color=MEASURED, label=label)
     ax.plot(numbers, values["pointer_accuracy"], "^:", color="#666666", label="pointer accuracy")
-    ax.set(
-        xlabel="layer",
-        ylim=(-0.03, 1.5),
-        xticks=numbers,
-        yticks=np.arange(0, 1.1, 0.2),
-        title="attention that stays in the block",
-    )
+    ax.set(xlabel="layer", ylim=(-0.03, 1.5), xticks=numbers, yticks=np.arange(0, 1.1, 0.2))
+    ax.set_title("attention that stays in the block")
     ax.legend(frameon=False, loc="upper left")
-    ax = axes[1, 1]
+    ax = axes[1]
     ax.plot(numbers, values["entropy"], "o-", color=MEASURED)
-    ax.set(
-        xlabel="layer",
-        ylabel="bits",
-        xticks=numbers,
-        ylim=(0, 1.1 * max(values["entropy"])),
-        title="entropy of the attention",
-    )
-    bare(fig)
-    fig.suptitle(title, parse_math=False)
-    save_figure(fig, path)
+    ax.set(xlabel="layer", ylabel="bits", xticks=numbers, ylim=(0, 1.1 * max(values["entropy"])))
+    ax.set_title("entropy of the attention")
 
 
 def draw_dials(rows, path, title):
@@ -124,8 +133,7 @@ def draw_dials(rows, path, title):
 
     rows: a dict for each dial, distributed first: schedule, ratio, layers.
     """
-    plt = pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    fig, axes = pyplot().subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
     labels = {
         "locality": "lambda, mean over layers: what the dial is set to",
         "fidelity": "fidelity, mean over layers: attention inside the block",

@@ -255,9 +255,9 @@ NOTE = """± is the standard deviation over seeds. Ratios and differences are pa
 intervals are Student's t on the logarithms. A seed changes the order of the training data (and the
 weights, from scratch); the test text is the same for all, so nothing here speaks for another book.
 """
-NOTE_P = """p: exact two-sided permutation test, all ways to flip the signs of the paired differences.
-It cannot fall below the last column, however large the effect. No correction for the number of
-comparisons.
+NOTE_P = """p: exact two-sided permutation test, all ways to flip the signs of the paired
+differences. It cannot fall below the last column, however large the effect. No correction for the
+number of comparisons.
 """
 
 
