@@ -236,7 +236,7 @@ def layer_mean(results, key):
 
 def table(results):
     """The results as lines of text."""
-    lines = ["layer  locality  fidelity  pointer accuracy  entropy (bits)  on the first token"]
+    lines = ["layer      dial  fidelity  pointer accuracy  entropy (bits)  on the first token"]
     for number, layer in enumerate(results["layers"], 1):
         lines.append(
             f"{number:5d}  {layer['locality']:8.3f}  {layer['fidelity']:8.3f}"
@@ -257,7 +257,7 @@ def dial_table(rows):
     """The dials as lines of text."""
     lines = [
         "schedule     fidelity  perplexity  ratio to distributed  accuracy  "
-        "mean over layers: locality  fidelity  entropy (bits)"
+        "mean over layers:     dial  fidelity  entropy (bits)"
     ]
     for row in rows:
         locality, fidelity, bits = (layer_mean(row, k) for k in ("locality", "fidelity", "entropy"))
