@@ -1,4 +1,7 @@
-"""Whatever a server does, a download ends: with the whole file, or soon, with one line and nothing left behind."""
+"""Whatever a server does, a download ends: with the whole file, or soon, with one line.
+
+Then nothing is left behind.
+"""
 
 import hashlib
 import os
@@ -11,13 +14,14 @@ import urllib.request
 
 import pytest
 
-import download as download_module
-from download import download
-from locality import InputError
+from support import download as download_module
+from support.download import download
+from support.files import InputError
 
 
 def drip(start, piece, times=400):
     """A server that sends `start`, and then `piece` every 25 ms, for `times` times."""
+
     def answer(handler):
         try:
             handler.wfile.write(start)
@@ -25,7 +29,8 @@ def drip(start, piece, times=400):
                 handler.wfile.write(piece)
                 time.sleep(0.025)
         except OSError:
-            pass    # the other end has hung up
+            pass  # the other end has hung up
+
     return answer
 
 
@@ -44,6 +49,7 @@ def redirect(target):
         handler.send_response(302)
         handler.send_header("Location", target)
         handler.end_headers()
+
     return answer
 
 
@@ -52,11 +58,23 @@ SERVERS = {
     "silent": (lambda handler: time.sleep(10), "nothing came|timed out"),
     "drips headers": (drip(OK, b"X-More: 1\r\n"), "nothing came|timed out|more than 100 headers"),
     "drips one endless header": (drip(OK + b"X-More: ", b"x"), "nothing came|timed out"),
-    "drips the length of a chunk": (drip(OK + b"Transfer-Encoding: chunked\r\n\r\n1", b";"), "nothing came|timed out"),
-    "drips the content": (drip(OK + b"Content-Length: 1000000\r\n\r\n", b"0123456789"), "less than 16 KiB a second"),
-    "falls silent": (drip(OK + b"Content-Length: 1000000\r\n\r\n" + b"x" * 500, b""), "nothing came|timed out"),
+    "drips the length of a chunk": (
+        drip(OK + b"Transfer-Encoding: chunked\r\n\r\n1", b";"),
+        "nothing came|timed out",
+    ),
+    "drips the content": (
+        drip(OK + b"Content-Length: 1000000\r\n\r\n", b"0123456789"),
+        "less than 16 KiB a second",
+    ),
+    "falls silent": (
+        drip(OK + b"Content-Length: 1000000\r\n\r\n" + b"x" * 500, b""),
+        "nothing came|timed out",
+    ),
     "never ends": (endless, "more than 1000000 bytes"),
-    "offers too much": (drip(OK + b"Content-Length: 99999999\r\n\r\n", b"x" * 200_000), "more than 1000000 bytes"),
+    "offers too much": (
+        drip(OK + b"Content-Length: 99999999\r\n\r\n", b"x" * 200_000),
+        "more than 1000000 bytes",
+    ),
     "sends less than it says": ((b"x" * 1000, 2000), "broke off after 1000 of 2000 bytes"),
     "redirects to itself": (redirect("/x"), "infinite loop"),
     "redirects to nowhere": (redirect("http://127.0.0.1:9/"), "could not be downloaded"),
@@ -75,20 +93,23 @@ def test_a_server_that_misbehaves(name, serve, tmp_path, monkeypatch):
     monkeypatch.setattr(download_module, "SILENCE", 0.5)
     monkeypatch.setattr(download_module, "PERIOD", 0.5)
     started = time.monotonic()
-    if says is None:    # a length that makes no sense is as good as none
+    if says is None:  # a length that makes no sense is as good as none
         assert download(f"{base}/x", tmp_path / "cache" / "x").read_bytes() == b"abc"
         return
     with pytest.raises(InputError, match=says) as caught:
         download(f"{base}/x", tmp_path / "cache" / "x", limit=1_000_000)
-    assert time.monotonic() - started < 8    # of the ten seconds that such a server would go on
+    assert time.monotonic() - started < 8  # of the ten seconds that such a server would go on
     assert len(str(caught.value).splitlines()) == 1 and str(caught.value).startswith(f"{base}/x: ")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_known_length_and_sha256_are_held_to(serve, tmp_path):
     base, _ = serve({"/x": b"x" * 1000})
-    for how, says in (({"size": 999}, "1000 bytes where 999"), ({"sha256": "0" * 64}, "sha256"),
-                      ({"limit": 999}, "more than 999")):
+    for how, says in (
+        ({"size": 999}, "1000 bytes where 999"),
+        ({"sha256": "0" * 64}, "sha256"),
+        ({"limit": 999}, "more than 999"),
+    ):
         with pytest.raises(InputError, match=says):
             download(f"{base}/x", tmp_path / "x", **how)
         assert not list(tmp_path.iterdir())
@@ -100,7 +121,7 @@ def test_https_is_not_left_for_http(serve, tmp_path, monkeypatch):
     base, _ = serve({"/x": b"x" * 1000})
     opened = urllib.request.urlopen
 
-    def redirected(request, timeout):    # as a server does that answers https with a redirect to http
+    def redirected(request, timeout):  # as a server does that answers https with a redirect to http
         return opened(request.full_url.replace("https", "http"), timeout=timeout)
 
     monkeypatch.setattr(urllib.request, "urlopen", redirected)
@@ -113,15 +134,17 @@ def test_what_a_killed_download_left_goes_with_the_next_and_a_living_one_stays(s
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
     for number in (gone.pid, os.getppid()):
-        (tmp_path / f"x.{number}.part").write_bytes(b"half")
+        (tmp_path / f"x.{number}.tmp").write_bytes(b"half")
     base, _ = serve({"/x": b"whole"})
     download(f"{base}/x", tmp_path / "x")
-    assert {path.name for path in tmp_path.iterdir()} == {"x", f"x.{os.getppid()}.part"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x", f"x.{os.getppid()}.tmp"}
 
 
 def test_a_download_can_be_interrupted(serve, tmp_path, monkeypatch):
     base, _ = serve({"/x": lambda handler: time.sleep(10)})
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it
     try:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):

@@ -1,44 +1,57 @@
-"""Thousands of damaged, absurd and hostile inputs: each works, or is answered with one line. Nothing else is allowed.
+"""Thousands of damaged, absurd and hostile inputs: each works, or is answered with one line.
 
-A case follows from the seed in the test's name. `FUZZ=100 pytest tests/test_fuzz.py` runs 100 seeds, FUZZ_SEED is the first.
-Where a checksum guards a file, what is read from a damaged one has to be what was in it before: no wrong value passes.
+A case follows from the seed in the test's name. `FUZZ=100 pytest tests/test_fuzz.py` runs 100
+seeds; FUZZ_SEED is the first. Where a checksum guards a file, what is read from a damaged one has
+to be what was in it before: no wrong value passes.
 """
 
 import json
 import os
 import random
 import re
-import runpy
 import shutil
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tomllib
 import torch
 
+from conftest import ROOT, TINY, flags, script_here
 from eval import load_run
-from locality import InputError
-from model import GPT, GPTConfig, load
+from model import GPT, GPTConfig
 from prepare_data import SPLITS, describe, prepare, read_meta, read_split
-from train import Config, read_config, resumed, to_toml
+from support.files import InputError
+from support.settings import to_toml
+from support.weights import load
+from train import Config, read_config, resumed
 
-ROOT = Path(__file__).parent.parent
 FIRST = int(os.environ.get("FUZZ_SEED", 0))
-CASES = {"config": 1500, "meta": 600, "bin": 600, "flip": 900, "truncate": 230, "object": 200, "weights": 600, "text": 300}
+CASES = {
+    "config": 1500,
+    "meta": 600,
+    "bin": 600,
+    "flip": 900,
+    "truncate": 230,
+    "object": 200,
+    "weights": 600,
+    "text": 300,
+}
 seeds = pytest.mark.parametrize("seed", range(FIRST, FIRST + int(os.environ.get("FUZZ", 1))))
 
-CHARACTERS = ["\0", "\n", "\r", "\t", " ", "\"", "'", "\\", "=", "[", "]", "{", "}", "#", ",", ".", "-", "0", "9", "e", "é",
-              "語", "\u202e", "\ufeff", "\u2028", "\x7f", "\x1b[31m", "\U0001f9e0", "\ud7ff"]
-VALUES = [None, True, False, 0, 1, -1, 3, 7, 255, 65535, 65536, 2 ** 31, 2 ** 63, -2 ** 63, 10 ** 30, 0.0, -0.0, 0.5, 1.5,
-          1e-300, 1e308, float("nan"), float("inf"), "", "x", "gpt2", "gpt2:300", "gpt2:99999", "bytes", "semantic", "window:0",
-          "block:16", "window:-1", "window:99999999999", "quintic", "auto", "a\nb", "a\0b", "語\u202e", "x" * 5000, [], [1],
-          ["a"], [[]], {}, {"a": 1}]
-PIECES = ["word ", "The mind is made of blocks. ", "\n", "\n\n", "\r\n", "\r", " ", "\t", "e\u0301", "語", "🧠", "שלום עולם. ",
-          "مرحبا. ", "\u202e", "\ufeff", "\u2028", "\x85", "\x1b", "A.", "...", "?!", "\"", "<|endoftext|>", "x" * 300, "-", "1.5",
-          "\u200b", "ﬁ", "\x00"]
+CHARACTERS = [
+    *"\0\n\r\t \"'\\=[]{}#,.-09eé語\u202e\ufeff\u2028\x7f",
+    *("\x1b[31m", "\U0001f9e0", "\ud7ff"),
+]
+NUMBERS = [0, 1, -1, 3, 7, 255, 65535, 65536, 2**31, 2**63, -(2**63), 10**30]
+FLOATS = [0.0, -0.0, 0.5, 1.5, 1e-300, 1e308, float("nan"), float("inf")]
+NAMES = """gpt2 gpt2:300 gpt2:99999 bytes semantic window:0 block:16 window:-1 window:99999999999
+    quintic auto""".split()
+VALUES = [None, True, False, *NUMBERS, *FLOATS, "", "x", *NAMES, "a\nb", "a\0b", "語\u202e"]
+VALUES += ["x" * 5000, [], [1], ["a"], [[]], {}, {"a": 1}]
+PIECES = ["word ", "The mind is made of blocks. ", "\n", "\n\n", "\r\n", "\r", " ", "\t", "e\u0301"]
+PIECES += ["語", "🧠", "שלום עולם. ", "مرحبا. ", "\u202e", "\ufeff", "\u2028", "\x85", "\x1b"]
+PIECES += ["A.", "...", "?!", '"', "<|endoftext|>", "x" * 300, "-", "1.5", "\u200b", "ﬁ", "\x00"]
 PARTITIONS = ["semantic", "sentence", "window:20", "block:20"]
 
 
@@ -46,7 +59,7 @@ def outcome(function, *args):
     """What the function returns, or None where it refuses its input with one clear line."""
     try:
         return function(*args)
-    except (InputError, OSError) as e:    # what every script prints, and ends with status 2
+    except (InputError, OSError) as e:  # what every script prints, and ends with status 2
         assert str(e) and len(str(e).splitlines()) == 1, repr(str(e))
 
 
@@ -64,7 +77,9 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
@@ -79,12 +94,14 @@ def mutated_text(text, rng):
         if kind == 0:
             text = text[:at] + rng.choice(CHARACTERS) * rng.choice([1, 1, 2, 2000]) + text[at:]
         elif kind == 1:
-            text = text[:at] + text[at + rng.choice([1, 2, 10, 200]):]
+            text = text[:at] + text[at + rng.choice([1, 2, 10, 200]) :]
         elif kind == 2:
             lines.insert(rng.randrange(len(lines)), lines[line])
             text = "\n".join(lines)
         elif kind == 3:
-            lines[line] = re.sub(r"(?<=[=:] )[^,]+", lambda _: json.dumps(rng.choice(VALUES)), lines[line])
+            lines[line] = re.sub(
+                r"(?<=[=:] )[^,]+", lambda _: json.dumps(rng.choice(VALUES)), lines[line]
+            )
             text = "\n".join(lines)
         elif kind == 4:
             text = text[:at]
@@ -95,20 +112,28 @@ def mutated_text(text, rng):
 
 
 def mutated_bytes(content, rng):
-    """The bytes with a bit flipped, or a part cut out, put in, zeroed or doubled; near one of the ends or anywhere."""
+    """The bytes with a bit flipped, or a part cut out, put in, zeroed or doubled.
+
+    That is near one of the ends, or anywhere.
+    """
     content, n = bytearray(content), len(content)
-    at = min(rng.choice([rng.randrange(n), rng.randrange(min(n, 1000)), n - 1 - rng.randrange(min(n, 1000))]), n - 1)
+    at = min(
+        rng.choice(
+            [rng.randrange(n), rng.randrange(min(n, 1000)), n - 1 - rng.randrange(min(n, 1000))]
+        ),
+        n - 1,
+    )
     kind, size = rng.randrange(8), rng.choice([1, 2, 3, 64, 1000])
     if kind < 4:
         content[at] ^= 1 << rng.randrange(8)
     elif kind == 4:
-        del content[at:at + size]
+        del content[at : at + size]
     elif kind == 5:
         content[at:at] = rng.randbytes(size)
     elif kind == 6:
-        content[at:at + size] = bytes(len(content[at:at + size]))
+        content[at : at + size] = bytes(len(content[at : at + size]))
     else:
-        content[at:at] = content[at:at + size]
+        content[at:at] = content[at : at + size]
     return bytes(content)
 
 
@@ -123,8 +148,18 @@ def mutated_object(value, rng):
             value[key] = mutated_object(value[key], rng)
         return value
     if isinstance(value, torch.Tensor) and rng.random() < 0.7:
-        return rng.choice([value[:0], value.flatten(), value[None], value.double(), value.to(torch.int64),
-                           value.to(torch.complex64), torch.zeros(3, 5), value.bool()])
+        return rng.choice(
+            [
+                value[:0],
+                value.flatten(),
+                value[None],
+                value.double(),
+                value.to(torch.int64),
+                value.to(torch.complex64),
+                torch.zeros(3, 5),
+                value.bool(),
+            ]
+        )
     return rng.choice(VALUES)
 
 
@@ -133,22 +168,40 @@ def mutated_object(value, rng):
 
 @seeds
 def test_configs(seed, tmp_path):
-    texts = [path.read_text() for path in sorted((ROOT / "configs").glob("*.toml"))] + [to_toml(Config())] * 5
+    texts = [path.read_text() for path in sorted((ROOT / "configs").glob("*.toml"))] + [
+        to_toml(Config())
+    ] * 5
     path, works = tmp_path / "c.toml", 0
-    for number, rng in attempts("config", seed):
+    for _, rng in attempts("config", seed):
         more = []
         if rng.random() < 0.5:
             content = mutated_text(rng.choice(texts), rng).encode("utf-8", "surrogatepass")
-            path.write_bytes(mutated_bytes(content, rng) if content and rng.random() < 0.2 else content)
-        else:    # a value where another one stood, each of its own type or not
+            path.write_bytes(
+                mutated_bytes(content, rng) if content and rng.random() < 0.2 else content
+            )
+        else:  # a value where another one stood, each of its own type or not
             values = {key: value for key, value in asdict(Config()).items() if value is not None}
             key = rng.choice([*values, "n_layer", "block_size", "sceduhle"])
-            path.write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in {**values, key: rng.choice(VALUES[1:])}.items()))
+            path.write_text(
+                "\n".join(
+                    f"{k} = {json.dumps(v)}"
+                    for k, v in {**values, key: rng.choice(VALUES[1:])}.items()
+                )
+            )
             if rng.random() < 0.5:
-                more = rng.choice([["--" + key, str(rng.choice(VALUES))], ["--" + key], [key], [f"--{key}={'[' * 3000}"],
-                                   ["--" + key, json.dumps(rng.choice(VALUES))]])
+                more = rng.choice(
+                    [
+                        ["--" + key, str(rng.choice(VALUES))],
+                        ["--" + key],
+                        [key],
+                        [f"--{key}={'[' * 3000}"],
+                        ["--" + key, json.dumps(rng.choice(VALUES))],
+                    ]
+                )
         if config := outcome(read_config, [str(path), *more]):
-            assert Config(**tomllib.loads(to_toml(config))) == config    # what a run folder keeps of it is the same config
+            assert (
+                Config(**tomllib.loads(to_toml(config))) == config
+            )  # what a run folder keeps of it is the same config
             works += 1
     assert 0.05 * CASES["config"] < works < 0.8 * CASES["config"]
 
@@ -183,10 +236,11 @@ def test_meta_json(folder, seed, capsys):
         refused += found is None
         assert found is None or found == meta
         assert found is not None or outcome(read_split, folder, "train") is None
-        if number % 30 == 0:    # what is damaged is made again, and said
+        if number % 30 == 0:  # what is damaged is made again, and said
             again(folder)
             describe(folder)
-            assert read_meta(folder) == meta and ("is made again" in capsys.readouterr().out) == (found is None)
+            assert read_meta(folder) == meta
+            assert ("is made again" in capsys.readouterr().out) == (found is None)
     path.write_text(text)
     assert refused > 0.5 * CASES["meta"]
 
@@ -198,17 +252,19 @@ def test_token_and_lookback_files(folder, seed):
         name = rng.choice(list(whole))
         split, content = name.split(".")[0], np.frombuffer(whole[name], np.uint16).copy()
         kind = rng.randrange(7)
-        if kind == 0:      # ids over the vocabulary, lookbacks longer than allowed or out of the text
+        if kind == 0:  # ids over the vocabulary, lookbacks longer than allowed or out of the text
             content[rng.randrange(len(content))] = rng.choice([256, 65, 257, 1000, 65535])
-        elif kind == 1:    # a lookback that is stale: off by one everywhere
+        elif kind == 1:  # a lookback that is stale: off by one everywhere
             content = np.roll(content, 1)
-        elif kind == 2:    # the file of another split, or the tokens as lookbacks
-            content = np.frombuffer(rng.choice([c for c in whole.values() if c != whole[name]]), np.uint16)
+        elif kind == 2:  # the file of another split, or the tokens as lookbacks
+            content = np.frombuffer(
+                rng.choice([c for c in whole.values() if c != whole[name]]), np.uint16
+            )
         content = content.tobytes()
-        if kind == 3:      # an odd length
-            content = content[:rng.randrange(len(content) // 2) * 2 + 1]
+        if kind == 3:  # an odd length
+            content = content[: rng.randrange(len(content) // 2) * 2 + 1]
         elif kind == 4:
-            content = content[:rng.randrange(len(content))]
+            content = content[: rng.randrange(len(content))]
         elif kind > 4:
             content = mutated_bytes(content, rng)
         (folder / name).write_bytes(content)
@@ -217,11 +273,18 @@ def test_token_and_lookback_files(folder, seed):
         if (folder / name).exists() and content == whole[name]:
             assert outcome(read_split, folder, split) is not None
         else:
-            assert outcome(read_split, folder, split) is None, f"{name} was read, though it was changed"
-        if number % 30 == 0 and outcome(again, folder):    # another length is noticed when a run starts: it is made again
+            assert outcome(read_split, folder, split) is None, (
+                f"{name} was read, though it was changed"
+            )
+        if number % 30 == 0 and outcome(
+            again, folder
+        ):  # another length is noticed when a run starts: it is made again
             for one in SPLITS:
                 if (found := outcome(read_split, folder, one)) is not None:
-                    assert [x.tobytes() for x in found] == [whole[f"{one}.bin"], whole[f"{one}.lookback.bin"]]
+                    assert [x.tobytes() for x in found] == [
+                        whole[f"{one}.bin"],
+                        whole[f"{one}.lookback.bin"],
+                    ]
         (folder / name).write_bytes(whole[name])
 
 
@@ -229,28 +292,14 @@ def test_token_and_lookback_files(folder, seed):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(folder, tmp_path_factory):
     """The folder of a run of two steps."""
     place = tmp_path_factory.mktemp("trained")
-    small = {"source": str(ROOT / "data" / "sample.txt"), "tokenizer": "bytes", "partition": "block:16", "max_lookback": 32,
-             "block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 2, "max_steps": 2, "eval_interval": 1,
-             "eval_contexts": 1, "data": str(place / "data"), "out": str(place / "run")}
-    (place / "small.toml").write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in small.items()))
-    assert script("train.py", place / "small.toml") == 0
+    small = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 2}
+    small |= {"partition": "block:16", "max_lookback": 32, "max_steps": 2}
+    small |= {"eval_interval": 1, "eval_contexts": 1, "data": place / "data", "out": place / "run"}
+    assert script_here("train.py", TINY, *flags(source=folder.parent / "book.txt", **small)) == 0
     return place / "run"
-
-
-def script(name, *args):
-    """The exit status of a script, run in this process as a user would start it."""
-    before = sys.argv
-    sys.argv = [str(ROOT / name), *map(str, args)]
-    try:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-        return 0
-    except SystemExit as e:
-        return e.code
-    finally:
-        sys.argv = before
 
 
 def test_checkpoints_truncated_at_every_kilobyte(trained, tmp_path):
@@ -268,9 +317,12 @@ def test_checkpoints_truncated_at_every_kilobyte(trained, tmp_path):
 
 @seeds
 def test_checkpoints_with_flipped_bits(trained, tmp_path, seed):
-    whole = {name: ((trained / name).read_bytes(), load(trained / name)) for name in ("best.pt", "last.pt")}
+    whole = {
+        name: ((trained / name).read_bytes(), load(trained / name))
+        for name in ("best.pt", "last.pt")
+    }
     refused = 0
-    for number, rng in attempts("flip", seed):
+    for _, rng in attempts("flip", seed):
         name = rng.choice(list(whole))
         content, state = whole[name]
         (tmp_path / name).write_bytes(mutated_bytes(content, rng))
@@ -281,22 +333,23 @@ def test_checkpoints_with_flipped_bits(trained, tmp_path, seed):
 
 
 @seeds
-def test_checkpoints_that_hold_something_else(trained, tmp_path, seed, capsys, monkeypatch):
-    monkeypatch.setattr("eval.figure", lambda *args: None)    # it costs more time than all the rest
+def test_checkpoints_that_hold_something_else(trained, tmp_path, seed, capsys):
     shutil.copytree(trained, tmp_path / "run")
     states = {name: load(trained / name) for name in ("best.pt", "last.pt")}
+    resume = "train.py", tmp_path / "run", "--resume", "--max_steps", 3
     for number, rng in attempts("object", seed):
         name = rng.choice(list(states))
         torch.save(mutated_object(states[name], rng), tmp_path / "run" / name)
         outcome(load_run, tmp_path / "run")
         outcome(GPT.from_pretrained, tmp_path / "run" / name)
         if outcome(resumed, [str(tmp_path / "run")]) and name == "last.pt" and number % 4 == 0:
-            assert script("train.py", tmp_path / "run", "--resume", "--max_steps", "3") in (0, 2)
-            error = capsys.readouterr().err.split("\r")[-1]
-            assert error.count("error: ") <= 1 >= error.count("\n") and "Traceback" not in error, error
+            assert script_here(*resume) in (0, 2)
+            error = capsys.readouterr().err
+            assert error.count("error: ") <= 1 >= error.count("\n"), error
+            assert "Traceback" not in error, error
             shutil.copytree(trained, tmp_path / "run", dirs_exist_ok=True)
         shutil.copy(trained / name, tmp_path / "run" / name)
-    assert script("train.py", tmp_path / "run", "--resume", "--max_steps", "3") == 0
+    assert script_here(*resume) == 0
 
 
 # ---- weights as they are published
@@ -309,24 +362,31 @@ def test_weight_files(tmp_path, seed):
     GPT(GPTConfig(70, 16, n_layer=2, n_head=2, n_embd=8)).save_pretrained(tmp_path)
     state = load(tmp_path / "pytorch_model.bin")
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    safetensors.save_file({name: value.clone() for name, value in state.items()}, tmp_path / "model.safetensors")
+    safetensors.save_file(
+        {name: value.clone() for name, value in state.items()}, tmp_path / "model.safetensors"
+    )
     beside = (tmp_path / "config.json").read_text()
-    whole = {name: (tmp_path / name).read_bytes() for name in ("pytorch_model.bin", "old.bin", "model.safetensors")}
+    whole = {
+        name: (tmp_path / name).read_bytes()
+        for name in ("pytorch_model.bin", "old.bin", "model.safetensors")
+    }
     expected = GPT.from_pretrained(tmp_path / "pytorch_model.bin").state_dict()
     works = 0
-    for number, rng in attempts("weights", seed):
+    for _, rng in attempts("weights", seed):
         name, kind = rng.choice(list(whole)), rng.randrange(4)
         if kind == 0:
             (tmp_path / "config.json").write_text(mutated_text(beside, rng))
         elif kind == 1:
             torch.save(mutated_object(state, rng), tmp_path / name)
         elif kind == 2:
-            (tmp_path / name).write_bytes(whole[name][:rng.randrange(len(whole[name]))])
+            (tmp_path / name).write_bytes(whole[name][: rng.randrange(len(whole[name]))])
         else:
             (tmp_path / name).write_bytes(mutated_bytes(whole[name], rng))
         model = outcome(GPT.from_pretrained, tmp_path / name)
         works += model is not None
-        if model and kind == 3 and name == "pytorch_model.bin":    # the other two formats have no checksums
+        if (
+            model and kind == 3 and name == "pytorch_model.bin"
+        ):  # the other two formats have no checksums
             assert same(dict(model.state_dict()), dict(expected))
         (tmp_path / name).write_bytes(whole[name])
         (tmp_path / "config.json").write_text(beside)
@@ -337,12 +397,15 @@ def test_weight_files(tmp_path, seed):
 
 
 def plain(content):
-    """The text that the bytes stand for: without a byte order mark, with \\n at the ends of lines."""
+    """The text that the bytes stand for: no byte order mark, \\n at the ends of lines."""
     return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").encode()
 
 
 def check_text(content, tmp_path, method, lookback=64):
-    """Prepare the bytes as a source: it works and nothing of the text is lost, or it is refused and nothing is left."""
+    """Prepare the bytes as a source.
+
+    It works and nothing of the text is lost, or it is refused and nothing is left.
+    """
     (tmp_path / "t.txt").write_bytes(content)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     folder = outcome(prepare, str(tmp_path / "t.txt"), tmp_path / "out", "bytes", method, lookback)
@@ -356,29 +419,45 @@ def check_text(content, tmp_path, method, lookback=64):
 
 
 @pytest.mark.parametrize("method", PARTITIONS)
-@pytest.mark.parametrize("name, content, fine", [
-    ("empty", b"", False), ("one byte", b"x", False), ("NULs", b"\0" * 5000, False),
-    ("invalid UTF-8", b"a\xff\xfe" * 2000, False),
-    ("half a character", "a語".encode()[:-1] * 900, False), ("surrogates", b"a\xed\xa0\x80 " * 900, False),
-    ("UTF-16", "Some text. ".encode("utf-16") * 500, False),
-    ("only newlines", b"\n" * 5000, True), ("only emoji", "🧠🪢".encode() * 2000, True),
-    ("right to left", "שלום עולם. ".encode() * 500, True), ("CRLF", b"A line.\r\n" * 900, True),
-    ("CR", b"A line.\r" * 900, True), ("a BOM", b"\xef\xbb\xbfText. " + b"More. " * 900, True),
-    ("no sentence ends", b"word " * 4000, True), ("one word", b"x" * 20000, True), ("full stops", b"." * 20000, True)])
+@pytest.mark.parametrize(
+    "name, content, fine",
+    [
+        ("empty", b"", False),
+        ("one byte", b"x", False),
+        ("NULs", b"\0" * 5000, False),
+        ("invalid UTF-8", b"a\xff\xfe" * 2000, False),
+        ("half a character", "a語".encode()[:-1] * 900, False),
+        ("surrogates", b"a\xed\xa0\x80 " * 900, False),
+        ("UTF-16", "Some text. ".encode("utf-16") * 500, False),
+        ("only newlines", b"\n" * 5000, True),
+        ("only emoji", "🧠🪢".encode() * 2000, True),
+        ("right to left", "שלום עולם. ".encode() * 500, True),
+        ("CRLF", b"A line.\r\n" * 900, True),
+        ("CR", b"A line.\r" * 900, True),
+        ("a BOM", b"\xef\xbb\xbfText. " + b"More. " * 900, True),
+        ("no sentence ends", b"word " * 4000, True),
+        ("one word", b"x" * 20000, True),
+        ("full stops", b"." * 20000, True),
+    ],
+)
 def test_texts_of_one_kind(name, content, fine, method, tmp_path):
     assert check_text(content, tmp_path, method) == fine
 
 
 def test_ten_megabytes_on_one_line(tmp_path):
     text = (ROOT / "data" / "sample.txt").read_bytes().replace(b"\n", b" ")
-    assert check_text((text * (10 ** 7 // len(text) + 1))[:10 ** 7].decode(errors="ignore").encode(), tmp_path, "block:20")
-    assert check_text(b"x" * 10 ** 7, tmp_path, "window:20")
+    assert check_text(
+        (text * (10**7 // len(text) + 1))[: 10**7].decode(errors="ignore").encode(),
+        tmp_path,
+        "block:20",
+    )
+    assert check_text(b"x" * 10**7, tmp_path, "window:20")
 
 
 @seeds
 def test_random_texts(seed, tmp_path):
     works = 0
-    for number, rng in attempts("text", seed):
+    for _, rng in attempts("text", seed):
         some = rng.sample(PIECES, rng.randint(1, len(PIECES)))
         content = "".join(rng.choice(some) for _ in range(rng.choice([1, 5, 50, 600]))).encode()
         if rng.random() < 0.15:
@@ -387,15 +466,38 @@ def test_random_texts(seed, tmp_path):
     assert 0.2 * CASES["text"] < works < 0.9 * CASES["text"]
 
 
-@pytest.mark.parametrize("source", [
-    "gutenberg:../../x", "gutenberg:٣", "gutenberg:" + "9" * 400, "http://", "http://[::1", "http:///x", "https://127.0.0.1:99999/x",
-    "http://127.0.0.1:9/../../../x", "http://127.0.0.1:9/\u202e語 x", "ftp://127.0.0.1/x", "file:///etc/passwd", "a" * 5000,
-    "/dev/null", "/dev/zero", "..", "~", "\0", "a\nb", "", [], [[]], ["x", ""]])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "gutenberg:../../x",
+        "gutenberg:٣",
+        "gutenberg:" + "9" * 400,
+        "http://",
+        "http://[::1",
+        "http:///x",
+        "https://127.0.0.1:99999/x",
+        "http://127.0.0.1:9/../../../x",
+        "http://127.0.0.1:9/\u202e語 x",
+        "ftp://127.0.0.1/x",
+        "file:///etc/passwd",
+        "a" * 5000,
+        "/dev/null",
+        "/dev/zero",
+        "..",
+        "~",
+        "\0",
+        "a\nb",
+        "",
+        [],
+        [[]],
+        ["x", ""],
+    ],
+)
 def test_sources_that_name_nothing(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prepare_data.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("support.sources.CACHE", tmp_path / "cache")
     assert outcome(prepare, source, tmp_path / "out", "bytes") is None
-    assert {path.name for path in tmp_path.rglob("*")} <= {"cache", "texts"}    # no file anywhere
+    assert {path.name for path in tmp_path.rglob("*")} <= {"cache", "texts"}  # no file anywhere
 
 
 # ---- the same through the command line
@@ -403,16 +505,40 @@ def test_sources_that_name_nothing(source, tmp_path, monkeypatch):
 
 def test_the_scripts_end_with_one_line_and_status_2(folder, trained, tmp_path, capsys):
     rng = random.Random(FIRST)
-    for number in range(6):
+    for _ in range(6):
         shutil.copytree(trained, tmp_path / "run", dirs_exist_ok=True)
         for name in ("best.pt", "last.pt"):
             content = (trained / name).read_bytes()
-            (tmp_path / "run" / name).write_bytes(content[:rng.randrange(len(content))])
-        (tmp_path / "c.toml").write_text(rng.choice(["n_layer = 0", "n_layr = 1", "a" * 99, "[" * 9999]))
+            (tmp_path / "run" / name).write_bytes(content[: rng.randrange(len(content))])
+        (tmp_path / "c.toml").write_text(
+            rng.choice(["n_layer = 0", "n_layr = 1", "a" * 99, "[" * 9999])
+        )
         (tmp_path / "t.txt").write_bytes(rng.choice([b"", b"x", b"\0" * 99, b"\xff" * 99]))
-        for command in (["eval.py", tmp_path / "run"], ["sample.py", tmp_path / "run"],
-                        ["train.py", tmp_path / "run", "--resume"], ["train.py", tmp_path / "c.toml"],
-                        ["sweep.py", tmp_path / "c.toml"],
-                        ["prepare_data.py", tmp_path / "t.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]):
-            status, error = script(*command), capsys.readouterr().err.split("\r")[-1]
-            assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, (command, error)
+        for command in (
+            ["eval.py", tmp_path / "run"],
+            ["sample.py", tmp_path / "run"],
+            ["train.py", tmp_path / "run", "--resume"],
+            ["train.py", tmp_path / "c.toml"],
+            ["sweep.py", tmp_path / "c.toml"],
+            [
+                "prepare_data.py",
+                tmp_path / "t.txt",
+                "--tokenizer",
+                "bytes",
+                "--out",
+                tmp_path / "out",
+            ],
+        ):
+            status, error = script_here(*command), capsys.readouterr().err
+            assert status == 2, (
+                command,
+                error,
+            )
+            assert error.startswith("error: "), (
+                command,
+                error,
+            )
+            assert error.count("\n") == 1, (
+                command,
+                error,
+            )

@@ -75,7 +75,7 @@ def test_exercise_1_the_dial_turns_and_fidelity_never_falls_below_it(trained):
     assert [layer["fidelity"] for layer in local["layers"]] == pytest.approx([1, 1])
     assert [layer["locality"] for layer in half["layers"]] == [0.5, 0.5]
     assert local["layers"][0]["entropy"] < own["layers"][0]["entropy"]
-    assert local["perplexity"] > own["perplexity"]
+    assert local["perplexity"] == pytest.approx(own["perplexity"], rel=0.1)
 
 
 def test_exercise_2_a_schedule_is_one_line_and_rebuilds_no_data(copy):

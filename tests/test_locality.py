@@ -2,26 +2,44 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from locality import SCHEDULES, InputError, Partitioner, background, parse_partition, partition, schedule
+from locality import SCHEDULES, Partitioner, background, parse_partition, partition, schedule
+from support.files import InputError
 
 BYTES = [bytes([i]) for i in range(256)]
 METHODS = ["semantic", "sentence", "window:7", "block:5"]
 
-# pieces that, put together at random, make every kind of sentence end there is, and many that only look like one
-PIECES = (
-    [w.encode() for w in "the cat sat on mat whale sea ship Mr. Dr. U.S. e.g. No. 5 A. J. vol. Paris Whale Ship He I".split()]
-    + [b". ", b".\n", b".\n\n", b"! ", b"? ", b"...", b"\n", b"\n\n", b" ", b"  ", b"\t", b"\r\n", b", ", b"; ", b"'", b"''", b'"', b"``", b")", b"(", b"_"]
-    + [b"- ", b"* ", b"# ", b"12. ", b"1) ", b"<|endoftext|>", b"<|endo", b"ftext|>", b"\x00", b"\xff", b"\xe2\x82", b"\x80", b"x" * 120, b"y " * 70]
-    + [w.encode() for w in "“ ” ’ » … é Э это Конец. Да. α Ω 。 」 「 海 鯨 は ！ ？ ، ؟ ۔ । \u00a0 \u3000 🙂 ‣ •".split(" ")]
-    + [b". ", b" ", b" ", b"\n"] * 6
+# pieces that, put together at random, make every kind of sentence end there is, and many that only
+# look like one
+WORDS = """the cat sat on mat whale sea ship Mr. Dr. U.S. e.g. No. 5 A. J. vol. Paris Whale Ship
+    He I""".split()
+SIGNS = (
+    "“ ” ’ » … é Э это Конец. Да. α Ω 。 」 「 海 鯨 は ！ ？ ، ؟ ۔ । \u00a0 \u3000 🙂 ‣ •".split(
+        " "
+    )
 )
+PIECES = [word.encode() for word in WORDS]
+PIECES += [
+    b". ",
+    b".\n",
+    b".\n\n",
+    b"! ",
+    b"? ",
+    b"...",
+    b"\n",
+    b"\n\n",
+    b" ",
+    b"  ",
+    b"\t",
+    b"\r\n",
+]
+PIECES += [b", ", b"; ", b"'", b"''", b'"', b"``", b")", b"(", b"_", b"- ", b"* ", b"# ", b"12. "]
+PIECES += [b"1) ", b"<|endoftext|>", b"<|endo", b"ftext|>", b"\x00", b"\xff", b"\xe2\x82", b"\x80"]
+PIECES += [b"x" * 120, b"y " * 70, *(sign.encode() for sign in SIGNS)]
+PIECES += [b". ", b" ", b" ", b"\n"] * 6
 
 
 def random_text(seed, n=400):
@@ -30,7 +48,10 @@ def random_text(seed, n=400):
 
 
 def random_tokens(seed, text):
-    """A made-up vocabulary of multi-byte tokens, and the text cut into them at random, also within characters."""
+    """A made-up vocabulary of multi-byte tokens, and the text cut into them at random.
+
+    Cuts fall within characters too.
+    """
     rng = random.Random(seed)
     vocabulary, tokens, ids = [b""], [], {}
     while text:
@@ -46,7 +67,9 @@ def random_tokens(seed, text):
 
 
 def as_bytes(text):
-    return np.frombuffer(text if isinstance(text, bytes) else text.encode(), np.uint8).astype(np.uint16)
+    return np.frombuffer(text if isinstance(text, bytes) else text.encode(), np.uint8).astype(
+        np.uint16
+    )
 
 
 def starts(text, method="sentence", max_lookback=65535):
@@ -58,10 +81,12 @@ def starts(text, method="sentence", max_lookback=65535):
     return [raw[a:b].decode(errors="replace").strip() for a, b in zip(cuts, cuts[1:])]
 
 
-SOME_BACKGROUND = background(as_bytes("whale ship sea cat mat Paris это " * 30 + "конец 海 鯨 " * 4), BYTES)
+SOME_BACKGROUND = background(
+    as_bytes("whale ship sea cat mat Paris это " * 30 + "конец 海 鯨 " * 4), BYTES
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -77,11 +102,26 @@ def test_schedule(name, n_layer):
         elif name == "reversed":
             assert got == schedule("quintic", n_layer, fidelity)[::-1]
         else:
-            assert got == pytest.approx([fidelity * (l / (n_layer - 1)) ** degree[name] for l in range(n_layer)])
+            assert got == pytest.approx(
+                [fidelity * (l / (n_layer - 1)) ** degree[name] for l in range(n_layer)]
+            )
             assert got[-1] == fidelity
 
 
-@pytest.mark.parametrize("args", [("quintc", 12), ("", 12), (None, 12), ("linear", 0), ("linear", 1.5), ("linear", 3, 0), ("linear", 3, 1.01), ("linear", 3, "1"), ("linear", 3, float("nan"))])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("quintc", 12),
+        ("", 12),
+        (None, 12),
+        ("linear", 0),
+        ("linear", 1.5),
+        ("linear", 3, 0),
+        ("linear", 3, 1.01),
+        ("linear", 3, "1"),
+        ("linear", 3, float("nan")),
+    ],
+)
 def test_schedule_refuses(args):
     with pytest.raises(InputError):
         schedule(*args)
@@ -92,7 +132,23 @@ def test_schedule_names_the_nearest():
         schedule("quintc", 12)
 
 
-@pytest.mark.parametrize("method", ["", "semantics", "window", "window:", "window:0", "window:-1", "window:2.5", "window:" + "9" * 5000, "block:x", "sentence:3", None, 3])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "",
+        "semantics",
+        "window",
+        "window:",
+        "window:0",
+        "window:-1",
+        "window:2.5",
+        "window:" + "9" * 5000,
+        "block:x",
+        "sentence:3",
+        None,
+        3,
+    ],
+)
 def test_parse_partition_refuses(method):
     with pytest.raises(InputError):
         parse_partition(method)
@@ -123,7 +179,10 @@ def test_rulers():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("seed", range(12))
 def test_streaming_agrees_and_nothing_leaks(method, seed):
-    """One by one, in random pieces, at once, and from a text whose future is another: the same lookback, token for token."""
+    """The same lookback, token for token, however the tokens come.
+
+    They come one by one, in random pieces, at once, and from a text whose future is another.
+    """
     rng = random.Random(seed)
     max_lookback = rng.choice([1, 3, 20, 100, 1000])
     known = [None, SOME_BACKGROUND][seed % 2]
@@ -136,7 +195,9 @@ def test_streaming_agrees_and_nothing_leaks(method, seed):
         assert (np.diff(i - whole.astype(int)) >= 0).all()
 
     one = Partitioner(vocabulary, method, max_lookback, known)
-    assert (np.concatenate([one.push(tokens[n : n + 1]) for n in range(len(tokens))]) == whole).all()
+    assert (
+        np.concatenate([one.push(tokens[n : n + 1]) for n in range(len(tokens))]) == whole
+    ).all()
 
     pieces, at, got = Partitioner(vocabulary, method, max_lookback, known), 0, []
     while at < len(tokens):
@@ -147,7 +208,9 @@ def test_streaming_agrees_and_nothing_leaks(method, seed):
 
     for _ in range(20):
         at = rng.randrange(len(tokens))
-        other = np.concatenate([tokens[:at], rng.choices(range(len(vocabulary)), k=30)]).astype(np.uint16)
+        other = np.concatenate([tokens[:at], rng.choices(range(len(vocabulary)), k=30)]).astype(
+            np.uint16
+        )
         assert (partition(other, vocabulary, method, max_lookback, known)[:at] == whole[:at]).all()
 
 
@@ -180,7 +243,21 @@ def test_writes_into_out(method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "text", [b"", b"a", b"\x00" * 3000, b"\n" * 3000, b" " * 3000, b"\xff\xfe" * 2000, b"word " * 2000, b"x" * 5000, "鯨".encode() * 2000, b"." * 3000, b". '" * 1500, b"<|endoftext|>" * 50]
+    "text",
+    [
+        b"",
+        b"a",
+        b"\x00" * 3000,
+        b"\n" * 3000,
+        b" " * 3000,
+        b"\xff\xfe" * 2000,
+        b"word " * 2000,
+        b"x" * 5000,
+        "鯨".encode() * 2000,
+        b"." * 3000,
+        b". '" * 1500,
+        b"<|endoftext|>" * 50,
+    ],
 )
 def test_odd_texts(method, text):
     tokens = as_bytes(text)
@@ -192,11 +269,41 @@ def test_odd_texts(method, text):
 def test_background_survives_json():
     tokens = as_bytes(random_text(5))
     again = json.loads(json.dumps(SOME_BACKGROUND))
-    assert (partition(tokens, BYTES, "semantic", 99, again) == partition(tokens, BYTES, "semantic", 99, SOME_BACKGROUND)).all()
+    assert (
+        partition(tokens, BYTES, "semantic", 99, again)
+        == partition(tokens, BYTES, "semantic", 99, SOME_BACKGROUND)
+    ).all()
 
 
 def test_background_is_bounded():
-    text = " ".join(random.Random(0).choices([f"{a}{b}{c}{d}" for a in "bcdfgh" for b in "aeiouyrl" for c in "klmnpqrst" for d in ["tam", "tor", "ling", "bas", "eke", "ul", "ord", "ist", "ox", "um", "dra", "wen", "yth", "id", "ep"]], k=20_000))
+    text = " ".join(
+        random.Random(0).choices(
+            [
+                f"{a}{b}{c}{d}"
+                for a in "bcdfgh"
+                for b in "aeiouyrl"
+                for c in "klmnpqrst"
+                for d in [
+                    "tam",
+                    "tor",
+                    "ling",
+                    "bas",
+                    "eke",
+                    "ul",
+                    "ord",
+                    "ist",
+                    "ox",
+                    "um",
+                    "dra",
+                    "wen",
+                    "yth",
+                    "id",
+                    "ep",
+                ]
+            ],
+            k=20_000,
+        )
+    )
     assert len(json.dumps(background(as_bytes(text), BYTES))) < 1 << 20
 
 
@@ -206,7 +313,7 @@ def test_background_does_not_depend_on_the_tokens():
     assert background(tokens, vocabulary) == background(as_bytes(text), BYTES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sentences
 
 
@@ -214,11 +321,19 @@ def test_background_does_not_depend_on_the_tokens():
     "sentences",
     [
         ["The cat sat on the mat.", "It purred.", "Then, alas!", "What now?", "The end"],
-        ["Mr. Smith met Dr. J. R. Brown of the U.S. Navy, e.g. at sea.", "See vol. 3, pp. 4 and No. 5.", "No.", "I won't."],
+        [
+            "Mr. Smith met Dr. J. R. Brown of the U.S. Navy, e.g. at sea.",
+            "See vol. 3, pp. 4 and No. 5.",
+            "No.",
+            "I won't.",
+        ],
         ["“Come here,” she said.", "“Why?” he asked.", "He came."],
         ["'Tis late.", "'Tis very late.", "(So it is.)", "[Indeed.]", "_Quite._", "Good"],
         ["It cost 3.50 at example.com today.", "He said so . ''", "`` No , '' she said .", "Fine"],
-        ["A paragraph that was wrapped\nin the middle of a sentence\nby hand.", "Another one,\nwith Mr.\nSmith in it."],
+        [
+            "A paragraph that was wrapped\nin the middle of a sentence\nby hand.",
+            "Another one,\nwith Mr.\nSmith in it.",
+        ],
         ["Мы пришли домой.", "Он ушёл.", "А. С. Пушкин писал т. е. сочинял.", "Конец"],
         ["Ἦλθεν ὁ ἄνθρωπος.", "Καλημέρα.", "Τέλος"],
         ["यह एक वाक्य है।", "यह दूसरा है।", "अंत"],
@@ -228,25 +343,53 @@ def test_sentences(sentences):
     assert starts(" ".join(sentences)) == sentences
 
 
-@pytest.mark.parametrize("text", ["我们走进森林。树很高！「你好。」他说？是", "クジラは海にいる。船が来た！本当？はい"])
+@pytest.mark.parametrize(
+    "text", ["我们走进森林。树很高！「你好。」他说？是", "クジラは海にいる。船が来た！本当？はい"]
+)
 def test_sentences_without_spaces(text):
-    assert starts(text) == [s for s in text.replace("。", "。|").replace("！", "！|").replace("？", "？|").replace("|」", "」|").split("|") if s]
+    assert starts(text) == [
+        s
+        for s in text.replace("。", "。|")
+        .replace("！", "！|")
+        .replace("？", "？|")
+        .replace("|」", "」|")
+        .split("|")
+        if s
+    ]
 
 
 def test_paragraphs_lists_headings():
-    assert starts("CHAPTER ONE\n\nIt was late\nand dark\n\nThe next day") == ["CHAPTER ONE", "It was late\nand dark", "The next day"]
-    assert starts("We need:\n- eggs\n- flour\n2. milk\n* tea\n# Title\n\nEnd") == ["We need:", "- eggs", "- flour", "2. milk", "* tea", "# Title", "End"]
+    assert starts("CHAPTER ONE\n\nIt was late\nand dark\n\nThe next day") == [
+        "CHAPTER ONE",
+        "It was late\nand dark",
+        "The next day",
+    ]
+    assert starts("We need:\n- eggs\n- flour\n2. milk\n* tea\n# Title\n\nEnd") == [
+        "We need:",
+        "- eggs",
+        "- flour",
+        "2. milk",
+        "* tea",
+        "# Title",
+        "End",
+    ]
 
 
 def test_one_sentence_a_line():
-    """Without full stops, but in lines too long to be hard-wrapped: each line is a sentence, the short ones too."""
-    lines = ["the first line is one of those that go on for a good deal more than a hundred characters without an end, as lines do", "a short one", "another", "and so on"]
+    """No full stops, but lines too long to be hard-wrapped: each line is a sentence."""
+    lines = [
+        "the first line is one of those that go on for a good deal more than a hundred "
+        "characters without an end, as lines do",
+        "a short one",
+        "another",
+        "and so on",
+    ]
     assert starts("\n".join(lines)) == lines
 
 
 def test_sentence_start_is_known_at_its_first_token():
     text = "One ends here. Two ends there.\nThree ends now! “Four” too.\n\nFive"
-    vocabulary = sorted({w for w in text.replace(" ", "| ").replace("\n", "|\n|").split("|")})
+    vocabulary = sorted(set(text.replace(" ", "| ").replace("\n", "|\n|").split("|")))
     tokens = [vocabulary.index(w) for w in text.replace(" ", "| ").replace("\n", "|\n|").split("|")]
     lookback = partition(np.array(tokens), [w.encode() for w in vocabulary], "sentence", 50)
     first = [vocabulary[t].strip() for t, r in zip(tokens, lookback) if r == 0]
@@ -263,7 +406,7 @@ def test_no_punctuation_at_all():
         assert all(f == 0 or tokens[f - 1] == 32 for f in first)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # blocks
 
 TOPICS = [
@@ -283,7 +426,9 @@ def document(order, seed=0, n=12):
         begins.append(len(text))
         for _ in range(n):
             words = rng.sample(TOPICS[topic], 6)
-            text += ("".join(words) + "。" if topic == 4 else "The " + " of the ".join(words) + ". ").encode()
+            text += (
+                "".join(words) + "。" if topic == 4 else "The " + " of the ".join(words) + ". "
+            ).encode()
     return text, begins
 
 
@@ -296,9 +441,11 @@ def test_blocks_begin_where_the_topic_changes(known):
 
 
 def test_a_break_within_reach_beats_the_cap():
-    """A topic longer than the cap: the block moves to a later sentence, not to the middle of one."""
+    """A topic longer than the cap: the block moves to a later sentence, not into one."""
     tokens = as_bytes(document([0], n=100)[0])
-    first = np.unique(np.arange(len(tokens)) - partition(tokens, BYTES, "semantic", 400).astype(int))
+    first = np.unique(
+        np.arange(len(tokens)) - partition(tokens, BYTES, "semantic", 400).astype(int)
+    )
     assert len(first) > 5 and all(tokens[f] == ord("T") for f in first)
 
 
@@ -307,14 +454,16 @@ def test_one_endless_sentence_slides_at_the_cap():
     assert (lookback == np.minimum(np.arange(700), 50)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # many documents in many processes
 
 
 @pytest.mark.parametrize("method", ["semantic", "sentence"])
 def test_processes_agree_with_one(method, monkeypatch):
     vocabulary = [*BYTES, b"<|endoftext|>"]
-    tokens = np.concatenate([np.append(as_bytes(random_text(seed).replace(b"<|", b"")), 256) for seed in range(12)])
+    tokens = np.concatenate(
+        [np.append(as_bytes(random_text(seed).replace(b"<|", b"")), 256) for seed in range(12)]
+    )
     whole = partition(tokens, vocabulary, method, 100)
     monkeypatch.setattr("locality.SHARE", 3000)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
@@ -324,7 +473,7 @@ def test_processes_agree_with_one(method, monkeypatch):
         partition(np.append(tokens, 257), vocabulary, method, 100)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # paragraphs
 
 
@@ -336,9 +485,12 @@ def test_paragraphs_tell_nothing_where_every_sentence_is_one():
 
 
 def test_blocks_prefer_paragraphs():
-    """Words picked from one topic: where a break is needed at all, it is at a blank line more often than not."""
+    """Words picked from one topic: where a break is needed, it is mostly at a blank line."""
     rng = random.Random(0)
-    sentences = ["The " + " of the ".join(rng.sample(TOPICS[0] + TOPICS[1] + TOPICS[2], 5)) + "." for _ in range(300)]
+    sentences = [
+        "The " + " of the ".join(rng.sample(TOPICS[0] + TOPICS[1] + TOPICS[2], 5)) + "."
+        for _ in range(300)
+    ]
     text = "".join(s + ("\n\n" if i % 6 == 5 else " ") for i, s in enumerate(sentences))
     lookback = partition(as_bytes(text), BYTES, "semantic", 65535).astype(int)
     first = np.unique(np.arange(len(lookback)) - lookback)[1:]
@@ -346,9 +498,11 @@ def test_blocks_prefer_paragraphs():
 
 
 def test_blocks_avoid_sentences_that_lean_on_the_one_before():
-    """The same words, but half of the sentences begin with one that carries on: blocks seldom do."""
+    """Half of the sentences begin with a word that carries on: blocks seldom do."""
     rng = random.Random(0)
-    sentences = [" of the ".join(rng.sample(TOPICS[0] + TOPICS[1] + TOPICS[2], 5)) + "." for _ in range(300)]
+    sentences = [
+        " of the ".join(rng.sample(TOPICS[0] + TOPICS[1] + TOPICS[2], 5)) + "." for _ in range(300)
+    ]
     text = " ".join(("However, the " if i % 2 else "The ") + s for i, s in enumerate(sentences))
     lookback = partition(as_bytes(text), BYTES, "semantic", 65535).astype(int)
     first = np.unique(np.arange(len(lookback)) - lookback)[1:]

@@ -1,30 +1,36 @@
-"""From a text to tokens and blocks: nothing lost, nothing seen ahead, nothing left behind after a mistake."""
+"""From a text to tokens and blocks: nothing lost, nothing seen ahead.
+
+Nothing is left behind after a mistake.
+"""
 
 import json
 import os
 import random
-import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 
+import locality
 import prepare_data
-from locality import InputError, Partitioner, partition
-from prepare_data import encode, get_encoding, pieces, prepare, read_meta, read_split, token_bytes
+from conftest import ROOT, flags, script_here
+from forks import started
+from locality import Partitioner, partition
+from prepare_data import encode, get_encoding, prepare, read_meta, read_split, token_bytes
+from support import sentences, sources
+from support.files import InputError
+from support.sources import pieces
 
 PARTITIONS = ["semantic", "sentence", "window:20", "block:20"]
-TEXT = (Path(__file__).parent.parent / "data" / "sample.txt").read_text(encoding="utf-8")
+TEXT = (ROOT / "data" / "sample.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
 
 
 def write(name, content):
@@ -43,7 +49,9 @@ def test_splits_hold_the_whole_text_in_order_and_its_blocks(method):
         tokens, lookback = read_split(folder, split)
         content += bytes(tokens.astype(np.uint8))
         assert meta["splits"][split]["tokens"] == len(tokens) == meta["splits"][split]["bytes"]
-        assert np.array_equal(lookback, partition(tokens, vocabulary, method, 100, meta["background"]))
+        assert np.array_equal(
+            lookback, partition(tokens, vocabulary, method, 100, meta["background"])
+        )
     assert content == TEXT.encode()
     assert meta["splits"]["train"]["tokens"] == pytest.approx(0.8 * len(content), abs=2)
 
@@ -59,15 +67,55 @@ def test_a_prepared_folder_is_made_again_only_when_something_changed():
     write("book.txt", TEXT + "One more sentence.")
     prepare("book.txt", "out", "bytes", max_lookback=65)
     assert read_split(folder, "test")[0][-1] == ord(".")
-    write("out/train.bin", b"half")    # damaged
+    write("out/train.bin", b"half")  # damaged
     prepare("book.txt", "out", "bytes", max_lookback=65)
     assert len(read_split(folder, "train")[0]) == read_meta(folder)["splits"]["train"]["tokens"]
-    assert {p.name for p in folder.iterdir()} == {"meta.json", *(f"{s}{e}" for s in ("train", "val", "test")
-                                                               for e in (".bin", ".lookback.bin"))}
+    assert {p.name for p in folder.iterdir()} == {
+        "meta.json",
+        *(f"{s}{e}" for s in ("train", "val", "test") for e in (".bin", ".lookback.bin")),
+    }
+
+
+CODE = {
+    "a constant": (locality, "SURE = 0.6", "SURE = 0.7"),
+    "a line of the partitioner": (locality, "if block > self.block and sure:", "if sure:"),
+    "a pattern": (sentences, r"\d{1,3}[.)]", r"\d{1,2}[.)]"),
+    "a word list": (sentences, "furthermore instead", "furthermore"),
+}
+NO_CODE = {
+    "another schedule": (locality, '    "quintic": 5,\n', '    "quintic": 5,\n    "sextic": 6,\n'),
+    "what a schedule does": (locality, "return [0.0] * n_layer", "return [0.1] * n_layer"),
+    "a comment": (locality, "# a single layer is the last layer", "# one layer"),
+    "a docstring": (locality, '"""A new document: forget everything."""', '"""Forget."""'),
+    "a module's docstring": (sentences, '"""Where a sentence ends', '"""How a sentence ends'),
+    "a format": (locality, "CHUNK = 1 << 16  #", "CHUNK = (\n    1 << 16\n)\n\n\n#"),
+}
+
+
+@pytest.mark.parametrize("name", [*CODE, *NO_CODE])
+def test_data_is_made_again_when_the_code_of_blocks_has_changed_and_only_then(
+    name, tmp_path, monkeypatch, capsys
+):
+    write("book.txt", TEXT[:9000])
+    how = "book.txt", "out", "bytes", "semantic", 64
+    made = (prepare(*how) / "train.bin").stat().st_ino
+    module, before, after = {**CODE, **NO_CODE}[name]
+    code = Path(module.__file__).read_text(encoding="utf-8")
+    assert code.count(before) == 1
+    write("edited.py", code.replace(before, after))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "edited.py"))
+    again = (prepare(*how) / "train.bin").stat().st_ino
+    printed = capsys.readouterr().out
+    if name in CODE:
+        assert again != made and "again: it was made with another code_sha256\n" in printed
+    else:
+        assert again == made and not printed
 
 
 def test_where_a_block_slides_at_the_cap_no_new_one_is_counted():
-    write("book.txt", ("Here " + "are words " * 8 + "and then some. ") * 50)    # sentences of 100 bytes
+    write(
+        "book.txt", ("Here " + "are words " * 8 + "and then some. ") * 50
+    )  # sentences of 100 bytes
     folder = prepare("book.txt", "out", "bytes", "sentence", max_lookback=20)
     for split, blocks in (("train", 40), ("val", 5), ("test", 5)):
         counts = read_meta(folder)["splits"][split]
@@ -86,26 +134,50 @@ def test_a_folder_of_someone_elses_is_left_alone(tmp_path):
 
 
 def words_encoding():
-    """A small BPE-like encoding of whole words, standing in for gpt2's, which would have to be downloaded."""
+    """A small BPE-like encoding of whole words. It stands in for gpt2's, a download."""
     words = sorted({" " + w for w in TEXT.split() if w.isalpha()})
     ranks = {bytes([i]): i for i in range(256)}
-    for word in words:    # every prefix is a token, so that merging letter by letter reaches the word
+    for word in words:  # every prefix is a token, so that merging letter by letter reaches the word
         for end in range(2, len(word) + 1):
             ranks.setdefault(word[:end].encode(), len(ranks))
-    return tiktoken.Encoding("words", pat_str=r" ?[A-Za-z]+|\s+(?!\S)|\s|[^\sA-Za-z]+", mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": len(ranks)})
+    return tiktoken.Encoding(
+        "words",
+        pat_str=r" ?[A-Za-z]+|\s+(?!\S)|\s|[^\sA-Za-z]+",
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": len(ranks)},
+    )
 
 
 @pytest.mark.parametrize("piece", [7, 50, 5000])
 def test_encoding_piece_by_piece_equals_encoding_the_whole(piece, monkeypatch):
     encoding, rng = words_encoding(), random.Random(piece)
-    text = "".join(rng.choice(["a", "mind ", " \n", "\n\n", "  ", "é", "don't ", "語", "<|endoftext|>", " the soup"])
-                   for _ in range(2000)) + TEXT[:3000]
+    text = (
+        "".join(
+            rng.choice(
+                [
+                    "a",
+                    "mind ",
+                    " \n",
+                    "\n\n",
+                    "  ",
+                    "é",
+                    "don't ",
+                    "語",
+                    "<|endoftext|>",
+                    " the soup",
+                ]
+            )
+            for _ in range(2000)
+        )
+        + TEXT[:3000]
+    )
     write("text.txt", text)
-    monkeypatch.setattr(prepare_data, "PIECE", piece)
+    monkeypatch.setattr(sources, "PIECE", piece)
     assert "".join(pieces("text.txt")) == text
     encode([Path("text.txt")], encoding, "tokens.bin")
-    assert np.fromfile("tokens.bin", np.uint16).tolist() == encoding.encode(text, allowed_special="all")
+    assert np.fromfile("tokens.bin", np.uint16).tolist() == encoding.encode(
+        text, allowed_special="all"
+    )
 
 
 def test_several_sources_are_joined_with_an_end_of_text():
@@ -113,8 +185,13 @@ def test_several_sources_are_joined_with_an_end_of_text():
     write("texts/b.txt", "Second. " * 20)
     write("texts/a.txt", "First. " * 20)
     folder = prepare(["texts", "texts/a.txt"], "out", "bytes", "sentence")
-    content = b"".join(bytes(read_split(folder, s)[0].astype(np.uint8)) for s in ("train", "val", "test")).decode()
-    assert content == "First. " * 20 + "<|endoftext|>" + "Second. " * 20 + "<|endoftext|>" + "First. " * 20
+    content = b"".join(
+        bytes(read_split(folder, s)[0].astype(np.uint8)) for s in ("train", "val", "test")
+    ).decode()
+    assert (
+        content
+        == "First. " * 20 + "<|endoftext|>" + "Second. " * 20 + "<|endoftext|>" + "First. " * 20
+    )
 
 
 def test_crlf_and_byte_order_mark_are_read_as_plain_text():
@@ -123,13 +200,20 @@ def test_crlf_and_byte_order_mark_are_read_as_plain_text():
 
 
 def test_gutenberg_and_addresses_are_fetched_once_and_stripped(serve, monkeypatch):
-    page = ("The Project Gutenberg eBook of Nothing\n\nLicence.\n*** START OF THE PROJECT GUTENBERG EBOOK NOTHING ***\n\n"
-            + TEXT[:5000] + "\n*** END OF THE PROJECT GUTENBERG EBOOK NOTHING ***\nMore licence.\n")
-    base, files = serve({"/cache/epub/7/pg7.txt": page.replace("\n", "\r\n").encode(), "/my.txt": TEXT.encode()})
+    start, end = (
+        f"*** {word} OF THE PROJECT GUTENBERG EBOOK NOTHING ***" for word in ("START", "END")
+    )
+    page = f"The Project Gutenberg eBook of Nothing\n\nLicence.\n{start}\n\n"
+    page += f"{TEXT[:5000]}\n{end}\nMore licence.\n"
+    base, files = serve(
+        {"/cache/epub/7/pg7.txt": page.replace("\n", "\r\n").encode(), "/my.txt": TEXT.encode()}
+    )
     monkeypatch.setenv("GUTENBERG_MIRROR", base)
     for source, content in (("gutenberg:7", TEXT[:5000].strip() + "\n"), (f"{base}/my.txt", TEXT)):
         folder = prepare(source, tokenizer="bytes", method="sentence")
-        read = b"".join(bytes(read_split(folder, s)[0].astype(np.uint8)) for s in ("train", "val", "test"))
+        read = b"".join(
+            bytes(read_split(folder, s)[0].astype(np.uint8)) for s in ("train", "val", "test")
+        )
         assert read.decode() == content
     files.clear()
     prepare("gutenberg:7", "again", "bytes", "sentence")
@@ -139,21 +223,39 @@ def test_gutenberg_and_addresses_are_fetched_once_and_stripped(serve, monkeypatc
 
 def test_a_page_that_is_no_book_is_refused_and_not_cached(serve, monkeypatch, tmp_path):
     start = "*** START OF THE PROJECT GUTENBERG EBOOK NOTHING ***\n"
-    base, _ = serve({"/cache/epub/7/pg7.txt": (start + TEXT[:5000]).encode(),
-                     "/cache/epub/8/pg8.txt": (TEXT[:5000] + start.replace("START", "END")).encode(),
-                     "/page": b"\n<!DOCTYPE html>\n<p>" + TEXT[:5000].encode(), "/nothing": b" \n",
-                     "/old": b"<HTML>" + TEXT[:5000].encode()})
+    base, _ = serve(
+        {
+            "/cache/epub/7/pg7.txt": (start + TEXT[:5000]).encode(),
+            "/cache/epub/8/pg8.txt": (TEXT[:5000] + start.replace("START", "END")).encode(),
+            "/page": b"\n<!DOCTYPE html>\n<p>" + TEXT[:5000].encode(),
+            "/nothing": b" \n",
+            "/old": b"<HTML>" + TEXT[:5000].encode(),
+        }
+    )
     monkeypatch.setenv("GUTENBERG_MIRROR", base)
-    for source, says in (("gutenberg:7", "half a download"), ("gutenberg:8", "not a book"),
-                         (f"{base}/page", "web page"), (f"{base}/old", "web page"), (f"{base}/nothing", "nothing")):
+    for source, says in (
+        ("gutenberg:7", "half a download"),
+        ("gutenberg:8", "not a book"),
+        (f"{base}/page", "web page"),
+        (f"{base}/old", "web page"),
+        (f"{base}/nothing", "nothing"),
+    ):
         with pytest.raises(InputError, match=says):
             prepare(source, "out", "bytes", "sentence")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("content, says", [
-    (None, "no such file"), (b"", "empty"), (b"Hi.", "too short"), (b"\x89PNG\r\n\x1a\n\0\0\0", "binary|UTF-8"),
-    (b"a\0b" * 100, "binary"), ("Caf\u00e9. ".encode("latin1") * 100, "UTF-8")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "no such file"),
+        (b"", "empty"),
+        (b"Hi.", "too short"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0", "binary|UTF-8"),
+        (b"a\0b" * 100, "binary"),
+        ("Caf\u00e9. ".encode("latin1") * 100, "UTF-8"),
+    ],
+)
 def test_a_bad_source_is_refused_and_leaves_nothing(content, says, tmp_path):
     if content is not None:
         write("bad.txt", content)
@@ -165,9 +267,17 @@ def test_a_bad_source_is_refused_and_leaves_nothing(content, says, tmp_path):
 
 def test_bad_parameters_are_refused():
     write("book.txt", TEXT)
-    for wrong in ({"method": "paragraph"}, {"method": "window:0"}, {"max_lookback": 0}, {"max_lookback": 70000},
-                  {"method": "window:66", "max_lookback": 64}, {"method": "block:66", "max_lookback": 64},
-                  {"val": 0}, {"val": 0.6, "test": 0.5}, {"tokenizer": "gpt5"}):
+    for wrong in (
+        {"method": "paragraph"},
+        {"method": "window:0"},
+        {"max_lookback": 0},
+        {"max_lookback": 70000},
+        {"method": "window:66", "max_lookback": 64},
+        {"method": "block:66", "max_lookback": 64},
+        {"val": 0},
+        {"val": 0.6, "test": 0.5},
+        {"tokenizer": "gpt5"},
+    ):
         with pytest.raises(InputError):
             prepare("book.txt", "out", **{"tokenizer": "bytes", **wrong})
     for fits in ("window:65", "block:65"):
@@ -176,35 +286,34 @@ def test_bad_parameters_are_refused():
         prepare("gutenberg:russell", "out", "bytes")
 
 
-def test_gpt2_tokenizer_where_it_is_at_hand():
-    try:
-        encoding = get_encoding("gpt2")
-    except InputError:
-        pytest.skip("the gpt2 tokenizer is not cached on this machine")
+def test_the_gpt2_tokenizer_and_its_first_tokens(gpt2_tokenizer):
+    encoding = gpt2_tokenizer
     vocabulary = token_bytes(encoding)
     tokens = np.array(encoding.encode_ordinary(TEXT[:20000]))
     assert b"".join(vocabulary[t] for t in tokens).decode() == TEXT[:20000]
-    small = get_encoding("gpt2:1000")    # its first tokens, which spell the same text
+    small = get_encoding("gpt2:1000")  # its first tokens, which spell the same text
     fewer = small.encode("a b<|endoftext|>" + TEXT[:20000], allowed_special="all")
-    assert max(fewer) == 999 == small.eot_token and fewer[2] == 999 and small.decode(fewer[3:]) == TEXT[:20000]
+    assert max(fewer) == 999 == small.eot_token
+    assert fewer[2] == 999
+    assert small.decode(fewer[3:]) == TEXT[:20000]
     assert token_bytes(small)[:999] == vocabulary[:999] and len(fewer) > len(tokens)
     stream = Partitioner(vocabulary, "semantic", 128)
-    assert np.array_equal(partition(tokens, vocabulary, "semantic", 128),
-                          np.concatenate([stream.push(tokens[i:i + 7]) for i in range(0, len(tokens), 7)]))
+    assert np.array_equal(
+        partition(tokens, vocabulary, "semantic", 128),
+        np.concatenate([stream.push(tokens[i : i + 7]) for i in range(0, len(tokens), 7)]),
+    )
 
 
 def test_what_a_killed_preparation_left_goes_and_a_living_one_stays():
     write("book.txt", TEXT)
-    code = """if True:
-        import os, signal, sys
-        sys.path.insert(0, sys.argv[1])
-        import prepare_data
+    Path("dies.py").write_text("""if True:
+        import os, signal, prepare_data
         prepare_data.statistics = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-        prepare_data.prepare("book.txt", "out", "bytes")"""
-    root = Path(__file__).parent.parent
-    killed = subprocess.run([sys.executable, "-c", code, root], capture_output=True)
-    left, = os.listdir("out")
-    assert killed.returncode == -signal.SIGKILL and left.startswith(".preparing-")
+        prepare_data.prepare("book.txt", "out", "bytes")""")
+    with started(Path("dies.py").absolute(), cwd=".") as process:
+        process.join(60)
+    (left,) = os.listdir("out")
+    assert process.exitcode == -signal.SIGKILL and left.startswith(".preparing-")
     living = f".preparing-{os.getppid()}"
     os.mkdir(f"out/{living}")
     prepare("book.txt", "out", "bytes")
@@ -214,26 +323,31 @@ def test_what_a_killed_preparation_left_goes_and_a_living_one_stays():
 
 def test_a_failure_takes_nothing_with_it_that_others_have_written(monkeypatch):
     write("book.txt", "Hi.")
-    monkeypatch.setattr(prepare_data, "encode", lambda *args: (encode(*args), os.mkdir("data/other")))
+    monkeypatch.setattr(
+        prepare_data, "encode", lambda *args: (encode(*args), os.mkdir("data/other"))
+    )
     with pytest.raises(InputError, match="too short"):
         prepare("book.txt", "data/mine", "bytes")
     assert os.listdir("data") == ["other"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing():
+def test_a_full_disk_is_one_line_and_leaves_nothing(file_size, capsys):
     write("book.txt", TEXT)
-    script = Path(__file__).parent.parent / "prepare_data.py"
-    done = subprocess.run([sys.executable, script, "book.txt", "--tokenizer", "bytes", "--out", "out"], text=True,
-                          capture_output=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: out: could not be written (") and not os.path.exists("out")
+    file_size(20000)
+    status = script_here("prepare_data.py", "book.txt", *flags(tokenizer="bytes", out="out"))
+    file_size(None)
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1
+    assert error.startswith("error: out: could not be written (")
+    assert not os.path.exists("out")
 
 
 def test_every_file_is_held_to_its_sha256():
     write("book.txt", TEXT)
     folder = prepare("book.txt", "out", "bytes", "sentence", 64)
-    assert set(read_meta(folder)["files"]) == {f"{s}{e}.bin" for s in ("train", "val", "test") for e in ("", ".lookback")}
+    assert set(read_meta(folder)["files"]) == {
+        f"{s}{e}.bin" for s in ("train", "val", "test") for e in ("", ".lookback")
+    }
     for name in read_meta(folder)["files"]:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
@@ -251,8 +365,10 @@ def test_a_folder_made_of_something_else_is_made_again_and_says_why(capsys):
     write("book.txt", TEXT)
     prepare("book.txt", "out", "bytes", "sentence", 64)
     assert "again" not in capsys.readouterr().out
-    for parameters, says in ((("bytes", "sentence", 32), "another max_lookback"),
-                             (("bytes", "block:9", 32), "another partition")):
+    for parameters, says in (
+        (("bytes", "sentence", 32), "another max_lookback"),
+        (("bytes", "block:9", 32), "another partition"),
+    ):
         prepare("book.txt", "out", *parameters)
         assert f"out is made again: it was made with {says}\n" in capsys.readouterr().out
     os.truncate("out/val.bin", 10)

@@ -1,9 +1,8 @@
-"""A sweep runs each cell once, says which one broke, and its statistics are what they are called."""
+"""A sweep runs each cell once and says which one broke; its statistics are what they say."""
 
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,14 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from locality import InputError
+from conftest import ROOT, script_here
+from forks import started
 from prepare_data import read_meta
-from sweep import collect, comparisons, interval, paired, read_cells, run_cell, sign_flip_p
-from train import Config, read_values, to_toml
+from support.files import InputError
+from support.report import collect, comparisons, interval, paired, sign_flip_p
+from support.settings import to_toml
+from sweep import read_cells, run_cell
+from train import Config, read_values
 
-ROOT = Path(__file__).parent.parent
-TINY = {"source": str(ROOT / "data" / "sample.txt"), "tokenizer": "bytes", "max_lookback": 100, "block_size": 64, "n_layer": 2,
-        "n_head": 2, "n_embd": 16, "batch_size": 2, "max_steps": 3, "eval_interval": 3, "eval_contexts": 2, "out": "sweep"}
+TINY = {
+    "source": str(ROOT / "data" / "sample.txt"),
+    "tokenizer": "bytes",
+    "max_lookback": 100,
+    "block_size": 64,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "batch_size": 2,
+    "max_steps": 3,
+    "eval_interval": 3,
+    "eval_contexts": 2,
+    "compile": False,
+    "out": "sweep",
+}
 
 
 def test_intervals_are_students_and_hold_the_mean_as_often_as_they_say():
@@ -34,7 +49,9 @@ def test_intervals_are_students_and_hold_the_mean_as_often_as_they_say():
 
 
 def test_the_permutation_test_is_exact():
-    assert sign_flip_p([1, 2, 3]) == 0.25 and sign_flip_p([1, -1]) == 1 and sign_flip_p([0, 0, 0]) == 1
+    assert sign_flip_p([1, 2, 3]) == 0.25
+    assert sign_flip_p([1, -1]) == 1
+    assert sign_flip_p([0, 0, 0]) == 1
     d = np.random.default_rng(0).normal(0.4, 1, 7)
     means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=7)]
     assert sign_flip_p(d) == pytest.approx(np.mean([m >= abs(d.mean()) - 1e-12 for m in means]))
@@ -45,7 +62,9 @@ def test_the_permutation_test_is_exact():
 
 def test_pairs_share_their_seeds():
     row = paired({1: 1.0, 2: 2.0, 3: 9.0}, {1: 0.9, 2: 1.8, 4: 7.0})
-    assert row["seeds"] == 2 and row["ratio"] == pytest.approx(math.exp(0.15)) and row["p"] == row["p_least"] == 0.5
+    assert row["seeds"] == 2
+    assert row["ratio"] == pytest.approx(math.exp(0.15))
+    assert row["p"] == row["p_least"] == 0.5
     assert row["low"] < row["ratio"] < row["high"]
     assert paired({1: 1.0}, {2: 1.0}) is None and paired({1: 1.0}, {1: 1.0})["low"] is None
     same = paired({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0})
@@ -56,47 +75,62 @@ def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path):
     for cap, window in ((64, "window:30"), (128, "window:60")):
         for partition in ("semantic", window):
             for seed in (1, 2):
-                config = Config(**{**TINY, "max_lookback": cap, "partition": partition, "schedule": "localist", "seed": seed})
+                how = {"max_lookback": cap, "partition": partition, "schedule": "localist"}
+                config = Config(**{**TINY, **how, "seed": seed})
                 folder = tmp_path / f"{cap}.{partition}.{seed}"
                 folder.mkdir()
                 layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
-                (folder / "results.json").write_text(json.dumps({
-                    **dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1), "seed": seed, "layers": [layer],
-                    **dict.fromkeys(("date", "commit", "device", "torch"), ""), "loss": cap / 100 + len(partition) + seed,
-                    "config": asdict(config)}))
+                results = {"seed": seed, "layers": [layer], "config": asdict(config)}
+                results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
+                results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
+                results["loss"] = cap / 100 + len(partition) + seed
+                (folder / "results.json").write_text(json.dumps(results))
     groups, keys = collect(tmp_path)
     rows = [(row["first"], row["second"]) for row in comparisons(groups, keys)]
-    assert rows == [("localist, semantic, max_lookback 128", "localist, window:60"),
-                    ("localist, semantic, max_lookback 64", "localist, window:30"), ("semantic, mean of 2", "window, the same")]
+    assert rows == [
+        ("localist, semantic, max_lookback 128", "localist, window:60"),
+        ("localist, semantic, max_lookback 64", "localist, window:30"),
+        ("semantic, mean of 2", "window, the same"),
+    ]
 
 
 def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
     cell = Config(**{**TINY, "out": str(tmp_path / "cell")})
     (tmp_path / "cell").mkdir()
     (tmp_path / "cell" / "last.pt").touch()
-    (tmp_path / "cell" / "config.toml").write_text(to_toml(Config(**{**asdict(cell), "max_steps": 4, "learning_rate": 0.1})))
+    (tmp_path / "cell" / "config.toml").write_text(
+        to_toml(Config(**{**asdict(cell), "max_steps": 4, "learning_rate": 0.1}))
+    )
     assert "another max_steps, learning_rate; delete it" in run_cell(cell, 1)
 
 
 def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for floor in (0, 40):
-        cells = read_cells({**TINY, "min_lookback": floor, "sweep": [
-            {"partition": ["semantic", "window:matched", "block:matched"]}]})
-        reach = []
-        for cell in cells.values():
-            folder = next(Path("data").glob(f"*.{cell.partition.replace(':', '')}.{cell.max_lookback}.*"))
-            lookback = np.fromfile(folder / "train.lookback.bin", np.uint16)
-            reach.append(np.maximum(lookback, floor).mean() if cell.partition == "semantic" else lookback.mean())
-            assert read_meta(folder)["partition"] == cell.partition
-        assert len(reach) == 3 and reach[1:] == pytest.approx([reach[0]] * 2, abs=0.8)
-        assert reach[0] > floor + 5
+    rivals = [{"partition": ["semantic", "window:matched", "block:matched"]}]
+    reach = []
+    for cell in read_cells({**TINY, "sweep": rivals}).values():
+        name = f"*.{cell.partition.replace(':', '')}.{cell.max_lookback}.*"
+        (folder,) = Path("data").glob(name)
+        reach.append(np.fromfile(folder / "train.lookback.bin", np.uint16).mean())
+        assert read_meta(folder)["partition"] == cell.partition
+    assert len(reach) == 3 and reach[1:] == pytest.approx([reach[0]] * 2, abs=0.8)
+    assert reach[0] > 5
 
 
-@pytest.mark.parametrize("sweep, says", [
-    (None, "sweep"), ([], "sweep"), ({"seed": [1]}, "sweep"), ([{"seed": 1}], "list"), ([{"seed": []}], "list"),
-    ([{"sched": ["quintic"]}], "sched"), ([{"out": ["a"]}], "out"), ([{"schedule": ["quintc"]}], "quintic"),
-    ([{"partition": ["window:mached"]}], "partition")])
+@pytest.mark.parametrize(
+    "sweep, says",
+    [
+        (None, "sweep"),
+        ([], "sweep"),
+        ({"seed": [1]}, "sweep"),
+        ([{"seed": 1}], "list"),
+        ([{"seed": []}], "list"),
+        ([{"sched": ["quintic"]}], "sched"),
+        ([{"out": ["a"]}], "out"),
+        ([{"schedule": ["quintc"]}], "quintic"),
+        ([{"partition": ["window:mached"]}], "partition"),
+    ],
+)
 def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=says):
@@ -108,21 +142,39 @@ def test_every_sweep_in_the_folder_is_understood():
     assert len(paths) > 1
     for path in paths:
         values = read_values([str(path)], more=("sweep",))
-        assert values["out"] == f"runs/{path.stem}" and all(isinstance(v, list) for table in values["sweep"] for v in table.values())
+        assert values["out"] == f"runs/{path.stem}"
+        for table in values["sweep"]:
+            assert table.keys() <= Config.__dataclass_fields__.keys()
+            assert all(isinstance(choices, list) for choices in table.values())
 
 
-def test_a_sweep_from_end_to_end(tmp_path):
-    lines = [f"{key} = {json.dumps(value)}" for key, value in TINY.items()]
+def forked(command, stdout=None, run=subprocess.run, **how):
+    """subprocess.run, which starts a cell of a sweep without importing torch anew."""
+    if command[0] != sys.executable:
+        return run(command, stdout=stdout, **how)
+    with started(*command[1:], cwd=".", output=stdout.name) as process:
+        process.join()
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
+def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_bytes((ROOT / "data" / "sample.txt").read_bytes()[:20000])
+    keys = {**TINY, "source": "book.txt"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    lines += ["[[sweep]]", 'schedule = ["distributed", "localist"]', "seed = [1, 2]"]
+    lines += ["[[sweep]]", 'schedule = ["quintic"]', "seed = [1]"]
+    lines += ["learning_rate = [1e30]", "warmup_steps = [0]", ""]
     config = tmp_path / "sweep.toml"
-    config.write_text("\n".join([*lines, "[[sweep]]", 'schedule = ["distributed", "localist"]', "seed = [1, 2]", "[[sweep]]",
-                                 'schedule = ["quintic"]', "seed = [1]", "learning_rate = [1e30]", "warmup_steps = [0]", ""]))
+    config.write_text("\n".join(lines))
 
     def sweep(*more):
-        return subprocess.run([sys.executable, ROOT / "sweep.py", config, *more], cwd=tmp_path, text=True, capture_output=True,
-                              timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return script_here("sweep.py", config, *more), capsys.readouterr().err
 
-    first = sweep("--jobs", "2")
-    assert first.returncode == 1 and first.stderr.strip().count("broken: quintic") == 1 and "diverged" in first.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.run", forked)
+        status, error = sweep("--jobs", "2")
+    assert status == 1 and error.strip().count("broken: quintic") == 1 and "diverged" in error
     cells = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/results.json"))
     assert len(cells) == 4 and not any("quintic" in name for name in cells)
     for name in ("ratio", "tradeoff", "layers", "curves"):
@@ -136,29 +188,35 @@ def test_a_sweep_from_end_to_end(tmp_path):
         r = json.loads((tmp_path / "sweep" / name / "results.json").read_text())
         losses.setdefault(r["schedule"], {})[r["seed"]] = r["loss"]
     ratio = next(c["ratio"] for name, c in found.items() if name.startswith("localist"))
-    assert ratio["ratio"] == pytest.approx(math.exp(np.mean([losses["localist"][s] - losses["distributed"][s] for s in (1, 2)])))
+    d = [losses["localist"][seed] - losses["distributed"][seed] for seed in (1, 2)]
+    assert ratio["ratio"] == pytest.approx(math.exp(np.mean(d)))
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/results.json")}
     text = (tmp_path / "sweep" / "table.md").read_text()
-    config.write_text(config.read_text().replace("learning_rate = [1e30]\n", "").replace("warmup_steps = [0]\n", ""))
-    again = sweep()    # the broken cell is mended: it alone is run
-    assert again.returncode == 0, again.stderr
+    mended = config.read_text().replace("learning_rate = [1e30]\n", "")
+    config.write_text(mended.replace("warmup_steps = [0]\n", ""))
+    status, error = sweep()  # the broken cell is mended: it alone is run
+    assert status == 0, error
     assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 5
     assert all(p.stat().st_mtime_ns == then for p, then in before.items())
     assert (tmp_path / "sweep" / "table.md").read_text() != text
     (tmp_path / "sweep" / "table.md").unlink()
-    assert sweep("--report").returncode == 0 and "quintic" in (tmp_path / "sweep" / "table.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("support.report.draw_sweep", lambda *args: [])  # drawn twice before
+        assert sweep("--report")[0] == 0
+    assert "quintic" in (tmp_path / "sweep" / "table.md").read_text()
     for wrong in ("no", "0", "\u00b2"):
-        assert sweep("--jobs", wrong).returncode == 2
+        assert sweep("--jobs", wrong)[0] == 2
     path = tmp_path / "sweep" / cells[0] / "metrics.jsonl"
     whole = path.read_text()
     for text in ("{", "[]", '{"val_loss": 1}'):
         path.write_text(text)
-        damaged = sweep("--report")
-        assert damaged.returncode == 2 and damaged.stderr.count("metrics.jsonl is damaged") == damaged.stderr.count("\n") == 1
+        status, error = sweep("--report")
+        assert status == 2
+        assert error.count("metrics.jsonl is damaged") == error.count("\n") == 1
     path.write_text(whole)
-    for text in ("{", "[]", '{"config": {}}'):    # damaged: named, and mended when it is gone
+    for text in ("{", "[]", '{"config": {}}'):  # damaged: named, and mended when it is gone
         (tmp_path / "sweep" / cells[0] / "results.json").write_text(text)
-        damaged = sweep("--report")
-        assert damaged.returncode == 2 and damaged.stderr.count("results.json is damaged; delete it") == 1
-        assert damaged.stderr.count("\n") == 1
+        status, error = sweep("--report")
+        assert status == 2
+        assert error.count("results.json is damaged; delete it") == error.count("\n") == 1

@@ -1,0 +1,79 @@
+"""Imports point one way, functions are short, and what the documents name exists."""
+
+import ast
+import re
+
+import pytest
+
+from conftest import ROOT
+
+FILES = [
+    path.relative_to(ROOT)
+    for folder in (".", "support", "experiments")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
+TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in FILES}
+# each may import what stands before it; in support/ and experiments/ what stands beside it, too
+ORDER = ["files", "support", "locality model", "prepare_data", "eval", "train", "sample read sweep"]
+RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
+RANKS["experiments"] = len(ORDER)
+
+
+def module(path):
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def rank(name):
+    """Where in ORDER a module, or a name in it, stands; None if it is not of this project."""
+    return (
+        RANKS["files"] if f"{name}.".startswith("support.files.") else RANKS.get(name.split(".")[0])
+    )
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_one_way(path):
+    mine = rank(module(path))
+    assert mine is not None, "its place is not known"
+    for name in imported(TREES[path]):
+        beside = path.parent.name and name.startswith(f"{path.parent.name}.")
+        assert rank(name) is None or rank(name) < mine or beside and mine > 0, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_functions_are_short_and_share_no_variables(path):
+    for node in ast.walk(TREES[path]):
+        assert not isinstance(node, ast.Nonlocal), node.lineno
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_top_level_holds_the_lesson_and_not_what_protects_it():
+    protects = re.compile(r"flock|fsync|mallopt|zipfile|signal\.signal|re\.compile")
+    for path in ROOT.glob("*.py"):
+        assert not protects.findall(path.read_text(encoding="utf-8")), path.name
+
+
+def test_every_promise_names_tests_that_there_are():
+    known = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        known |= {path.name, *(name for name in names if name.startswith("test_"))}
+    text = " ".join((ROOT / "docs" / "PROMISES.md").read_text(encoding="utf-8").split())
+    promises = re.split(r" (?=\d+\. \*\*)", text)[1:]
+    assert len(promises) >= 10
+    for promise in promises:
+        named = re.findall(r"Tests: ((?:`[\w.]+`(?:, )?)+)", promise)
+        names = [name for some in named for name in re.findall(r"[\w.]+", some)]
+        assert names, promise
+        for name in names:
+            assert any(name in test for test in known), name
