@@ -244,7 +244,8 @@ def draw_tradeoff(groups, base, names, series):
         xlabel="fidelity, mean over layers: attention inside the block",
         ylabel="perplexity, ratio to distributed",
     )
-    ax.legend(frameon=False, **OUTSIDE)
+    if by_schedule or len(series) > 1:
+        ax.legend(frameon=False, **OUTSIDE)
     return fig
 
 
