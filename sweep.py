@@ -27,7 +27,7 @@ from prepare_data import prepared, read_split
 from support.files import InputError, run_script, write_text
 from support.machine import pick_device
 from support.report import read_results, report
-from support.settings import RETIRED, to_toml, usage
+from support.settings import lost, to_toml, usage
 from train import Config, read_config, read_values
 
 ROOT = Path(__file__).resolve().parent
@@ -111,7 +111,7 @@ def run_cell(cell, threads):
         except InputError as e:
             return str(e)
         changed = [key for key, value in asdict(cell).items() if before.get(key) != value]
-        changed += [key for key in RETIRED if before.get(key, RETIRED[key]) != RETIRED[key]]
+        changed += lost(before)
         if changed:
             other = f"was run with another {', '.join(changed)}"
             return f"{out} {other}; delete it, or give another --out"

@@ -456,13 +456,14 @@ def resumed(argv):
     if not (out / "last.pt").is_file():
         how = "give the folder of a run: python train.py runs/NAME --resume"
         raise InputError(f"{out}: no last.pt to resume from; {how}")
-    before = read_checkpoint(out / "last.pt")["config"]
     config = read_config([str(out / "config.toml"), *argv[1:], "--out", str(out)])
+    before = read_checkpoint(out / "last.pt")["config"]
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in asdict(config).items()
         if name not in MAY_CHANGE and before.get(name) != value
     ]
+    changed += [f"{name} was {before[name]!r}" for name in settings.lost(before)]
     if changed:
         only = f"only {', '.join(sorted(MAY_CHANGE - {'out'}))} may change"
         raise InputError(f"{out} cannot go on with another config ({'; '.join(changed)}); {only}")

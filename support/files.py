@@ -155,7 +155,7 @@ def digest_code(paths, without=()):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and is_text(body[0]):
                 node.body = body[1:]
-        total.update(ast.dump(tree).encode())
+        total.update(ast.unparse(tree).encode())
     return total.hexdigest()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from support.files import InputError, append_line, write_json, write_text
-from support.settings import RETIRED, to_toml
+from support.settings import to_toml
 from support.weights import load, pack, save
 
 try:
@@ -54,22 +54,12 @@ def check_finite(step, **values):
 def read_checkpoint(path):
     """A checkpoint as `Run` wrote it, a dict, with the config of its run in "config".
 
-    Raises InputError where it is not one. Keys of an earlier version are taken out; where they
-    said something that this version does not know, that is printed.
+    Raises InputError where it is not one.
     """
     state = load(path)
     if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
         raise InputError(f"{path}: not a checkpoint of train.py")
-    changed = [f"{k} = {v!r}" for k, v in retired(state["config"]).items() if v != RETIRED[k]]
-    if changed:
-        told = f"{path}: this version has no {', '.join(changed)}, and reads the run without"
-        print(f"{told} (docs/LOG.md)", file=sys.stderr)
     return state
-
-
-def retired(config):
-    """Take the keys of an earlier version out of a config, a dict. Returns them."""
-    return {key: config.pop(key) for key in RETIRED if key in config}
 
 
 def find_checkpoint(folder):

@@ -34,6 +34,11 @@ KINDS = {
 RETIRED = {"min_lookback": 0, "dial": "blend"}
 
 
+def lost(config):
+    """The retired keys that say something in a config of an earlier version, a dict."""
+    return [name for name, only in RETIRED.items() if config.get(name, only) != only]
+
+
 def key(default, meaning, at_least=None, below=None, one_of=None):
     """A field of a settings dataclass: its default, what it means, and what it may be."""
     rules = {"meaning": meaning, "at_least": at_least, "below": below, "one_of": one_of}

@@ -7,6 +7,7 @@ train.py saves it, or GPT-2 in the published format. The four published sizes ar
 import json
 import os
 import pickle
+import sys
 import warnings
 import zipfile
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import torch
 
 from support.download import CACHE, download
 from support.files import InputError, replacing, write_json
-from support.settings import RETIRED
+from support.settings import RETIRED, lost
 
 # pytorch_model.bin of each: its length in bytes, and its sha256 where we could verify one. For the
 # others the hub's own record of the file is asked.
@@ -180,6 +181,9 @@ def unpack(state, path):
         config = state["model_config"]
         if not isinstance(config, dict) or any(config.get(key) != shape[key] for key in shape):
             raise InputError(f"{path}: no GPT-2 in this file (model_config is of another shape)")
+        for key in lost(config):
+            less = f"this version has no {key} = {config[key]!r}, and reads the model without"
+            print(f"{path}: {less} (docs/LOG.md)", file=sys.stderr)
         return tensors, {key: value for key, value in config.items() if key not in RETIRED}
     if not torch.equal(tensors.get("lm_head.weight", tensors["wte.weight"]), tensors["wte.weight"]):
         raise InputError(f"{path}: its lm_head.weight is not tied to wte.weight, as in GPT-2")
