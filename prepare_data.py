@@ -333,7 +333,7 @@ def statistics(tokens, lookback, vocabulary, method):
 
 def mark_blocks(tokens, lookback, vocabulary):
     """The text of some tokens, ▌ where a block begins. tokens, lookback: (n,) integers."""
-    starts = set(block_starts(np.minimum(lookback, np.arange(len(tokens))))[1:].tolist())
+    starts = set(block_starts(np.minimum(lookback, np.arange(len(tokens)))).tolist())
     marked = ["▌".encode() * (i in starts) + vocabulary[t] for i, t in enumerate(tokens)]
     return b"".join(marked).decode(errors="replace")
 
