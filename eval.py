@@ -36,6 +36,7 @@ from prepare_data import (
 from support import plots
 from support.files import InputError, check_writable, run_script, write_json
 from support.machine import pick_device, provenance
+from support.plots import layer_mean
 from support.run import find_checkpoint, is_run, read_checkpoint
 from support.weights import PRETRAINED
 
@@ -143,9 +144,10 @@ def evaluate(
     tokens, lookback: (n,) uint16. vocabulary: the bytes of each token, a list. stride: tokens
     between two contexts, by default half a context. measure: the attention of every layer too
     (dense, slower). limit: at most so many contexts, evenly spread.
-    Returns a dict: perplexity = exp(mean nats per token), bits_per_byte, accuracy (top-1), tokens
-    scored; by_position, a list of (tokens of context at least, loss in nats), which falls for as
-    long as the model uses more context; layers, as `attention_measures` has them.
+    Returns a dict: loss, nats per token; perplexity = exp(loss); bits_per_byte; accuracy (top-1);
+    the tokens scored and their bytes; stride and context, tokens; by_position, a list of (tokens of
+    context at least, loss in nats), which falls for as long as the model uses more context; layers,
+    as `attention_measures` has them.
     Raises InputError for an impossible stride.
     """
     was_training, device = model.training, model.wte.weight.device
@@ -226,10 +228,6 @@ def dial_sweep(model, split, vocabulary, **how):
     return rows
 
 
-def layer_mean(results, key):
-    return sum(layer[key] for layer in results["layers"]) / len(results["layers"])
-
-
 # --------------------------------------------------------------------------------------------------
 # showing
 
@@ -256,26 +254,26 @@ def table(results):
 def dial_table(rows):
     """The dials as lines of text."""
     lines = [
-        "schedule     fidelity  perplexity  ratio to distributed  accuracy  "
+        "schedule        floor  perplexity  ratio to distributed  accuracy  "
         "mean over layers:     dial  fidelity  entropy (bits)"
     ]
     for row in rows:
-        locality, fidelity, bits = (layer_mean(row, k) for k in ("locality", "fidelity", "entropy"))
+        dial, fidelity, bits = (layer_mean(row, k) for k in ("locality", "fidelity", "entropy"))
         lines.append(
             f"{row['schedule']:11s}  {row['fidelity']:8.2f}  {row['perplexity']:10.3f}"
             f"  {row['ratio']:20.4f}  {100 * row['accuracy']:6.2f} %"
-            f"  {locality:26.3f}  {fidelity:8.3f}  {bits:14.2f}"
+            f"  {dial:26.3f}  {fidelity:8.3f}  {bits:14.2f}"
         )
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def figure(model, tokens, lookback, results, path, title, vocabulary=None):
+def figure(model, tokens, lookback, vocabulary, results, path, title):
     """Draw `path`: the attention of the first and the last layer over one stretch of text, and the
     layers in numbers.
 
-    results: as `evaluate` gives them. vocabulary: the bytes of each token, to name the blocks by
-    their first words.
+    vocabulary: the bytes of each token, to name the blocks by their first words. results: as
+    `evaluate` gives them.
     """
     model.eval()
     T = min(model.config.block_size, len(tokens), 1024)
@@ -286,13 +284,16 @@ def figure(model, tokens, lookback, results, path, title, vocabulary=None):
     at = max(range(0, len(tokens) - T + 1, max(T // 8, 1)), key=moves)
     device = model.wte.weight.device
     idx, back = read_contexts((tokens, lookback), [at], T, device)  # (1, T) each
-    maps = [a[0].mean(0).cpu().numpy() for a in model.attention_maps(idx, back)]  # (T, T) each
+    maps = {}
+    for layer, a in enumerate(model.attention_maps(idx, back)):
+        if layer in (0, model.config.n_layer - 1):
+            maps[layer] = a[0].mean(0).cpu().numpy()  # (T, T)
     start = np.arange(T) - clamp_lookback(back, model.config.max_lookback)[0].cpu().numpy()
     words = {}
-    for token in np.unique(start).tolist() if vocabulary else ():
+    for token in np.unique(start).tolist():
         text = b"".join(vocabulary[t] for t in tokens[at + token : at + token + 40].tolist())
-        words[token] = " ".join(text.decode(errors="replace").split()[:4])
-    plots.draw_attention(maps, start, words, model.locality, results["layers"], path, title)
+        words[token] = " ".join(text.decode(errors="replace").split()[:4])[:40]
+    plots.draw_attention(maps, start, words, results["layers"], path, title)
 
 
 def main():
@@ -336,7 +337,7 @@ def main():
     if args.figure and args.dial_sweep:
         plots.draw_dials(rows, args.figure, title)
     elif args.figure:
-        figure(model, *split, results, args.figure, title, vocabulary)
+        figure(model, *split, vocabulary, results, args.figure, title)
 
 
 def check_arguments(args):

@@ -68,12 +68,12 @@ class Bag:
 
     So a word said before is likely to be said again, and a block that repeats itself is expected to
     go on doing so. q is learned as the document goes: its counts, on top of `prior` words spread as
-    `base` (ids -> probability), on top of `floor`.
+    `base` (ids -> probability), on top of `least`.
     """
 
-    def __init__(self, alpha, discount, base, prior, floor):
+    def __init__(self, alpha, discount, base, prior, least):
         self.alpha, self.discount = alpha, discount
-        self.base, self.prior, self.floor = base, prior, floor
+        self.base, self.prior, self.least = base, prior, least
         i = np.arange(REACH * LONGEST)
         # log of alpha (alpha + 1) ... (alpha + n - 1), and the same in steps of discount
         self.log_n = np.concatenate([[0.0], np.cumsum(np.log(alpha + i))])
@@ -138,7 +138,7 @@ class Bag:
         seen = self.counts[word[new]] + new - np.searchsorted(key, key[new] - column)
         total = self.total + np.cumsum(sizes) - sizes
         q = (self.prior * self.base[word[new]] + seen) / (self.prior + total[column])
-        q = self.floor + q
+        q = self.least + q
         times = new - np.searchsorted(key, key[new] - np.minimum(when[new], REACH - 1))
         m = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + 1
         lag = np.repeat(when[new], times) - when[np.repeat(new, times) - m]
@@ -206,8 +206,8 @@ class ChangePoints:
         persons = np.full(len(PERSONS), 1 / len(PERSONS))
         prior = 5000 if background else 1000
         self.bags = [  # what is spoken of; who is spoken of
-            Bag(alpha=16.0, discount=0.65, base=base, prior=prior, floor=1e-4),
-            Bag(alpha=60.0, discount=0.0, base=persons, prior=300, floor=0.0),
+            Bag(alpha=16.0, discount=0.65, base=base, prior=prior, least=1e-4),
+            Bag(alpha=60.0, discount=0.0, base=persons, prior=300, least=0.0),
         ]
         self.reset()
 
@@ -222,11 +222,11 @@ class ChangePoints:
         self.joint[:, -1] = 1 / len(LENGTHS)  # a block has just ended
         self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, REACH)
 
-    def observe(self, words, sizes, starts, floors, paragraphs, leaning):
+    def observe(self, words, sizes, starts, earliest, paragraphs, leaning):
         """Take in new sentences (see Stems.of) that begin at tokens `starts`.
 
-        floors: blocks that began before these tokens are forgotten. paragraphs, leaning: whether a
-        blank line precedes each sentence; whether it `carries_on`.
+        earliest: blocks that began before these tokens are forgotten. paragraphs, leaning: whether
+        a blank line precedes each sentence; whether it `carries_on`.
         Returns the median of the token at which the block began, a list, one for each sentence.
         """
         when = np.repeat(np.arange(len(sizes)), sizes)
@@ -236,7 +236,9 @@ class ChangePoints:
         n = len(starts)
         self.starts = np.concatenate([self.starts[-REACH:], starts])
         last = len(self.starts) - n + np.arange(n)  # in self.starts, each new sentence
-        reach = last - np.searchsorted(self.starts, floors)  # the longest lag that is not too long
+        reach = last - np.searchsorted(
+            self.starts, earliest
+        )  # the longest lag that is not too long
 
         # a block goes on, or ends with the sentence before and another one begins
         end = self.chance_of_end(paragraphs, leaning)  # (n, len(LENGTHS), REACH)
@@ -284,12 +286,12 @@ class ChangePoints:
         n_later = last + 1 - np.searchsorted(self.starts, block, side="right")
         return self.later[i, min(n_later, REACH) - 1]
 
-    def best(self, i, floor):
-        """The median at row i of the posterior, among the blocks that began at token `floor` or
-        later. None if there are none."""
+    def best(self, i, earliest):
+        """The median at row i of the posterior, among the blocks that began at token
+        `earliest` or later. None if there are none."""
         n_posterior = len(self.posterior)
         last = len(self.starts) - n_posterior + i % n_posterior
-        n_reach = last + 1 - np.searchsorted(self.starts, floor)
+        n_reach = last + 1 - np.searchsorted(self.starts, earliest)
         if n_reach < 1:
             return None
         p = np.cumsum(self.posterior[i, :n_reach])

@@ -103,7 +103,7 @@ class BlockMask(NamedTuple):
 
     dense: torch.Tensor | None  # (B, 1, T, T) booleans
     chunked: torch.Tensor | None = None  # (B * n, 1, C, W + C) booleans
-    anchored: torch.Tensor | None = None  # (B * n, 1, C, 1): needs token 0 beside those keys
+    anchored: bool = False  # chunked has one more column, the last, for token 0
 
 
 def block_mask(lookback, max_lookback, anchor=False):
@@ -122,7 +122,8 @@ def block_mask(lookback, max_lookback, anchor=False):
     if not anchor:
         return BlockMask(None, chunked)
     outside = lookback < position  # (B, T): whose block lacks token 0
-    return BlockMask(None, chunked, F.pad(outside, (0, n * C - T)).view(B * n, 1, C, 1))
+    outside = F.pad(outside, (0, n * C - T)).view(B * n, 1, C, 1)
+    return BlockMask(None, torch.cat((chunked, outside), -1), anchored=True)
 
 
 class Windows(torch.autograd.Function):
@@ -156,18 +157,16 @@ def local_attention(q, k, v, mask, dropout=0.0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense, dropout_p=dropout)
     B, H, T, D = q.shape
     n, C = mask.chunked.size(0) // B, mask.chunked.size(2)
-    W = mask.chunked.size(3) - C
+    W = mask.chunked.size(3) - C - mask.anchored
     # the contexts one after another, like one text: the mask keeps them apart
     q, k, v = (F.pad(x, (0, 0, 0, n * C - T)).transpose(1, 2) for x in (q, k, v))  # (B, n*C, H, D)
     first = [x[:, None, :1].expand(B, n, 1, H, D).flatten(0, 1) for x in (k, v)]  # token 0
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * n * C, H, D)
     k, v = (Windows.apply(x, C, W) for x in (k, v))  # (B * n, W + C, H, D)
-    inside = mask.chunked
-    if mask.anchored is not None:  # one more key
+    if mask.anchored:  # one more key
         k, v = (torch.cat(pair, 1) for pair in zip((k, v), first))  # (B * n, W + C + 1, H, D)
-        inside = torch.cat((inside, mask.anchored), -1)
     q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (B * n, C)), k, v))  # (B * n, H, .., D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=inside, dropout_p=dropout)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.chunked, dropout_p=dropout)
     return y.transpose(1, 2).reshape(B, n * C, H, D)[:, :T].transpose(1, 2)  # (B, H, T, D)
 
 
@@ -440,12 +439,12 @@ class GPT(nn.Module):
             have = f"the {config.block_size} positions of {path}"
             raise InputError(f"block_size {block_size} is more than {have}")
         config = replace(config, block_size=block_size or config.block_size, **settings)
+        rows, padding = len(tensors["wte.weight"]), -config.vocab_size % 64
+        if rows not in (config.vocab_size, config.vocab_size + padding):
+            raise InputError(f"{path}: no GPT-2 in this file: {rows} rows of wte.weight")
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: p.shape for name, p in model.state_dict().items()}
-        rows, padding = len(tensors["wte.weight"]), shapes["wte.weight"][0] - config.vocab_size
-        if rows not in (config.vocab_size, config.vocab_size + padding):
-            raise InputError(f"{path}: no GPT-2 in this file: {rows} rows of wte.weight")
         tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size]
         tensors["wte.weight"] = F.pad(
             tensors["wte.weight"][: config.vocab_size], (0, 0, 0, padding)

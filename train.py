@@ -299,6 +299,7 @@ def start(config, resume=False):
     torch.manual_seed(config.seed)
     with Run(config.out, resume, writes=rank == 0) as run:
         with machine.in_turn(rank, world):
+            get_encoding(config.tokenizer)  # it may have to be fetched
             folder = prepared(run.saved["config"] if resume else asdict(config))
             model = build_model(config, vocabulary_size(config.tokenizer)).to(device)
         text = Text(folder)
@@ -398,7 +399,7 @@ def finish(run, config, model, text, here):
     write_json(run.folder / "results.json", results)
     picture = run.folder / "attention.png"
     title = f"{run.folder.name}: {config.schedule}, {config.partition} blocks, test split"
-    figure(model, *text.test, results, picture, title, text.vocabulary)
+    figure(model, *text.test, text.vocabulary, results, picture, title)
     print(f"\n{run.folder}: the best model (step {best_step}) on the test split")
     print(table(results))
     print(f"\nwhat it writes, ▌ where a block begins:\n{written(model, config, text)}\n")

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ def run_script(main, when_stopped=""):
     when_stopped: what to print after Ctrl-C.
     """
     # a console that cannot show a character shows "?" in its place
-    if sys.stdout is not None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
@@ -49,7 +50,7 @@ def replacing(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as f:
+        with open(temporary, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
@@ -57,7 +58,7 @@ def replacing(path):
         reason = e if isinstance(e, OSError) else e.__context__
         if not isinstance(reason, OSError):
             raise
-        raise InputError(f"{path}: could not be written ({reason.strerror})") from None
+        raise InputError(f"{path}: could not be written ({reason.strerror or reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
 

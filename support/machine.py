@@ -73,8 +73,8 @@ def keep_memory(largest=0):
     glibc gives a block above 32 MB back to the system at once. Every page of the next one is
     fetched and zeroed anew: with GPT-2's vocabulary, a good part of a step.
 
-    largest: bytes of the largest tensor. To keep takes room for some four more of it. So memory is
-    left alone where eight of them are more than a third of what the machine has.
+    largest: bytes of the largest tensor. Kept memory is about four times as much. So nothing is
+    kept where eight times as much is more than a third of what the machine has.
     """
     # other C libraries have no mallopt
     with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
@@ -136,10 +136,10 @@ def join(device, batch_size):
 
 @contextlib.contextmanager
 def in_turn(rank, world):
-    """For what one process downloads or writes and the others then read.
+    """Let processes do this one after another: rank 0 downloads or writes, the others find it.
 
-    Rank 0 is through with it first. The first process of each other machine, which may have a disk
-    of its own, comes next, then all others.
+    The first process of each other machine, which may have a disk of its own, comes second; then
+    all others.
     """
     turn = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
     for _ in range(turn if world > 1 else 0):

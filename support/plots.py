@@ -16,7 +16,8 @@ STYLES = {
     "reversed": ("#888888", "X"),
 }
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #888888".split()
-FLOOR, MEASURED = "#d55e00", "#0072b2"
+EDGE = SET = "#d55e00"  # where blocks begin; what was set
+MEASURED = "#0072b2"
 
 
 def style(schedule):
@@ -69,25 +70,27 @@ def layer_mean(results, key):
 # one model
 
 
-def draw_attention(maps, start, words, locality, layers, path, title):
+def draw_attention(maps, start, words, layers, path, title):
     """The attention of the first and the last layer over a text, and all layers in numbers.
 
-    maps: of each layer, (T, T) weights, the mean over heads; start: (T,) where each query's block
-    begins; words: {token: first words of the block that begins there}; locality: lambda of each
-    layer; layers: of each, a dict of measures.
+    maps: {layer: (T, T) weights, the mean over heads}, of these two; start: (T,) where each query's
+    block begins; words: {token: first words of the block that begins there}; layers: a dict of
+    measures for each.
     """
     how = {"height_ratios": (1.55, 1), "layout": "constrained"}
     fig, axes = pyplot().subplots(2, 2, figsize=(10, 8.6), **how)
-    for ax, layer in zip(axes[0], (0, len(maps) - 1)):
+    for ax, layer in zip(axes[0], (0, len(layers) - 1)):
         image = draw_map(ax, maps[layer], start)
-        ax.set(title=f"layer {layer + 1}, dial at {locality[layer]:.2f}", xlabel="key (token)")
+        dial = f"dial at {layers[layer]['locality']:.2f}"
+        ax.set(title=f"layer {layer + 1}, {dial}", xlabel="key (token)")
     axes[0, 0].set_ylabel("query (token)")
-    axes[0, 0].plot([], [], color=FLOOR, label="start of the query's block")
+    axes[0, 0].plot([], [], color=EDGE, label="start of the query's block")
     axes[0, 0].legend(loc="upper right", frameon=False)
     T, below = len(start), -np.inf
     for token, text in sorted(words.items()):  # in the empty corner, where each block begins
         if 0 < token < 0.8 * T and token > below + 0.04 * T:
-            axes[0, 1].text(token + 0.02 * T, token, f"{text} …", size=7, va="center", color=FLOOR)
+            how = {"size": 7, "va": "center", "color": EDGE, "parse_math": False}
+            axes[0, 1].text(token + 0.02 * T, token, f"{text} …", in_layout=False, **how)
             below = token
     fig.colorbar(image, ax=axes[0], label="attention weight, mean over heads", shrink=0.9)
     draw_measures(axes[1], layers)
@@ -104,7 +107,7 @@ def draw_map(ax, weights, start):
     shown, norm = np.where(np.tri(T, dtype=bool), weights, np.nan), PowerNorm(0.35, 0, 1)
     image = ax.imshow(shown, cmap="Blues", norm=norm, interpolation="nearest")
     edge = [*start - 0.5, start[-1] - 0.5]
-    ax.step(edge, np.arange(T + 1) - 0.5, where="pre", color=FLOOR, lw=1.3)
+    ax.step(edge, np.arange(T + 1) - 0.5, where="pre", color=EDGE, lw=1.3)
     ax.set(xlim=(-0.5, T - 0.5))
     return image
 
@@ -114,8 +117,8 @@ def draw_measures(axes, layers):
     numbers = np.arange(1, len(layers) + 1)
     values = {key: [layer[key] for layer in layers] for key in layers[0]}
     ax = axes[0]
-    ax.fill_between(numbers, values["locality"], color=FLOOR, alpha=0.15, lw=0)
-    ax.plot(numbers, values["locality"], "--", color=FLOOR, label="dial: the certified floor")
+    ax.fill_between(numbers, values["locality"], color=SET, alpha=0.15, lw=0)
+    ax.plot(numbers, values["locality"], "--", color=SET, label="dial: the certified floor")
     label = "fidelity: mass inside the block"
     ax.plot(numbers, values["fidelity"], "o-", color=MEASURED, label=label)
     ax.plot(numbers, values["pointer_accuracy"], "^:", color="#666666", label="pointer accuracy")
@@ -158,7 +161,8 @@ def draw_dials(rows, path, title):
 # a sweep
 
 
-# groups: a list of dicts, see report.collect; a series: all groups with the same blocks
+# groups: a list of dicts, see report.collect, with "curves" of (step, loss) beside; a series: all
+# groups with the same blocks
 
 OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
@@ -228,7 +232,7 @@ def draw_tradeoff(groups, base, names, series):
     """Perplexity against fidelity, a point for every group."""
     fig, ax = pyplot().subplots(figsize=(7, 5), layout="constrained")
     by_schedule = len(names) > 2  # what the colours tell; with one schedule, they tell the blocks
-    for g in groups + base:
+    for g in groups + [g for g in base if g["ratio"]]:
         marker, color = look(series, g["blocks"]) if g["blocks"] in series else ("o", "#000000")
         color = style(g["schedule"])[0] if by_schedule else color
         fidelity = np.mean([layer_mean(r, "fidelity") for r in g["runs"]])

@@ -33,7 +33,7 @@ def read_results(path):
             or not all(isinstance(word, str) for word in words)
         ):
             raise ValueError
-        config = {"max_lookback": None, **results["config"]}
+        config = {"max_lookback": None, **RETIRED, **results["config"]}
         return {**results, "config": config, "folder": path.parent}
     except (ValueError, KeyError, TypeError, RecursionError):
         mend = "delete it, and the cell is brought to its end again"
@@ -308,8 +308,6 @@ def markdown(groups, rows, about):
 def report(folder):
     """Write table.md, table.json and the figures of a sweep, from the results of its cells."""
     groups, keys = collect(folder)
-    for g in groups:
-        g["curves"] = [read_curve(r["folder"] / "metrics.jsonl") for r in g["runs"]]
     rows = comparisons(groups, keys)
     runs = [r for g in groups for r in g["runs"]]
 
@@ -332,6 +330,8 @@ def report(folder):
     text = markdown(groups, rows, about)
     write_json(folder / "table.json", table)
     write_text(folder / "table.md", text)
+    for g in groups:
+        g["curves"] = [read_curve(r["folder"] / "metrics.jsonl") for r in g["runs"]]
     drawn = draw_sweep(groups, folder)
     print(text)
     pictures = ", ".join(str(path) for path in drawn if path.suffix == ".png")

@@ -22,7 +22,7 @@ import torch
 
 from support.files import InputError, append_line, write_json, write_text
 from support.settings import to_toml
-from support.weights import load, pack, save
+from support.weights import CHECKPOINTS, load, pack, save
 
 try:
     import fcntl
@@ -64,7 +64,7 @@ def read_checkpoint(path):
 
 def find_checkpoint(folder):
     """The path of the best checkpoint in a run folder. Raises InputError where there is none."""
-    for name in ("best.pt", "last.pt"):
+    for name in CHECKPOINTS:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     what = "a run is the folder that 'python train.py CONFIG' fills"
@@ -73,7 +73,7 @@ def find_checkpoint(folder):
 
 def is_run(folder):
     """Whether a folder holds a checkpoint."""
-    return any((Path(folder) / name).is_file() for name in ("best.pt", "last.pt"))
+    return any((Path(folder) / name).is_file() for name in CHECKPOINTS)
 
 
 def restore_optimizer(optimizer, saved, fresh):
@@ -101,7 +101,7 @@ def restore_optimizer(optimizer, saved, fresh):
 
 
 class Run:
-    """A run folder, locked, and all of a run that has to survive a crash.
+    """A run folder, locked, and what a run needs to go on after a crash.
 
     with Run("runs/mine") as run:
         run.begin(model, optimizers, config, text)   # restores what was saved, if it goes on
@@ -123,9 +123,13 @@ class Run:
 
     def __enter__(self):
         if self.goes_on:
-            if self.writes:
-                self.lock()
-            self.saved = read_checkpoint(self.folder / "last.pt")
+            try:
+                if self.writes:
+                    self.lock()
+                self.saved = read_checkpoint(self.folder / "last.pt")
+            except BaseException:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_):
@@ -156,12 +160,14 @@ class Run:
         """Take over the folder: restore what was saved, or clear what an older run left.
 
         config: the run's settings, a dataclass. text: what else a checkpoint has to say of the
-        text it was trained on, a dict. Raises InputError where last.pt does not fit.
+        text it was trained on, a dict. Raises InputError where last.pt does not fit, another run
+        has the folder, or it cannot be written.
         """
         self.model, self.optimizers = model, optimizers
         self.device = next(model.parameters()).device
         self.config = {**asdict(config), **text}
         length = self.restore() if self.saved else 0
+        self.started = time.perf_counter()  # to prepare is not to train
         if not self.writes:
             return
         if not self.metrics:
@@ -196,12 +202,15 @@ class Run:
             raise InputError(f"{self.folder / 'last.pt'}: {kind}") from None
 
     def log(self, **values):
-        """Append a line to metrics.jsonl: the step, and these values by name."""
+        """Append a line to metrics.jsonl: the step, and these values by name. Raises InputError."""
         if self.writes:
             append_line(self.metrics, json.dumps({"step": self.step, **values}))
 
     def best(self, val_loss):
-        """Note the loss on the validation split, in nats; save the model if it is the best yet."""
+        """Note the loss on the validation split, in nats; save the model if it is the best yet.
+
+        Raises Diverged if it is not finite, InputError where it cannot be saved.
+        """
         check_finite(self.step, val_loss=val_loss)
         self.log(val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)))
         self.val_loss = val_loss
@@ -211,7 +220,10 @@ class Run:
             save(self.checkpoint(), self.folder / "best.pt")
 
     def keep(self):
-        """Write last.pt, from which a run goes on as if it had never stopped."""
+        """Write last.pt, from which a run goes on as if it had never stopped.
+
+        Raises Diverged for a model that is not finite, InputError where it cannot be saved.
+        """
         if not self.writes:
             return
         os.fsync(self.metrics.fileno())  # the checkpoint counts on what stands there

@@ -35,7 +35,7 @@ RETIRED = {"min_lookback": 0, "dial": "blend"}
 
 
 def lost(config):
-    """The retired keys that say something in a config of an earlier version, a dict."""
+    """The retired keys that mattered in a config of an earlier version, a dict: a list of names."""
     return [name for name, only in RETIRED.items() if config.get(name, only) != only]
 
 

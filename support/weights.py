@@ -29,6 +29,9 @@ PRETRAINED = {
 }
 
 
+CHECKPOINTS = ("best.pt", "last.pt")  # of a run, in the order of preference
+
+
 def find(name_or_path):
     """The path of a weights file: of a published size, of a folder or run, or of the file itself.
 
@@ -39,7 +42,7 @@ def find(name_or_path):
     path = Path(name_or_path)
     if path.is_file():
         return path
-    for name in ("best.pt", "last.pt", "pytorch_model.bin", "model.safetensors"):
+    for name in (*CHECKPOINTS, "pytorch_model.bin", "model.safetensors"):
         if (path / name).is_file():
             return path / name
     if path.is_dir():
@@ -179,7 +182,10 @@ def unpack(state, path):
     shape = {"block_size": block_size, "n_layer": n_layer, "n_embd": n_embd}
     if ours:
         config = state["model_config"]
-        if not isinstance(config, dict) or any(config.get(key) != shape[key] for key in shape):
+        plain = isinstance(config, dict) and not any(
+            isinstance(value, torch.Tensor) for value in config.values()
+        )
+        if not plain or any(config.get(key) != shape[key] for key in shape):
             raise InputError(f"{path}: no GPT-2 in this file (model_config is of another shape)")
         for key in lost(config):
             less = f"this version has no {key} = {config[key]!r}, and reads the model without"
@@ -230,8 +236,8 @@ def fit(tensors, shapes, path):
             raise InputError(f"{path}: tensor {name} is missing: not a whole GPT-2")
         found = tensors[name]
         if found.shape != shape:
-            shapes = f"has shape {tuple(found.shape)}, expected {tuple(shape)}"
-            raise InputError(f"{path}: tensor {name} {shapes}")
+            differ = f"has shape {tuple(found.shape)}, expected {tuple(shape)}"
+            raise InputError(f"{path}: tensor {name} {differ}")
         if not found.is_floating_point() or not found.float().isfinite().all():
             raise InputError(f"{path}: tensor {name} holds something else than finite numbers")
     return {name: tensors[name] for name in shapes}

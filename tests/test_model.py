@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -562,9 +563,11 @@ def test_weights_that_do_not_say_enough_or_say_too_much_are_refused(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match="config.json.*heads"):  # 48 wide: of how many heads?
         GPT.from_pretrained(path)
-    torch.save({"model": tiny().state_dict(), "model_config": {}}, tmp_path / "best.pt")
-    with pytest.raises(InputError, match="best.pt"):
-        GPT.from_pretrained(tmp_path)
+    whole = asdict(tiny().config)
+    for config in ({}, {**whole, "vocab_size": 2**62}, {**whole, "n_layer": torch.zeros(2)}):
+        torch.save({"model": tiny().state_dict(), "model_config": config}, tmp_path / "best.pt")
+        with pytest.raises(InputError, match="best.pt"):
+            GPT.from_pretrained(tmp_path)
 
 
 def test_the_export_says_what_the_model_is(tmp_path):

@@ -16,7 +16,7 @@ from forks import started
 from prepare_data import read_meta
 from support.files import InputError
 from support.report import collect, comparisons, interval, paired, sign_flip_p
-from support.settings import to_toml
+from support.settings import RETIRED, to_toml
 from sweep import read_cells, run_cell
 from train import Config, read_values
 
@@ -71,7 +71,9 @@ def test_pairs_share_their_seeds():
     assert same["low"] == same["ratio"] == same["high"] == 1
 
 
-def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path):
+@pytest.mark.parametrize("old", [0, 1, 2])
+def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, old):
+    """`old`: seeds up to this one are of commit 2c59031, whose configs had two keys more."""
     for cap, window in ((64, "window:30"), (128, "window:60")):
         for partition in ("semantic", window):
             for seed in (1, 2):
@@ -80,7 +82,8 @@ def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path):
                 folder = tmp_path / f"{cap}.{partition}.{seed}"
                 folder.mkdir()
                 layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
-                results = {"seed": seed, "layers": [layer], "config": asdict(config)}
+                config = {**asdict(config), **(RETIRED if seed <= old else {})}
+                results = {"seed": seed, "layers": [layer], "config": config}
                 results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
                 results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
                 results["loss"] = cap / 100 + len(partition) + seed

@@ -527,7 +527,8 @@ def test_a_figure_is_drawn_without_dropout(tmp_path, monkeypatch):
         model, "attention_maps", lambda *a: drawn.append((a, list(maps(*a)))) or drawn[-1][1]
     )
     results = {"layers": [{"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": 1}] * 2}
-    figure(model, tokens, tokens % 8, results, tmp_path / "f.png", "$ a title")
+    odd = [b"$\\newcommand{x}$ "] * 256  # the words in the picture are words, and no formula
+    figure(model, tokens, tokens % 8, odd, results, tmp_path / "f.png", "$ a title")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     ((args, found),) = drawn
     assert all(map(torch.equal, found, maps(*args)))
