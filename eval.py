@@ -330,7 +330,7 @@ def main():
     else:
         results |= {"schedule": name, "fidelity": fidelity}
         results |= evaluate(model, *split, vocabulary, **how)
-        title = f"{title}: {name}, fidelity {fidelity:g}"
+        title = f"{title}: {name}, floor {fidelity:g}"
         print(f"{title}\n{table(results)}")
     if args.json:
         write_json(args.json, results)

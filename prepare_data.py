@@ -220,7 +220,8 @@ def misfit(folder, made_from):
         whole = all((folder / name).stat().st_size == 2 * n for name, n in tokens.items())
     except (InputError, OSError) as e:
         return str(e)
-    other = [key for key, value in made_from.items() if meta.get(key) != value]
+    names = {"source_sha256": "text", "code_sha256": "version of the code that decides blocks"}
+    other = [names.get(k, k) for k, value in made_from.items() if meta.get(k) != value]
     if other:
         return f"it was made with another {', '.join(other)}"
     return "" if whole else "a file has another length"

@@ -27,7 +27,7 @@ def main():
     )
     add = parser.add_argument
     add("run", help="a run of train.py; or weights: gpt2, gpt2-medium … or a path (dial at 0)")
-    add("--prompt", action="append", help="the text to go on from (default: a new line)")
+    add("--prompt", action="append", help="the text to go on from; a new line if not given")
     add("--samples", type=int, default=1, help="texts from each prompt")
     add("--tokens", type=int, default=200, help="how many to write")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token")

@@ -95,9 +95,9 @@ class Config:
     beta2: float = key(0.95, "AdamW's decay of the gradient's square", at_least=0, below=1)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     # watching
-    eval_interval: int = key(100, "steps between two looks at the validation split", at_least=1)
-    eval_contexts: int = key(64, "contexts in such a look", at_least=1)
-    patience: int = key(0, "stop after so many looks without a new best; 0: never", at_least=0)
+    eval_interval: int = key(100, "steps between two scores of the validation split", at_least=1)
+    eval_contexts: int = key(64, "contexts in such a score", at_least=1)
+    patience: int = key(0, "stop after so many scores without a new best; 0: never", at_least=0)
     log_interval: int = key(10, "steps between two lines of metrics.jsonl", at_least=1)
     # machine
     seed: int = key(1, "of everything random", at_least=0)
@@ -265,11 +265,12 @@ def train(run, config, model, fast_model, optimizers, text, here):
             if logs:
                 loss, stop = machine.shared_mean([loss, bool(asked)], world, device)
                 speed = seen / max(time.perf_counter() - clock, 1e-9)
-                show(bar, run, config, model, loss, lr, speed, here)
                 run.log(loss=loss, lr=lr, grad_norm=float(norm), tokens_per_s=round(speed))
             if looks or run.step == config.max_steps:
                 validate(run, config, model, text, here)
                 run.keep()
+            if logs:
+                show(bar, run, config, model, loss, lr, speed, here)
             if logs or looks or run.step == first + 1:  # to compile or to look is not to train
                 seen, clock = 0, time.perf_counter()
             if stop:
@@ -345,11 +346,11 @@ def check_length(text, model, config):
 
 def headline(run, model, config, here):
     device, _, world = here
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     where = f"{device} and {world - 1} more" if world > 1 else f"{device}"
-    dial = " ".join(f"{x:.3g}" for x in model.locality)
+    dial = ", ".join(f"{x:.3g}" for x in model.locality)
     since = f", from step {run.step}" if run.goes_on else ""
-    return f"{run.folder}: {size} on {where}, {config.schedule}, lambda by layer {dial}{since}"
+    return f"{run.folder}: {size} on {where}, {config.schedule}, dial by layer: {dial}{since}"
 
 
 def progress(run, config, rank):
@@ -400,14 +401,16 @@ def finish(run, config, model, text, here):
     picture = run.folder / "attention.png"
     title = f"{run.folder.name}: {config.schedule}, {config.partition} blocks, test split"
     figure(model, *text.test, text.vocabulary, results, picture, title)
-    print(f"\n{run.folder}: the best model (step {best_step}) on the test split")
+    best = f"the best model (step {best_step}, validation loss {val_loss:.3f})"
+    print(f"\n{run.folder}: {best} on the test split")
     print(table(results))
-    print(f"\nwhat it writes, ▌ where a block begins:\n{written(model, config, text)}\n")
+    prompt, more = written(model, config, text)
+    print(f"\nwhat it writes after {prompt!r}, ▌ where a block begins:\n{more}\n")
     print(f"figure: {picture}   all numbers: {run.folder / 'results.json'}")
 
 
 def written(model, config, text, n_bytes=300):
-    """Some text that the model writes, after a few words of the test split; its blocks marked."""
+    """(a few words of the test split, what the model writes after them, its blocks marked)."""
     tokens, train = text.test[0][:40].tolist(), text.meta["splits"]["train"]
     n = math.ceil(n_bytes * train["tokens"] / train["bytes"])
     blocks = text.vocabulary, config.partition, config.max_lookback, text.meta["background"]
@@ -415,7 +418,9 @@ def written(model, config, text, n_bytes=300):
     how = {"temperature": 0.8, "generator": generator}
     for (token,) in model.eval().generate([tokens], n, [Partitioner(*blocks)], **how):
         tokens.append(token)
-    return mark_blocks(tokens, Partitioner(*blocks).push(tokens), text.vocabulary)
+    lookback, start = Partitioner(*blocks).push(tokens), len(tokens) - n
+    prompt = b"".join(text.vocabulary[t] for t in tokens[:start]).decode(errors="replace")
+    return prompt, mark_blocks(tokens[start:], lookback[start:], text.vocabulary)[1:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,8 +439,11 @@ def read_values(argv, more=()):
     more: names of keys that Config does not know. Raises InputError.
     """
     if not argv or argv[0].startswith("-"):
-        example = "python train.py configs/quickstart.toml [--key value …]"
-        raise InputError(f"give a config: {example}; --help lists the keys")
+        example = "for example configs/quickstart.toml; --help lists the keys"
+        raise InputError(f"give a config, {example}")
+    if Path(argv[0]).is_dir():
+        how = "a run goes on with --resume"
+        raise InputError(f"{argv[0]} is a folder; give a config, a TOML file ({how})")
     values = settings.read(Config, argv, more)
     out = values.get("out", "")
     if not isinstance(out, str):

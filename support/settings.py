@@ -94,7 +94,7 @@ def read(kind, argv, more=()):
     rest = [word for a in argv[1:] for word in (a.split("=", 1) if a.startswith("--") else [a])]
     for flag, text in zip(rest[::2], rest[1::2] + [None] * (len(rest) % 2)):
         if not flag.startswith("--") or text is None:
-            raise InputError(f"{flag}: overrides come in pairs, --key value")
+            raise InputError(f"{flag}: every key needs one value, --key value")
         name = flag[2:].replace("-", "_")
         values[name] = parse(text, types.get(name))
     for name in values.keys() - types.keys() - set(more):

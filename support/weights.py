@@ -76,7 +76,7 @@ def download_gpt2(name):
         record = "names no sha256 for pytorch_model.bin; try another HF_ENDPOINT"
         raise InputError(f"{hub} {record}") from None
     except InputError as e:
-        instead = f"put the file at {path}, or name a local folder in init_from"
+        instead = f"put the file at {path}, or give a local folder"
         raise InputError(f"{e}. Without a network, {instead}") from None
 
 

@@ -82,7 +82,7 @@ def test_exercise_2_a_schedule_is_one_line_and_rebuilds_no_data(copy):
     apply(2, copy)
     (command,) = commands(2)
     done = run(f"{command} --max_steps 2 --eval_contexts 1", copy)
-    promised = re.search(r"`(lambda by layer [\d. ]+)`", EXERCISES[2])[1]
+    promised = re.search(r"`(dial by layer: [\d., ]+)`", EXERCISES[2])[1]
     assert done.returncode == 0 and promised in done.stdout, done.stderr
     assert "made again" not in done.stdout
     done = run("python train.py configs/tiny.toml --schedule septic --out runs/x", copy)

@@ -107,7 +107,11 @@ def test_data_is_made_again_when_the_code_of_blocks_has_changed_and_only_then(
     again = (prepare(*how) / "train.bin").stat().st_ino
     printed = capsys.readouterr().out
     if name in CODE:
-        assert again != made and "again: it was made with another code_sha256\n" in printed
+        assert (
+            again != made
+            and "again: it was made with another version of the code that decides blocks\n"
+            in printed
+        )
     else:
         assert again == made and not printed
 
