@@ -206,7 +206,7 @@ class Text:
     """The prepared text of a run: its splits, its vocabulary, and how it was prepared."""
 
     def __init__(self, folder):
-        self.folder, self.meta = folder, read_meta(folder)
+        self.meta = read_meta(folder)
         self.train, self.val, self.test = (read_split(folder, split) for split in SPLITS)
         self.vocabulary = token_bytes(get_encoding(self.meta["tokenizer"]))
 
