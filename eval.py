@@ -258,9 +258,10 @@ def dial_table(rows):
         "mean over layers:     dial  fidelity  entropy (bits)"
     ]
     for row in rows:
+        floor = "–" if row["schedule"] == "distributed" else f"{row['fidelity']:.2f}"
         dial, fidelity, bits = (layer_mean(row, k) for k in ("locality", "fidelity", "entropy"))
         lines.append(
-            f"{row['schedule']:11s}  {row['fidelity']:8.2f}  {row['perplexity']:10.3f}"
+            f"{row['schedule']:11s}  {floor:>8s}  {row['perplexity']:10.3f}"
             f"  {row['ratio']:20.4f}  {100 * row['accuracy']:6.2f} %"
             f"  {dial:26.3f}  {fidelity:8.3f}  {bits:14.2f}"
         )

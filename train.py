@@ -405,7 +405,8 @@ def finish(run, config, model, text, here):
     print(f"\n{run.folder}: {best} on the test split")
     print(table(results))
     prompt, more = written(model, config, text)
-    print(f"\nwhat it writes after {prompt!r}, ▌ where a block begins:\n{more}\n")
+    blocks = "▌ where a block begins" if "▌" in more else "no new block begins"
+    print(f"\nwhat it writes after {prompt!r}, {blocks}:\n{more}\n")
     print(f"figure: {picture}   all numbers: {run.folder / 'results.json'}")
 
 
