@@ -9,8 +9,11 @@
 Nothing is retrained: the weights stay as they are.
 """
 
+import support  # first of all: it loads torch as it should be  # noqa: F401
+
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +85,21 @@ def load_run(folder, device="cpu"):
 def load_weights(name, device="cpu"):
     """A GPT-2 that train.py never saw, its dial at 0, and a config for it, a dict without a text.
 
-    name: as in GPT.from_pretrained. Raises InputError.
+    name: as in GPT.from_pretrained. The size of its vocabulary tells the tokenizer.
+    Raises InputError.
     """
     model = GPT.from_pretrained(name)
-    if model.config.vocab_size != 50257:
-        other = f"{model.config.vocab_size} tokens, which is not GPT-2's vocabulary"
-        raise InputError(f"{name} has {other}")
-    text = {"source": None, "data": "", "tokenizer": "gpt2", "val": 0.1, "test": 0.1, "seed": None}
+    size = model.config.vocab_size
+    tokenizer = {50257: "gpt2", 256: "bytes"}.get(size, f"gpt2:{size}")
+    try:
+        check_tokenizer(tokenizer)
+    except InputError:
+        raise InputError(f"{name} has {size} tokens, and no tokenizer here has as many") from None
+    get_encoding(tokenizer)
+    if tokenizer != "gpt2":
+        print(f"{name} has {size} tokens; read with the tokenizer {tokenizer}", file=sys.stderr)
+    text = {"source": None, "data": "", "tokenizer": tokenizer}
+    text |= {"val": 0.1, "test": 0.1, "seed": None}
     blocks = {"partition": "semantic", "max_lookback": model.config.max_lookback}
     dial = {"schedule": "distributed", "fidelity": 1.0}
     return model.to(device).eval(), {**text, **blocks, **dial}

@@ -13,11 +13,14 @@ joined into one corpus, with <|endoftext|> between the texts. The output folder 
                                                             background words, a sha256 of every file
 """
 
+import support  # first of all: it loads torch as it should be  # noqa: F401
+
 import argparse
 import hashlib
 import json
 import os
 import platform
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -30,7 +33,7 @@ import locality
 from locality import background, parse_partition, partition
 from support import files, sentences
 from support.files import InputError
-from support.sources import pieces, slug, source_files
+from support.sources import left_out, pieces, slug, source_files
 
 SPLITS = ("train", "val", "test")
 STRETCH = 1 << 22  # tokens in memory at a time
@@ -126,24 +129,32 @@ def default_folder(source, tokenizer, method, max_lookback, val, test):
 
 
 def prepare(
-    source, out=None, tokenizer="gpt2", method="semantic", max_lookback=256, val=0.1, test=0.1
+    source,
+    out=None,
+    tokenizer="gpt2",
+    method="semantic",
+    max_lookback=256,
+    val=0.1,
+    test=0.1,
+    cwd="",
 ):
     """Make the prepared folder, unless it is there and still fits. Returns its Path.
 
     source: a string or a list of strings; val, test: the fractions held out, taken from the end of
-    the text. A folder that was made of something else is made again, and the reason printed.
+    the text. cwd: where relative paths go out from. A folder that was made of something else is
+    made again, and the reason printed. Where the text is gone, what was made of it is enough.
+    Several processes may ask for one folder: the first makes it, the others wait.
     Raises InputError for a source that is no text or too short, or a full disk; then nothing is
     left behind.
     """
     check_blocks(method, max_lookback, val, test)
-    paths = source_files(source)
+    folder = Path(cwd, out or default_folder(source, tokenizer, method, max_lookback, val, test))
     # the code counts too: another partitioner makes other blocks. a schedule makes none
     code = files.digest_code(
         [locality.__file__, sentences.__file__], without=("SCHEDULES", "schedule")
     )
     made_from = {
         "source": source,
-        "source_sha256": files.digest(paths),
         "code_sha256": code,
         "tokenizer": tokenizer,
         "partition": method,
@@ -151,25 +162,45 @@ def prepare(
         "val": val,
         "test": test,
     }
-    folder = Path(out or default_folder(source, tokenizer, method, max_lookback, val, test))
-    files.remove_stale(folder, ".preparing-{}")
-    reason = misfit(folder, made_from)
-    if not reason:
+    try:
+        paths = source_files(source, cwd)
+    except InputError as gone:
+        if misfit(folder, made_from):
+            raise
+        on = f"going on with what was prepared in {folder}, not compared with the text"
+        print(f"{gone}; {on}", file=sys.stderr)
         return folder
+    made_from["source_sha256"] = files.digest(paths)
+    files.remove_stale(folder, ".preparing-{}")
+    if misfit(folder, made_from):
+        with files.alone(folder):
+            if reason := misfit(folder, made_from):  # or another process has made it meanwhile
+                for line in left_out(source, cwd):
+                    print(line, file=sys.stderr)
+                make(folder, paths, made_from, reason)
+    return folder
+
+
+def make(folder, paths, made_from, reason):
+    """Make or make again a prepared folder.
+
+    paths: of the text; made_from: what meta.json says it was made from, a dict; reason: why what
+    is there does not fit. Raises InputError.
+    """
     ours = {f"{split}{end}" for split in SPLITS for end in (".bin", ".lookback.bin")} | {
         "meta.json"
     }
-    for path in folder.iterdir() if folder.exists() else ():
+    for path in folder.iterdir():
         if path.name not in ours and not path.name.startswith(".preparing-"):
             own = "prepare into a folder of its own"
             raise InputError(f"{folder} holds other files ({path.name}, …); {own}")
     if (folder / "meta.json").exists():
         print(f"{folder} is made again: {reason}")
     with files.filling(folder, last="meta.json") as work:
-        encoding = get_encoding(tokenizer)
+        encoding = get_encoding(made_from["tokenizer"])
         encode(paths, encoding, work / "all.bin")
         if not (work / "all.bin").stat().st_size:
-            raise InputError(f"{source}: the text is empty")
+            raise InputError(f"{made_from['source']}: the text is empty")
         tokens = np.memmap(work / "all.bin", np.uint16, "r")
         made = split_and_partition(tokens, encoding, work, made_from)
         del tokens
@@ -182,7 +213,14 @@ def prepare(
         digests = {path.name: files.digest([path]) for path in sorted(work.iterdir())}
         meta = {**made_from, **made, "versions": versions, "files": digests}
         files.write_json(work / "meta.json", files.seal(meta))
-    return folder
+
+
+def digest_of(source, cwd):
+    """sha256 of the text of a source, None where it is gone."""
+    try:
+        return files.digest(source_files(source, cwd))
+    except InputError:
+        return None
 
 
 def split_and_partition(tokens, encoding, work, made_from):
@@ -282,12 +320,18 @@ def prepared(config):
     Raises InputError if the config is of a run, and the text, its tokens or its blocks are not
     those any more that it was trained on. (A run of an earlier version tells the sha256 alone.)
     """
-    source = config["source"]
-    if config.get("source_sha256") not in (None, files.digest(source_files(source))):
+    source, keys = config["source"], ("tokenizer", "partition", "max_lookback", "val", "test")
+    how = [config[key] for key in keys]
+    out = config["data"] or default_folder(source, *how)
+    # relative paths go out from where the run was started, if anything of it is there
+    names = [out, source] if isinstance(source, str) else [out, *source]
+    cwd = config.get("cwd", "")
+    cwd = cwd if any(Path(cwd, str(name)).exists() for name in names) else ""
+    before = config.get("source_sha256")
+    if before and digest_of(source, cwd) not in (before, None):
         since = "has changed since this run was trained on it; put the old text back"
         raise InputError(f"{source} {since}")
-    keys = "tokenizer", "partition", "max_lookback", "val", "test"
-    folder = prepare(source, config["data"] or None, *(config[key] for key in keys))
+    folder = prepare(source, out, *how, cwd)
     found, before = read_meta(folder)["files"], config.get("files")
     changed = [name for name in found if before and before.get(name) != found[name]]
     if changed:

@@ -7,6 +7,8 @@
 Several texts are written side by side.
 """
 
+import support  # first of all: it loads torch as it should be  # noqa: F401
+
 import argparse
 import codecs
 import math
@@ -52,7 +54,7 @@ def main():
     partitioners = [Partitioner(*how) for _ in prompts]
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = args.temperature, args.top_k, args.top_p, generator
-    ids = [encoding.encode_ordinary(prompt) for prompt in prompts]
+    ids = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
     write(prompts, model.generate(ids, args.tokens, partitioners, *choice), vocabulary)
 
 

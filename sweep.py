@@ -12,11 +12,13 @@ as far on average as the semantic blocks of the same text. The report is table.m
 four figures.
 """
 
+import support  # first of all: it loads torch as it should be  # noqa: F401
+
 import itertools
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +26,8 @@ import torch
 from tqdm import tqdm
 
 from prepare_data import prepared, read_split
-from support.files import InputError, run_script, write_text
-from support.machine import pick_device
+from support.files import InputError, alone, run_script, write_text
+from support.machine import pick_device, stop_signals
 from support.report import read_results, report
 from support.settings import lost, to_toml, usage
 from train import Config, read_config, read_values
@@ -98,8 +100,12 @@ def resolve(values):
 # running them
 
 
-def run_cell(cell, threads):
-    """Bring one cell to its end in a process of its own. Returns None, or why it broke, a line."""
+def run_cell(cell, threads, held, children, asked):
+    """Bring one cell to its end in a process of its own. Returns None, or why it broke, a line.
+
+    held: an open folder, whose lock the process holds as well. children: a set that has the process
+    while it runs. asked: a list, not empty if the sweep has to stop.
+    """
     out = Path(cell.out)
     finished, begun = (out / "results.json").is_file(), (out / "last.pt").is_file()
     if finished or begun:
@@ -119,11 +125,17 @@ def run_cell(cell, threads):
         return None
     config, log = (out.with_name(out.name + end) for end in (".toml", ".log"))
     write_text(config, to_toml(cell))
-    arguments = [out, "--resume"] if begun else [config, "--overwrite"]
+    command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-    command = [sys.executable, ROOT / "train.py", *arguments]
+    keep = () if held is None else (held,)
     with open(log, "w") as f:
-        status = subprocess.run(command, stdout=f, stderr=f, env=environment).returncode
+        how = {"stdout": f, "stderr": f, "env": environment, "pass_fds": keep}
+        with subprocess.Popen(command, **how) as child:
+            children.add(child)
+            if asked:
+                child.terminate()
+            status = child.wait()
+    children.discard(child)
     if status == 0:
         return None
     lines = log.read_text(errors="replace").replace("\r", "\n").strip().split("\n")
@@ -131,29 +143,41 @@ def run_cell(cell, threads):
     return errors[-1] if errors else f"error: exit status {status}: {lines[-1]}"
 
 
-def run(cells, jobs):
-    """Run all cells, `jobs` at a time. Returns {name: why} of those that broke."""
+def run(cells, jobs, held):
+    """Run all cells, `jobs` at a time. Returns {name: why} of those that broke.
+
+    held: as in run_cell. Raises KeyboardInterrupt(n) after signal n, when all runs have stopped.
+    """
     device = pick_device(next(iter(cells.values())).device)
     cuda = device.type == "cuda"
     if jobs is None:  # a small model leaves a large card idle
         memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
         jobs = max(1, memory // 2**35)
     threads = max(1, os.cpu_count() // jobs) if jobs > 1 and not cuda else None
-    broken, bar = {}, tqdm(total=len(cells), unit="run", disable=None)
-    with ThreadPoolExecutor(jobs) as pool, bar:
-        running = {pool.submit(run_cell, cell, threads): name for name, cell in cells.items()}
-        try:
-            for number, done in enumerate(as_completed(running), 1):
-                name, why = running[done], done.result()
+    broken, children = {}, set()
+    bar = tqdm(total=len(cells), unit="run", disable=None)
+    with stop_signals() as asked, ThreadPoolExecutor(jobs) as pool, bar:
+        running = {
+            pool.submit(run_cell, cell, threads, held, children, asked): name
+            for name, cell in cells.items()
+        }
+        left = set(running)
+        while left:
+            done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+            if asked:  # the runs save, and stop
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(children):
+                    child.terminate()
+                raise KeyboardInterrupt(asked[0])
+            for future in done:
+                name, why = running[future], future.result()
                 if why:
                     broken[name] = why
                 bar.set_description(f"last: {name}" + f", {len(broken)} broken" * bool(broken))
                 bar.update()
                 if bar.disable:
+                    number = len(cells) - len(left)
                     print(f"{number}/{len(cells)}: {name}{', broken' * bool(why)}", flush=True)
-        except BaseException:  # the interrupt reached the runs as well: they save, and stop
-            pool.shutdown(cancel_futures=True)
-            raise
     return broken
 
 
@@ -173,9 +197,14 @@ def main():
     values = read_values(argv, more=("sweep",))
     out, broken = Path(values["out"]), {}
     if "--report" not in sys.argv:
-        cells = read_cells(values)
-        out.mkdir(parents=True, exist_ok=True)
-        broken = run(cells, jobs)
+        try:
+            cells = read_cells(values)
+            # runs that a sweep left when it was killed hold the lock too: they are waited for
+            with alone(out) as held:
+                broken = run(cells, jobs, held)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            raise
     if not broken or any(out.glob("*/results.json")):
         report(out)
     for name, why in broken.items():
@@ -184,4 +213,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, when_stopped="stopped; the same command goes on")
+    run_script(main)

@@ -10,14 +10,15 @@ The run folder holds config.toml, metrics.jsonl, best.pt and last.pt, and at the
 and attention.png.
 """
 
+import support  # first of all: it loads torch as it should be  # noqa: F401
+
 import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import support  # before torch: it sets what torch reads when it is loaded  # noqa: F401
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ from prepare_data import (
 from support import machine, settings
 from support.files import InputError, run_script, write_json
 from support.machine import precision
-from support.run import Diverged, Run, check_finite, diagnose, read_checkpoint
+from support.run import Diverged, Run, check_finite, check_free, diagnose, read_checkpoint
 from support.settings import key
 
 
@@ -134,15 +135,18 @@ class Config:
 # the parts of a step
 
 
-def build_model(config, vocab_size):
+def build_model(config, vocab_size, saved=None):
     """The model to train, from scratch or from weights, its dial set.
 
-    Raises InputError where the config contradicts the weights or the vocabulary.
+    saved: the checkpoint, a dict, of a run that goes on. Raises InputError where the config
+    contradicts the weights or the vocabulary.
     """
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     shape = {name: value for name, value in shape.items() if value is not None}
     how = {name: getattr(config, name) for name in ("dropout", "max_lookback", "anchor")}
-    if config.init_from == "scratch":
+    if saved:
+        model = GPT.from_state(saved, Path(config.out) / "last.pt")
+    elif config.init_from == "scratch":
         try:
             model = GPT(GPTConfig(vocab_size, **how, **shape))
         except (RuntimeError, MemoryError, OverflowError):
@@ -155,11 +159,11 @@ def build_model(config, vocab_size):
             if have != value:
                 differ = f"{name} is {value} in the config but {have} in {config.init_from}"
                 raise InputError(f"{differ}; leave it out of the config")
-        have = model.config.vocab_size
-        if have != vocab_size:
-            differ = f"the {config.tokenizer} tokenizer has {vocab_size} tokens"
-            use = "use the tokenizer it was trained with"
-            raise InputError(f"{differ}, {config.init_from} has {have}; {use}")
+    have = model.config.vocab_size
+    if have != vocab_size:
+        differ = f"the {config.tokenizer} tokenizer has {vocab_size} tokens"
+        use = "use the tokenizer it was trained with"
+        raise InputError(f"{differ}, {config.init_from} has {have}; {use}")
     model.set_locality(schedule(config.schedule, model.config.n_layer, config.fidelity))
     return model
 
@@ -220,7 +224,7 @@ class Text:
 
 
 def train(run, config, model, fast_model, optimizers, text, here):
-    """The training loop. Returns 0 at its end, or the number of the signal that stopped it.
+    """The training loop. Raises KeyboardInterrupt(n) if it was stopped by signal n, and saved.
 
     fast_model: the model, compiled or shared by processes. here: (device, rank, world).
     """
@@ -275,8 +279,7 @@ def train(run, config, model, fast_model, optimizers, text, here):
                 seen, clock = 0, time.perf_counter()
             if stop:
                 run.keep()
-                return asked[0] if asked else 15  # SIGTERM: another process was asked
-    return 0
+                raise KeyboardInterrupt(asked[0] if asked else 15)  # another process was asked
 
 
 def validate(run, config, model, text, here):
@@ -302,7 +305,8 @@ def start(config, resume=False):
         with machine.in_turn(rank, world):
             get_encoding(config.tokenizer)  # it may have to be fetched
             folder = prepared(run.saved["config"] if resume else asdict(config))
-            model = build_model(config, vocabulary_size(config.tokenizer)).to(device)
+            vocab_size = vocabulary_size(config.tokenizer)
+            model = build_model(config, vocab_size, run.saved).to(device)
         text = Text(folder)
         check_length(text, model, config)
         if device.type == "cpu":
@@ -319,18 +323,20 @@ def start(config, resume=False):
         else:  # each process draws its own dropout
             torch.manual_seed(config.seed + 1000 * run.step + rank)
         try:
-            stopped = train(run, config, model, fast_model, optimizers, text, here)
+            train(run, config, model, fast_model, optimizers, text, here)
+            if world > 1:
+                distributed.destroy_process_group()
+            if rank == 0:
+                finish(run, config, model, text, here)
         except Diverged as e:
             explain(run, e, config, model, text, here)
-        if world > 1:
-            distributed.destroy_process_group()
-        if stopped:
-            if rank == 0:
-                how = f"python train.py {config.out} --resume"
-                print(f"stopped at step {run.step}; go on with: {how}", file=sys.stderr)
-            sys.exit(128 + stopped)
-        if rank == 0:
-            finish(run, config, model, text, here)
+        except KeyboardInterrupt:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+            if rank == 0 and run.kept is not None:
+                how = shlex.join(["python", "train.py", config.out, "--resume"])
+                print(f"stopped at step {run.kept}; go on with: {how}", file=sys.stderr)
+            raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,7 +355,7 @@ def headline(run, model, config, here):
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     where = f"{device} and {world - 1} more" if world > 1 else f"{device}"
     dial = ", ".join(f"{x:.3g}" for x in model.locality)
-    since = f", from step {run.step}" if run.goes_on else ""
+    since = f", from step {run.step} of {config.max_steps}" if run.goes_on else ""
     return f"{run.folder}: {size} on {where}, {config.schedule}, dial by layer: {dial}{since}"
 
 
@@ -464,10 +470,13 @@ def resumed(argv):
     """
     out = Path(argv[0]) if argv else Path()
     if not (out / "last.pt").is_file():
+        if (out / "config.toml").is_file():
+            raise InputError(f"{out}: the run ended before its first checkpoint; start it anew")
         how = "give the folder of a run: python train.py runs/NAME --resume"
         raise InputError(f"{out}: no last.pt to resume from; {how}")
     config = read_config([str(out / "config.toml"), *argv[1:], "--out", str(out)])
-    before = read_checkpoint(out / "last.pt")["config"]
+    state = read_checkpoint(out / "last.pt")
+    before = state["config"]
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in asdict(config).items()
@@ -477,6 +486,9 @@ def resumed(argv):
     if changed:
         only = f"only {', '.join(sorted(MAY_CHANGE - {'out'}))} may change"
         raise InputError(f"{out} cannot go on with another config ({'; '.join(changed)}); {only}")
+    if config.max_steps < state["step"]:
+        made = f"{out} has made {state['step']} steps already"
+        raise InputError(f"{made}; max_steps ({config.max_steps}) cannot be fewer")
     return config
 
 
@@ -490,10 +502,7 @@ def main():
         return start(resumed(argv), resume=True)
     config = read_config(argv)
     out = Path(config.out)
-    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if taken and "--overwrite" not in flags:
-        how = "if it holds a run, go on with it (--resume) or --overwrite it; or give another --out"
-        raise InputError(f"{out} is not an empty folder: {how}")
+    check_free(out, overwrite="--overwrite" in flags)
     if config.data and out.absolute() == Path(config.data).absolute():
         same = f"data and out are the same folder, {out}"
         raise InputError(f"{same}; a run wants a folder of its own")

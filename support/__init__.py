@@ -1,10 +1,27 @@
 """What protects the lesson: files, settings, devices, runs. Nothing in here knows of attention."""
 
 import os
+import signal
+import sys
+import threading
 
-# torch reads both when it is loaded, so import `support` before it.
+# torch reads both when it is loaded.
 # A CPU thread that waits for another gives up its core soon (GNU OpenMP). Without this, one busy
 # process beside the training makes it tens of times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # MKL promises the same bits from run to run only where it is asked to.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+
+# Ctrl-C while a script loads: there is nothing to lose, and nothing to say. (Then see
+# files.run_script.) Half loaded, torch would crash; so there Ctrl-C ends the process at once.
+show = sys.excepthook
+sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or show(kind, *error)
+on_interrupt = signal.getsignal(signal.SIGINT)
+at_once = on_interrupt is signal.default_int_handler
+at_once = at_once and threading.current_thread() is threading.main_thread()
+if at_once:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import torch  # noqa: E402, F401
+
+if at_once:
+    signal.signal(signal.SIGINT, on_interrupt)

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from support.files import InputError, remove_stale, replacing
 
-CACHE = Path(os.environ.get("LOCALIST_CACHE") or Path.home() / ".cache" / "localist-gpt")
+HOME = os.path.expanduser("~")
+HOME = "." if HOME == "~" else HOME  # in a container without a home: here
+CACHE = Path(os.environ.get("LOCALIST_CACHE") or Path(HOME, ".cache", "localist-gpt"))
 SILENCE = 30  # seconds without a byte of content before we give up
 PERIOD = 60  # seconds over which the speed is averaged
 SLOWEST = 16 << 10  # bytes a second; a slower server drips, it does not serve
@@ -36,7 +38,8 @@ def download(url, path, size=None, sha256=None, limit=2 << 30):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(f"{path.parent}: could not be written ({e.strerror})") from None
+        other = "LOCALIST_CACHE names another folder"
+        raise InputError(f"{path.parent}: could not be written ({e.strerror}); {other}") from None
     remove_stale(path.parent, f"{path.name}.{{}}.tmp")
     chunks = queue.Queue(maxsize=8)
     threading.Thread(target=fetch, args=(url, chunks), daemon=True).start()

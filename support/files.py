@@ -8,31 +8,64 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class InputError(ValueError):
     """A mistake of the user's. Scripts print it as one line and exit with status 2."""
 
 
-def run_script(main, when_stopped=""):
-    """Call main(). A user's mistake ends in one line and status 2, Ctrl-C in status 130.
+def run_script(main):
+    """Call main(). A user's mistake ends in one line and status 2; a signal n in status 128 + n.
 
-    when_stopped: what to print after Ctrl-C.
+    A script that stops for a signal raises KeyboardInterrupt(n); Ctrl-C raises it without a number.
     """
-    # a console that cannot show a character shows "?" in its place
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout = steady(sys.stdout, sys.__stdout__)
+    sys.stderr = steady(sys.stderr, sys.__stderr__)
     try:
         main()
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if when_stopped:
-            print(when_stopped, file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+def steady(stream, original):
+    """Standard output or error, as a stream on which no print fails; any other stream as it is.
+
+    Closed (>&-): nothing is printed. It cannot show a character: it shows "?". Its reader has left
+    (| head -1): the script goes on, unheard.
+    """
+    if stream is None:
+        return open(os.devnull, "w")
+    if stream is not original or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="replace")
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    if type(raw) is not io.FileIO:  # a console of Windows
+        return stream
+    raw, line = Unheard(raw.fileno(), "w", closefd=False), stream.line_buffering
+    buffer = raw if stream.write_through else io.BufferedWriter(raw)
+    how = {"line_buffering": line, "write_through": stream.write_through}
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", **how)
+
+
+class Unheard(io.FileIO):
+    """A pipe to write to, whether or not it is still read."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,6 +124,66 @@ def append_line(file, text):
         raise InputError(f"{file.name}: could not be written ({e.strerror})") from None
 
 
+def lock(file, wait=False):
+    """Hold the lock of an open file or folder until it is closed, here and in child processes.
+
+    wait: until another process lets go of it. Raises BlockingIOError if one has it, another OSError
+    where there are no locks.
+    """
+    if fcntl is None:
+        raise OSError("this system has no flock")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Let one process at a time do this in a folder, made if it is missing; the others wait.
+
+    Yields the number of the open folder, which holds the lock. At the end, an empty folder goes,
+    with the parents that were made for it. Raises InputError where it cannot be written.
+    """
+    missing = [path for path in [folder, *folder.parents] if not path.exists()]
+    held = hold(folder)
+    try:
+        while held is not None and not is_at(held, folder):  # who had it has removed the folder
+            os.close(held)
+            held = hold(folder)
+        yield held
+    finally:
+        with contextlib.suppress(OSError):  # not empty: there is something in it
+            for path in missing:
+                path.rmdir()
+        if held is not None:
+            os.close(held)
+
+
+def hold(folder):
+    """Open a folder, made if it is missing, and hold its lock, once no other process has it.
+
+    Returns its number; None on Windows, where a folder has no lock. Raises InputError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        held = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise InputError(f"{folder}: could not be written ({e.strerror})") from None
+    try:
+        lock(held)
+    except BlockingIOError:
+        print(f"{folder}: waiting for another process that works there", file=sys.stderr)
+        lock(held, wait=True)
+    except OSError:
+        pass  # a disk without locks
+    return held
+
+
+def is_at(held, folder):
+    """Whether an open folder is still the one at this path."""
+    return folder.exists() and os.path.samestat(os.fstat(held), os.stat(folder))
+
+
 @contextlib.contextmanager
 def filling(folder, last):
     """Yield an empty folder to work in. If all goes well its files move to `folder`, `last` last.
@@ -98,10 +191,9 @@ def filling(folder, last):
     While `last` is missing the folder is not filled. After a failure nothing new is left.
     Raises InputError where it cannot be written.
     """
-    missing = [path for path in [folder, *folder.parents] if not path.exists()]
     work = folder / f".preparing-{os.getpid()}"
     try:
-        work.mkdir(parents=True)
+        work.mkdir()
         yield work
         (folder / last).unlink(missing_ok=True)
         for path in sorted(work.iterdir(), key=lambda path: path.name == last):
@@ -110,10 +202,6 @@ def filling(folder, last):
         raise InputError(f"{folder}: could not be written ({e.strerror or e})") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if not (folder / last).exists():
-            with contextlib.suppress(OSError):  # not empty: someone else has put something there
-                for path in missing:
-                    path.rmdir()
 
 
 def remove_stale(folder, pattern):

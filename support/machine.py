@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from queue import Empty
 from typing import NamedTuple
@@ -180,6 +181,8 @@ def in_parallel(function, arguments):
     queue = fork.Queue(4 * n)
 
     def work(mine):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+        threading.Thread(target=end_with_parent, daemon=True).start()
         try:
             for a in mine:
                 for result in function(*a):
@@ -210,11 +213,18 @@ def in_parallel(function, arguments):
             child.terminate()
 
 
+def end_with_parent():
+    """Wait until the process that made this one has ended, however it did, and end as well."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Collect SIGINT and SIGTERM in a list in place of dying of them.
 
-    So the step in hand is finished and saved first.
+    So the step in hand is finished and saved first. Ctrl-C reaches the compiler too, if it is just
+    running: what torch makes of that ends as KeyboardInterrupt(number), as in files.run_script.
     """
     asked = []
     before = {
@@ -223,6 +233,10 @@ def stop_signals():
     }
     try:
         yield asked
+    except RuntimeError:
+        if not asked:
+            raise
+        raise KeyboardInterrupt(asked[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

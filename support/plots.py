@@ -1,5 +1,8 @@
 """Every figure. Every eye tells the colours apart (Okabe & Ito); markers serve black and white."""
 
+import logging
+import warnings
+
 import numpy as np
 
 from support.files import InputError, replacing
@@ -34,6 +37,7 @@ def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts, and more
     from matplotlib import pyplot as plt
 
     return plt
@@ -48,7 +52,9 @@ def check_suffix(path):
 def save_figure(fig, path, close=True):
     """Save a figure, whole or not at all; and close it. Raises InputError."""
     try:
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, warnings.catch_warnings():
+            # a character that the font lacks is drawn as a box
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
             fig.savefig(temporary, dpi=130, format=path.suffix[1:])
     finally:
         if close:
@@ -125,9 +131,9 @@ def draw_measures(axes, layers):
     ax.set(xlabel="layer", ylim=(-0.03, 1.5), xticks=numbers, yticks=np.arange(0, 1.1, 0.2))
     ax.set_title("attention that stays in the block")
     ax.legend(frameon=False, loc="upper left")
-    ax = axes[1]
+    ax, top = axes[1], 1.1 * max(values["entropy"]) or 1
     ax.plot(numbers, values["entropy"], "o-", color=MEASURED)
-    ax.set(xlabel="layer", ylabel="bits", xticks=numbers, ylim=(0, 1.1 * max(values["entropy"])))
+    ax.set(xlabel="layer", ylabel="bits", xticks=numbers, ylim=(0, top))
     ax.set_title("entropy of the attention")
 
 

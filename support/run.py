@@ -20,14 +20,9 @@ from pathlib import Path
 
 import torch
 
-from support.files import InputError, append_line, write_json, write_text
+from support.files import InputError, append_line, lock, write_json, write_text
 from support.settings import to_toml
 from support.weights import CHECKPOINTS, load, pack, save
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 RESULTS = ("results.json", "attention.png", "diverged.json", "best.pt", "last.pt")
 
@@ -54,11 +49,19 @@ def check_finite(step, **values):
 def read_checkpoint(path):
     """A checkpoint as `Run` wrote it, a dict, with the config of its run in "config".
 
-    Raises InputError where it is not one.
+    There, "cwd" is the directory from which the relative paths of the config go out: where the run
+    was started. Raises InputError where it is not a checkpoint.
     """
     state = load(path)
-    if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
+    config = state.get("config")
+    if not isinstance(config, dict) or not isinstance(state.get("step"), int):
         raise InputError(f"{path}: not a checkpoint of train.py")
+    cwd = config.get("cwd", "")  # as it is stored: seen from the run folder
+    if not isinstance(cwd, str) or not cwd.isprintable():
+        raise InputError(f"{path}: not a checkpoint of train.py")
+    if "cwd" in config:
+        cwd = (Path(path).resolve().parent / cwd).resolve()
+        config["cwd"] = "" if cwd == Path.cwd() else str(cwd)
     return state
 
 
@@ -74,6 +77,26 @@ def find_checkpoint(folder):
 def is_run(folder):
     """Whether a folder holds a checkpoint."""
     return any((Path(folder) / name).is_file() for name in CHECKPOINTS)
+
+
+def check_free(folder, overwrite=False):
+    """Raises InputError if a new run in this folder would harm what is there.
+
+    A run that ended before its first last.pt may be run over; with `overwrite`, any run.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give another --out")
+    names, metrics = {path.name for path in folder.iterdir()}, folder / "metrics.jsonl"
+    lines = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+    is_run = "config.toml" in names and metrics.is_file() or not lines and names == {metrics.name}
+    if names and not is_run:
+        raise InputError(f"{folder} is not empty and holds no run; give another --out")
+    if not overwrite and (lines > 1 or "last.pt" in names):
+        how = "go on with it (--resume) or --overwrite it, or give another --out"
+        raise InputError(f"{folder} holds a run: {how}")
 
 
 def restore_optimizer(optimizer, saved, fresh):
@@ -110,12 +133,14 @@ class Run:
         run.keep()                                   # last.pt: all that the next step needs
 
     goes_on: whether this continues a run; then last.pt is read at once, into `saved`.
+    kept: the step of last.pt, None as long as there is none.
     writes: false in all but the first of several processes; they only read and count.
     """
 
     def __init__(self, folder, goes_on=False, writes=True):
         self.folder, self.goes_on, self.writes = Path(folder), goes_on, writes
-        self.step = 0  # steps made
+        self.step, self.kept = 0, None  # steps made
+        self.cwd = ""
         self.val_loss, self.best_loss, self.looks_since_best = math.nan, math.inf, 0
         self.seconds = 0.0  # spent before this process
         self.metrics = self.saved = None
@@ -127,6 +152,7 @@ class Run:
                 if self.writes:
                     self.lock()
                 self.saved = read_checkpoint(self.folder / "last.pt")
+                self.kept, self.cwd = self.saved["step"], self.saved["config"].get("cwd", "")
             except BaseException:
                 self.__exit__()
                 raise
@@ -144,9 +170,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
-            if fcntl is None:
-                raise OSError("this system has no flock")
-            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.metrics)
         except BlockingIOError:
             other = "another process is training in this folder"
             raise InputError(f"{self.folder}: {other}; stop it, or give another --out") from None
@@ -165,7 +189,8 @@ class Run:
         """
         self.model, self.optimizers = model, optimizers
         self.device = next(model.parameters()).device
-        self.config = {**asdict(config), **text}
+        cwd = os.path.relpath(self.cwd or os.getcwd(), self.folder.resolve())
+        self.config = {**asdict(config), **text, "cwd": cwd}
         length = self.restore() if self.saved else 0
         self.started = time.perf_counter()  # to prepare is not to train
         if not self.writes:
@@ -238,6 +263,7 @@ class Run:
             "seconds": self.elapsed(),
         }
         save({**self.checkpoint(), **more}, self.folder / "last.pt")
+        self.kept = self.step
 
     def checkpoint(self):
         """What best.pt and last.pt share. Raises Diverged before a broken model is saved."""

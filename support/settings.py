@@ -90,7 +90,7 @@ def read(kind, argv, more=()):
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:  # not TOML, not UTF-8, or brackets without end
         raise InputError(f"{path}: not a TOML file: {e}") from None
-    types = {f.name: f.type for f in fields(kind)}
+    types, in_file = {f.name: f.type for f in fields(kind)}, set(values)
     rest = [word for a in argv[1:] for word in (a.split("=", 1) if a.startswith("--") else [a])]
     for flag, text in zip(rest[::2], rest[1::2] + [None] * (len(rest) % 2)):
         if not flag.startswith("--") or text is None:
@@ -99,7 +99,8 @@ def read(kind, argv, more=()):
         values[name] = parse(text, types.get(name))
     for name in values.keys() - types.keys() - set(more):
         if name not in RETIRED:
-            raise InputError(f"unknown key {name}; the nearest known one is {nearest(name, types)}")
+            where = f"{path}: unknown key {name}" if name in in_file else f"unknown key --{name}"
+            raise InputError(f"{where}; the nearest known one is {nearest(name, types)}")
         if values.pop(name) != RETIRED[name]:
             only = json.dumps(RETIRED[name])
             raise InputError(f"{name} has left this version, which has {only} alone: docs/LOG.md")

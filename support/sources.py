@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from pathlib import Path
 
 from support.download import CACHE, download
@@ -13,13 +14,14 @@ FIRST_LINE = r"^\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG.*?\*\*\*[ \t]*$"
 LAST_LINE = r"^\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG"
 
 
-def source_files(source):
+def source_files(source, cwd=""):
     """The local text files that a source (a string, or a list of them) stands for, a list of Paths.
 
-    What is remote is fetched once, into the cache. Raises InputError for what names no text.
+    cwd: where relative paths go out from. What is remote is fetched once, into the cache. Raises
+    InputError for what names no text.
     """
     if not isinstance(source, str):
-        return [path for one in source for path in source_files(one)]
+        return [path for one in source for path in source_files(one, cwd)]
     if not source or not source.isprintable():
         raise InputError(f"{source!r} does not name a source")
     if match := re.fullmatch(r"gutenberg:([0-9]{1,9})", source):
@@ -29,9 +31,9 @@ def source_files(source):
         raise InputError(f"{source}: {example}")
     if source.startswith(("http://", "https://")):
         return [from_address(source)]
-    path = Path(source)
+    path = Path(cwd, source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+        files = texts(path)
         if not files:
             raise InputError(f"{source}: no .txt file in this folder")
         return files
@@ -39,6 +41,28 @@ def source_files(source):
         known = "a text file, a folder of .txt files, an http(s) address or gutenberg:NUMBER"
         raise InputError(f"{source}: no such file or folder; a source is {known}")
     return [path]
+
+
+def texts(folder):
+    """The .txt files of a folder and those within it, sorted."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() == ".txt" and f.is_file())
+
+
+def left_out(source, cwd=""):
+    """Yield a line for each folder among the sources that holds more than its texts."""
+    if not isinstance(source, str):
+        for one in source:
+            yield from left_out(one, cwd)
+        return
+    folder, names = Path(cwd, source), []
+    files = texts(folder) if folder.is_dir() else ()
+    for path in sorted(folder.rglob("[!.]*")) if files else ():
+        inside = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
+        if path not in files and not inside:
+            names.append(str(path.relative_to(folder)))
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        yield f"{source}: not read, as not .txt files: {', '.join(names[:5])}{more}"
 
 
 def from_gutenberg(number):
@@ -98,7 +122,8 @@ def pieces(path):
         with open(path, encoding="utf-8-sig") as f:  # reads CRLF as a newline
             while text := f.read(PIECE):
                 if "\0" in text:
-                    raise InputError(f"{path}: holds NUL bytes: a binary file, not a text")
+                    binary = "holds NUL bytes: a binary file, or a text in UTF-16, not in UTF-8"
+                    raise InputError(f"{path}: {binary}")
                 rest += text
                 cuts = [m.start() + 1 for m in re.finditer(r"\S\s", rest[-4096:])]
                 if cuts:
@@ -106,9 +131,14 @@ def pieces(path):
                     yield rest[:cut]
                     rest = rest[cut:]
     except UnicodeDecodeError as e:
+        with open(path, "rb") as f:
+            start = f.read(4)
+        marks = {BOM_UTF32_LE: "utf-32", BOM_UTF32_BE: "utf-32"}
+        marks |= {BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+        code = next((code for mark, code in marks.items() if start.startswith(mark)), "latin1")
         raise InputError(
             f"{path}: not UTF-8 text (byte 0x{e.object[e.start]:02x}, {e.reason}); convert it "
-            "first, for example with iconv -f latin1 -t utf-8"
+            f"first, for example with iconv -f {code} -t utf-8"
         ) from None
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot"])
@@ -45,3 +46,15 @@ def become(words, cwd, output, n_threads, environment):
     sys.path.insert(0, os.path.dirname(words[0]))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+def children(pid):
+    """The processes that process `pid` has started, from Linux's /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+        found += [int(path.parent.name)] * (parent == pid)
+    return found

@@ -3,11 +3,14 @@
 import platform
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import ROOT
+from forks import children, started
 from support.machine import compiles, precision
 
 
@@ -49,3 +52,38 @@ def test_bfloat16_is_chosen_where_the_machine_has_fast_matrix_products_in_it(mon
         with precision(device, "float32"):
             assert not torch.is_autocast_enabled("cpu")
             assert compiles(device, True) and not compiles(device, False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
+def test_the_processes_that_share_work_end_with_the_one_that_shares_it(tmp_path):
+    (tmp_path / "shares.py").write_text("""if True:
+        import os, time
+        from support.machine import in_parallel
+        os.cpu_count = lambda: 3
+        def never_ends(n):
+            yield n
+            time.sleep(100)
+        for n in in_parallel(never_ends, [(1,), (2,), (3,)]):
+            print(n, flush=True)""")
+    with started(tmp_path / "shares.py", cwd=tmp_path) as process:
+        told = tmp_path / "output.txt"
+        while not told.exists() or told.read_text().count("\n") < 3 and process.is_alive():
+            time.sleep(0.01)
+        shared = children(process.pid)
+        process.kill()
+        process.join(60)
+    assert len(shared) == 3
+    for _ in range(1000):
+        states = [state_of(pid) for pid in shared]
+        if set(states) <= {None, "Z"}:
+            return
+        time.sleep(0.01)
+    raise AssertionError(states)
+
+
+def state_of(pid):
+    """What a process does: R, S … or Z, if it has ended; None if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None

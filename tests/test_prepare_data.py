@@ -3,10 +3,12 @@
 Nothing is left behind after a mistake.
 """
 
+import contextlib
 import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -257,7 +259,10 @@ def test_a_page_that_is_no_book_is_refused_and_not_cached(serve, monkeypatch, tm
         (b"Hi.", "too short"),
         (b"\x89PNG\r\n\x1a\n\0\0\0", "binary|UTF-8"),
         (b"a\0b" * 100, "binary"),
-        ("Caf\u00e9. ".encode("latin1") * 100, "UTF-8"),
+        ("Caf\u00e9. ".encode("latin1") * 100, "UTF-8.*iconv -f latin1"),
+        ("Caf\u00e9. ".encode("utf-16") * 100, "UTF-8.*iconv -f utf-16"),
+        ("Caf\u00e9. ".encode("utf-32") * 100, "UTF-8.*iconv -f utf-32"),
+        ("Cafe. ".encode("utf-16-le") * 100, "UTF-16"),
     ],
 )
 def test_a_bad_source_is_refused_and_leaves_nothing(content, says, tmp_path):
@@ -323,6 +328,65 @@ def test_what_a_killed_preparation_left_goes_and_a_living_one_stays():
     prepare("book.txt", "out", "bytes")
     assert {name for name in os.listdir("out") if name.startswith(".")} == {living}
     assert read_meta("out")["splits"]["train"]["tokens"] == len(read_split("out", "train")[0])
+
+
+def test_processes_that_prepare_the_same_data_at_the_same_moment_all_succeed():
+    write("book.txt", TEXT)
+    Path("prepares.py").write_text("""if True:
+        import os, time, prepare_data
+        os.close(os.open(f"ready{os.getpid()}", os.O_CREAT))
+        while not os.path.exists("go"):
+            time.sleep(0.001)
+        for n in range(8):
+            folder = prepare_data.prepare("book.txt", f"out{n}", "bytes", "block:9")
+            prepare_data.read_meta(folder)
+            for split in ("train", "val", "test"):
+                prepare_data.read_split(folder, split)
+        print("whole")""")
+    with contextlib.ExitStack() as stack:
+        names = [f"told{i}.txt" for i in range(3)]
+        script = Path("prepares.py").absolute()
+        processes = [stack.enter_context(started(script, cwd=".", output=n)) for n in names]
+        while len(list(Path().glob("ready*"))) < 3:
+            time.sleep(0.01)
+        write("go", "")
+        for process in processes:
+            process.join(60)
+    told = [Path(name).read_text() for name in names]
+    assert all(text.endswith("whole\n") for text in told), told
+    assert not any("made again" in text for text in told)
+    assert any("waiting for another process" in text for text in told)
+    assert len(os.listdir("out7")) == 7
+
+
+def test_what_is_prepared_outlives_its_text(capsys):
+    write("book.txt", TEXT)
+    folder = prepare("book.txt", "out", "bytes", "block:9")
+    os.rename("book.txt", "moved.txt")
+    capsys.readouterr()
+    assert prepare("book.txt", "out", "bytes", "block:9") == folder
+    assert "not compared with the text" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no such file"):  # other blocks
+        prepare("book.txt", "out", "bytes", "block:8")
+    os.truncate("out/val.bin", 10)
+    with pytest.raises(InputError, match="no such file"):
+        prepare("book.txt", "out", "bytes", "block:9")
+
+
+def test_what_a_folder_has_besides_its_texts_is_named(capsys):
+    Path("book/part").mkdir(parents=True)
+    write("book/a.txt", "One. ")
+    write("book/part/UP.TXT", "Two. " * 40)
+    assert [path.name for path in sources.source_files("book")] == ["a.txt", "UP.TXT"]
+    prepare("book", "out", "bytes", "block:9")
+    assert capsys.readouterr().err == ""
+    write("book/notes.md", "x")
+    os.mkfifo("book/pipe.txt")
+    os.symlink("nowhere", "book/part/gone.txt")
+    write("book/.hidden", "x")
+    prepare("book", "out2", "bytes", "block:9")
+    names = "notes.md, part/gone.txt, pipe.txt"
+    assert capsys.readouterr().err == f"book: not read, as not .txt files: {names}\n"
 
 
 def test_a_failure_takes_nothing_with_it_that_others_have_written(monkeypatch):

@@ -21,7 +21,7 @@ import torch
 
 from conftest import ROOT, TINY, flags, prepared_folder
 from eval import load_run
-from forks import started
+from forks import children, started
 from prepare_data import read_meta
 from support.files import InputError
 from train import Config, random_batch, read_config
@@ -235,20 +235,100 @@ def test_a_resumed_run_that_is_stopped_at_once_leaves_whole_metrics(train, run, 
     assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2, 4, 6]
 
 
+@pytest.mark.parametrize("harm", ["stopped", "full"])
+def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(
+    place, run, file_size, monkeypatch, harm
+):
+    def stop(*args, **how):
+        raise KeyboardInterrupt
+
+    folder, few = place / "runs" / f"early-{harm}", flags(max_steps=2)
+    with monkeypatch.context() as patch:
+        if harm == "stopped":
+            patch.setattr("eval.evaluate", stop)
+        else:  # there is room for best.pt, and none for last.pt
+            file_size((place / "runs" / "tiny" / "best.pt").stat().st_size + 1000)
+        status, _, error = run("train.py", TINY, *few, "--out", folder)
+        file_size(None)
+    assert (status, error) == (130, "") if harm == "stopped" else status == 2 and one_line(error)
+    assert "config.toml" in os.listdir(folder) and "last.pt" not in os.listdir(folder)
+    status, _, error = run("train.py", folder, "--resume")
+    assert status == 2 and "before its first checkpoint; start it anew" in error
+    assert run("train.py", TINY, *few, "--out", folder)[0] == 0
+    status, _, error = run("train.py", TINY, *few, "--out", folder)
+    assert status == 2 and "holds a run" in error and one_line(error)
+
+
+def test_overwrite_overwrites_a_run_alone(place, run):
+    (place / "settings").mkdir()
+    (place / "settings" / "my.toml").write_text("seed = 2")
+    status, _, error = run("train.py", TINY, "--out", "settings", "--overwrite")
+    assert status == 2 and one_line(error) and "settings is not empty and holds no run" in error
+    assert os.listdir(place / "settings") == ["my.toml"]
+
+
+def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made(train, run):
+    folder = train("few", max_steps=2)
+    config = (folder / "config.toml").read_text()
+    status, _, error = run("train.py", folder, "--resume", "--max_steps", 1)
+    assert status == 2 and one_line(error) and "has made 2 steps already; max_steps (1)" in error
+    assert (folder / "config.toml").read_text() == config
+    status, printed, _ = run("train.py", folder, "--resume")
+    assert status == 0 and "from step 2 of 2" in printed
+
+
+def test_ctrl_c_that_reaches_the_compiler_stops_the_run_cleanly(place, run, train, monkeypatch):
+    """Ctrl-C goes to the compiler as well; torch makes an error of that."""
+    whole = train("uncompiled", max_steps=4, dropout=0.1)
+
+    def compile(model):
+        def call(*args):
+            os.kill(os.getpid(), signal.SIGINT)
+            subprocess.run(["sh", "-c", "kill -INT $$"])
+            raise RuntimeError("C++ compile error")
+
+        return call
+
+    out = "runs/a compiled run"
+    options = flags(max_steps=4, dropout=0.1, compile="true", out=out)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", compile)
+        status, _, error = run("train.py", TINY, *options)
+    how = "go on with: python train.py 'runs/a compiled run' --resume"
+    assert status == 130 and error == f"stopped at step 0; {how}\n"
+    (place / out / "config.toml").write_text(  # as on a machine where nothing is compiled
+        (place / out / "config.toml").read_text().replace("compile = true", "compile = false")
+    )
+    change(place / out / "last.pt", compile=False)
+    assert run("train.py", out, "--resume")[0] == 0
+    assert_same_run(whole, place / out)
+
+
+def test_without_ctrl_c_an_error_of_the_compiler_is_an_error(run, monkeypatch):
+    def compile(model):
+        return lambda *args: [][1]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(IndexError):
+        run("train.py", TINY, *flags(max_steps=2, compile="true", out="runs/uncompilable"))
+
+
+def test_ctrl_c_at_the_end_of_a_run_says_how_to_go_on(place, run, train, monkeypatch):
+    whole = train("ended", max_steps=2)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.table", stop)
+        status, _, error = run("train.py", TINY, *flags(max_steps=2, out="runs/end"))
+    assert status == 130 and error.startswith("stopped at step 2; go on with: python train.py")
+    assert run("train.py", "runs/end", "--resume")[0] == 0
+    assert_same_run(whole, place / "runs" / "end")
+
+
 # --------------------------------------------------------------------------------------------------
 # several processes
-
-
-def children(pid):
-    """The processes that process `pid` has started, from Linux's /proc."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        found += [int(path.parent.name)] * (parent == pid)
-    return found
 
 
 def test_the_processes_that_the_docs_start_can_share_a_batch():
@@ -432,6 +512,67 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     for script in ("eval.py", "sample.py"):
         status, _, error = run(script, folder)
         assert status == 2 and "a model of 256 tokens that names a tokenizer of 300" in error
+
+
+def test_a_run_whose_text_is_gone_is_measured_and_resumed_on_what_was_prepared(place, run, train):
+    how = {"warmup_steps": 30, "eval_interval": 2}  # the same steps, whatever max_steps
+    whole = train("present", max_steps=4, **how)
+    shutil.copy(ROOT / "data" / "sample.txt", place / "lent.txt")
+    folder = train("absent", source="lent.txt", max_steps=2, **how)
+    before = run("eval.py", folder)
+    (place / "lent.txt").unlink()
+    status, printed, error = run("eval.py", folder)
+    assert (status, printed) == (0, before[1]) and error.count("\n") == 1
+    assert "lent.txt: no such file" in error and "not compared with the text" in error
+    status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
+    assert status == 0 and error.count("not compared with the text") == 1
+    assert_same_run(whole, folder)
+    (data,) = (place / "data").glob("lent.*")
+    (data / "val.bin").write_bytes(b"\0\0" + (data / "val.bin").read_bytes()[2:])
+    status, _, error = run("train.py", folder, "--resume", "--max_steps", 5)
+    assert status == 2 and "val.bin is not what was prepared" in error
+
+
+def test_a_run_that_began_from_weights_goes_on_without_them(place, run, train):
+    how = {"warmup_steps": 30, "eval_interval": 2}
+    whole = train("from-weights", init_from="runs/tiny", max_steps=4, **how)
+    shutil.copytree(place / "runs" / "tiny", place / "lent")
+    folder = train("lent-weights", init_from="lent", max_steps=2, **how)
+    shutil.rmtree(place / "lent")
+    status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
+    assert status == 0, error
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("data", ["", "own/data"])
+def test_the_paths_of_a_run_go_out_from_where_it_was_started(
+    run, train, tmp_path, monkeypatch, data
+):
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home, away):
+        folder.mkdir()
+    shutil.copy(ROOT / "data" / "sample.txt", home / "book.txt")
+    monkeypatch.chdir(home)
+    how = flags(source="book.txt", max_steps=2, **({"data": data} if data else {}))
+    assert run("train.py", TINY, *how, "--out", "runs/book")[0] == 0
+    _, told, _ = run("eval.py", "runs/book")
+    told = told.split("\n", 1)[1]
+
+    def evaluated(path):
+        status, printed, error = run("eval.py", path)
+        assert (status, error) == (0, ""), error
+        return printed.split("\n", 1)[1]
+
+    monkeypatch.chdir(away)
+    assert evaluated(home / "runs" / "book") == told
+    assert run("train.py", home / "runs" / "book", "--resume", "--max_steps", 3)[0] == 0
+    _, resumed, _ = run("eval.py", home / "runs" / "book")
+    assert os.listdir(away) == []
+    home.rename(tmp_path / "moved")  # all of it
+    assert evaluated(tmp_path / "moved" / "runs" / "book") == resumed.split("\n", 1)[1]
+    shutil.copytree(tmp_path / "moved" / "runs" / "book", away / "copy")
+    monkeypatch.chdir(tmp_path / "moved")  # a copy of the run alone, measured where its text is
+    assert evaluated(away / "copy") == resumed.split("\n", 1)[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """A sweep runs each cell once and says which one broke; its statistics are what they say."""
 
+import contextlib
 import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, script_here
-from forks import started
+from forks import children, started
 from prepare_data import read_meta
 from support.files import InputError
 from support.report import collect, comparisons, interval, paired, sign_flip_p
@@ -104,7 +108,7 @@ def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
     (tmp_path / "cell" / "config.toml").write_text(
         to_toml(Config(**{**asdict(cell), "max_steps": 4, "learning_rate": 0.1}))
     )
-    assert "another max_steps, learning_rate; delete it" in run_cell(cell, 1)
+    assert "another max_steps, learning_rate; delete it" in run_cell(cell, 1, None, set(), [])
 
 
 def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):
@@ -151,13 +155,30 @@ def test_every_sweep_in_the_folder_is_understood():
             assert all(isinstance(choices, list) for choices in table.values())
 
 
-def forked(command, stdout=None, run=subprocess.run, **how):
-    """subprocess.run, which starts a cell of a sweep without importing torch anew."""
-    if command[0] != sys.executable:
-        return run(command, stdout=stdout, **how)
-    with started(*command[1:], cwd=".", output=stdout.name) as process:
-        process.join()
-    return subprocess.CompletedProcess(command, process.exitcode)
+class Forked(subprocess.Popen):
+    """subprocess.Popen, which starts a cell of a sweep without importing torch anew."""
+
+    def __init__(self, command, stdout=None, **how):
+        self.fork = None
+        if command[0] != sys.executable:
+            return super().__init__(command, stdout=stdout, **how)
+        self.args, self.stack = command, contextlib.ExitStack()
+        self.fork = self.stack.enter_context(started(*command[1:], cwd=".", output=stdout.name))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.close() if self.fork else super().__exit__(*error)
+
+    def wait(self, timeout=None):
+        if not self.fork:
+            return super().wait(timeout)
+        self.fork.join()
+        return self.fork.exitcode
+
+    def __del__(self):
+        pass
 
 
 def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
@@ -175,7 +196,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
         return script_here("sweep.py", config, *more), capsys.readouterr().err
 
     with monkeypatch.context() as patch:
-        patch.setattr("subprocess.run", forked)
+        patch.setattr("subprocess.Popen", Forked)
         status, error = sweep("--jobs", "2")
     assert status == 1 and error.strip().count("broken: quintic") == 1 and "diverged" in error
     cells = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/results.json"))
@@ -223,3 +244,56 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
         status, error = sweep("--report")
         assert status == 2
         assert error.count("results.json is damaged; delete it") == error.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
+def test_a_sweep_that_is_stopped_stops_its_runs_and_one_that_is_killed_leaves_them_waited_for(
+    tmp_path,
+):
+    keys = {**TINY, "max_steps": 100000}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    lines += ["[[sweep]]", 'schedule = ["distributed", "localist"]', ""]
+    (tmp_path / "long.toml").write_text("\n".join(lines))
+    cell = tmp_path / "sweep" / "distributed"
+    command = ROOT / "sweep.py", "long.toml"
+
+    def steps():
+        with contextlib.suppress(OSError):
+            return (cell / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def until(condition):
+        for _ in range(6000):
+            if condition():
+                return
+            time.sleep(0.01)
+        raise AssertionError
+
+    with started(*command, cwd=tmp_path) as sweep:
+        until(lambda: steps() > 2)
+        (child,) = children(sweep.pid)
+        sweep.terminate()
+        sweep.join(60)
+    assert sweep.exitcode == 128 + signal.SIGTERM
+    assert (tmp_path / "output.txt").read_text().endswith("stopped; the same command goes on\n")
+    assert not Path(f"/proc/{child}").exists()  # it has saved, and ended
+    assert "stopped at step" in (tmp_path / "sweep" / "distributed.log").read_text()
+    assert (cell / "last.pt").exists() and not (tmp_path / "sweep" / "localist").exists()
+
+    before = steps()
+    with started(*command, cwd=tmp_path) as sweep:
+        until(lambda: steps() > before)
+        (child,) = children(sweep.pid)
+        sweep.kill()
+        sweep.join(60)
+    with started(*command, cwd=tmp_path) as sweep:
+        until(lambda: "waiting for another" in (tmp_path / "output.txt").read_text())
+        assert Path(f"/proc/{child}").exists() and not children(sweep.pid)
+        os.kill(child, signal.SIGTERM)
+        until(lambda: children(sweep.pid))
+        assert children(sweep.pid) != [child]
+        before = steps()
+        until(lambda: steps() > before)  # it goes on
+        sweep.terminate()
+        sweep.join(60)
+    assert sweep.exitcode == 128 + signal.SIGTERM

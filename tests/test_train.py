@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import locality
+import prepare_data
 from conftest import ROOT, TINY, flags, prepared_folder
 from eval import evaluate, figure, layer_mean, load_run, windows
 from locality import SCHEDULES, Partitioner, partition, schedule
@@ -168,6 +169,38 @@ def test_sample_uses_the_dial_and_the_blocks_of_the_run(place, run, monkeypatch)
     assert dials == [[0, 1], [1, 1], [0, 0.5]]
     words = read_meta(prepared_folder(place))["background"]
     assert words and partitioners == [(VOCABULARY, "semantic", 128, words)] * 3
+
+
+def test_a_prompt_may_hold_the_end_of_a_text(run, monkeypatch):
+    letters = [bytes([i]) for i in range(255)]
+    encoding = prepare_data.encoding_of("bytes", "(?s:.)", letters, {"<|endoftext|>": 255})
+    prompts = []
+    monkeypatch.setattr(prepare_data, "get_encoding", lambda name: encoding)
+    monkeypatch.setattr(GPT, "generate", lambda model, ids, *more: prompts.extend(ids) or [])
+    assert run("sample.py", "runs/tiny", "--prompt", "a<|endoftext|>b")[0] == 0
+    assert prompts == [[97, 255, 98]]
+
+
+def test_exported_weights_are_read_with_the_tokenizer_of_their_size(
+    place, run, train, gpt2_tokenizer
+):
+    (place / "short.txt").write_text((ROOT / "data" / "sample.txt").read_text()[:20000])
+    how = {"source": "short.txt", "max_steps": 1, "block_size": 32}
+    for tokenizer in ("bytes", "gpt2:300"):
+        folder = train(f"leaves-{tokenizer[:4]}", tokenizer=tokenizer, **how)
+        model, _ = load_run(folder)
+        model.save_pretrained(folder / "export")
+        measured = []
+        source = ("--source", "short.txt", "--schedule", "quintic")
+        for command in ([folder], [folder / "export", *source]):
+            same = "--partition", "block:16", "--json", "r.json"
+            status, _, error = run("eval.py", *command, *same)
+            assert status == 0, error
+            measured.append(json.loads((place / "r.json").read_text())["loss"])
+        assert error == f"{folder / 'export'} has {model.config.vocab_size} tokens; " + (
+            f"read with the tokenizer {tokenizer}\n"
+        )
+        assert measured[0] == measured[1]
 
 
 @pytest.fixture(scope="session")
@@ -538,6 +571,17 @@ def test_a_figure_is_drawn_without_dropout(tmp_path, monkeypatch):
     assert not all(map(torch.equal, found, maps(*args)))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_figure_of_odd_things_warns_of_nothing(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, 1, n_layer=1, n_head=2, n_embd=16, max_lookback=8))
+    tokens = np.arange(60, dtype=np.uint16)
+    layer = {"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": 0}
+    results, words = {"layers": [layer]}, ["漢字".encode()] * 256
+    figure(model, tokens, tokens % 8, words, results, tmp_path / "f.png", "漢字")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ---- configurations
 
 
@@ -626,6 +670,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
     (place / "three.toml").write_text("out = 3")
     (place / "false.toml").write_text("out = false")
     GPT(GPTConfig(1000, 128, n_layer=2, n_head=2, n_embd=32)).save_pretrained(tmp_path / "other")
+    GPT(GPTConfig(100, 8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "odd")
     new_run = ("train.py", TINY, "--out", "runs/x")
     smoke = ROOT / "configs" / "sweep_smoke.toml"
     mistakes = [
@@ -644,7 +689,8 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (["eval.py", "data"], "checkpoint"),
         (["eval.py", "gpt2"], "--source"),  # before anything is downloaded
         (["eval.py", "nowhere", "--source", "data/sample.txt"], "nowhere"),
-        (["eval.py", tmp_path / "other", "--source", "data/sample.txt"], "vocabulary"),
+        (["eval.py", tmp_path / "other", "--source", "data/sample.txt"], "TIKTOKEN_CACHE_DIR"),
+        (["eval.py", tmp_path / "odd", "--source", "data/sample.txt"], "no tokenizer here"),
         (["eval.py", "runs/tiny", "--source", "data/sample.txt"], "--source"),
         (["eval.py", "runs/tiny", "--dial-sweep", "--fidelity", 0.5], "--dial-sweep"),
         (["eval.py", "runs/tiny", "--contexts", 0], "--contexts"),

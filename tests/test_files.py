@@ -1,0 +1,186 @@
+"""How a script starts and ends, and who may write where."""
+
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from forks import started
+from support.files import InputError, alone
+from support.run import check_free
+
+SAYS = f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from support.files import run_script
+
+def main():
+    print("… ▌ ±")
+    print("… ▌ ±", file=sys.stderr)
+    for i in range(20000):
+        print(i)
+    open("done", "w").close()
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "end, expected",
+    [
+        ("", ["… ▌ ±"]),
+        ("2>&1 >out", ["… ▌ ±"]),
+        ("| head -1", ["… ▌ ±"]),
+        ("2>&1 | head -1", ["… ▌ ±"]),
+        (">&- 2>&-", []),
+        ("<&- >&- 2>&-", []),
+        ("latin1", ["? ? ±"]),
+        ("latin1 2>&1 >out", ["? ? ±"]),
+    ],
+)
+def test_no_print_ends_a_script(end, expected, tmp_path):
+    """Not one that nobody reads, that has nowhere to go, or that the console cannot show."""
+    (tmp_path / "says.py").write_text(SAYS, encoding="utf-8")
+    code = "latin1" if "latin1" in end else "utf-8"
+    shell = f"{sys.executable} says.py {end.replace('latin1', '')}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONIOENCODING": code}
+    how = {"cwd": tmp_path, "env": environment, "capture_output": True}
+    done = subprocess.run(["bash", "-c", shell], **how)
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+    assert done.stdout.decode(code).splitlines()[:1] == expected
+    errors = done.stderr.decode(code).splitlines()
+    assert errors == [] if "2>" in end else [*expected] == errors
+
+
+def test_every_script_starts_and_ends_in_one_way():
+    scripts = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
+    scripts = [text for text in scripts if 'if __name__ == "__main__":' in text]
+    assert len(scripts) >= 5
+    for text in scripts:
+        assert re.search(r'\nif __name__ == "__main__":\n    (files\.)?run_script\(main\)\n$', text)
+        first = re.search(r"^(?:import|from) .*", text, re.M)[0]
+        assert first.startswith("import support")
+
+
+LOADS = """
+import sys, time
+class Tells:
+    def find_spec(name, *more):
+        if name == "torch":
+            print("loading", flush=True)
+sys.meta_path.insert(0, Tells)
+import support, model
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("after", [0, 0.3, 0.6, 1.2])
+def test_ctrl_c_while_a_script_loads_says_nothing(after):
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", LOADS], cwd=ROOT, **how) as process:
+        assert process.stdout.readline() == "loading\n"
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and error == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# who may write where
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path):
+    (tmp_path / "adds.py").write_text("""if True:
+        import os, sys, time
+        from pathlib import Path
+        from support.files import alone
+        while not Path("go").exists():
+            time.sleep(0.001)
+        for i in range(20):
+            with alone(Path("a/b")) as held:
+                there = os.listdir("a/b")
+                assert there in ([], ["kept"]), there
+                Path("a/b/mine").touch()
+                time.sleep(0.001)
+                os.unlink("a/b/mine")
+                if i == 19:
+                    Path("a/b/kept").touch()
+        print("whole")
+    """)
+    with (
+        started(tmp_path / "adds.py", cwd=tmp_path, output="one.txt") as one,
+        started(tmp_path / "adds.py", cwd=tmp_path, output="two.txt") as two,
+        started(tmp_path / "adds.py", cwd=tmp_path, output="three.txt") as three,
+    ):
+        time.sleep(0.5)
+        (tmp_path / "go").touch()
+        for process in (one, two, three):
+            process.join(60)
+    told = [(tmp_path / f"{name}.txt").read_text() for name in ("one", "two", "three")]
+    assert all(text.endswith("whole\n") for text in told), told
+    assert any("a/b: waiting for another process" in text for text in told)
+    assert os.listdir(tmp_path / "a/b") == ["kept"]
+
+
+def test_an_empty_folder_goes_with_the_parents_made_for_it(tmp_path):
+    with pytest.raises(InputError), alone(tmp_path / "a" / "b"):
+        raise InputError
+    assert not (tmp_path / "a").exists() and tmp_path.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="could not be written"), alone(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "there, free, overwritten",
+    [
+        (None, True, True),
+        ({}, True, True),
+        ({"metrics.jsonl": ""}, True, True),  # the disk was full at once
+        ({"metrics.jsonl": "{}\n", "config.toml": "", "best.pt": ""}, True, True),
+        ({"metrics.jsonl": "{}\n", "config.toml": "", "best.pt.7.tmp": ""}, True, True),
+        ({"metrics.jsonl": "{}\n", "config.toml": "", "last.pt": ""}, False, True),
+        ({"metrics.jsonl": "{}\n{}\n", "config.toml": ""}, False, True),
+        ({"quickstart.toml": ""}, False, False),
+        ({"config.toml": "", "model.py": ""}, False, False),
+        ({"metrics.jsonl": "{}\n"}, False, False),  # of something else
+        ("a file", False, False),
+    ],
+)
+def test_a_run_takes_over_what_is_free_and_overwrites_runs_alone(
+    there, free, overwritten, tmp_path
+):
+    folder = tmp_path / "out"
+    if isinstance(there, str):
+        folder.write_text(there)
+    elif there is not None:
+        folder.mkdir()
+        for name, content in there.items():
+            (folder / name).write_text(content)
+    for allowed, overwrite in ((free, False), (overwritten, True)):
+        if allowed:
+            check_free(folder, overwrite)
+        else:
+            with pytest.raises(InputError, match="give another --out"):
+                check_free(folder, overwrite)
+
+
+def test_without_a_home_the_cache_is_in_the_working_directory(monkeypatch):
+    pwd = pytest.importorskip("pwd")
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    path = str(ROOT / "support" / "download.py")
+    for name in ("LOCALIST_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert runpy.run_path(path)["CACHE"] == Path(".cache", "localist-gpt")
+    monkeypatch.setenv("HOME", "/home/a~b")
+    assert runpy.run_path(path)["CACHE"] == Path("/home/a~b/.cache/localist-gpt")
