@@ -9,7 +9,7 @@
 Nothing is retrained: the weights stay as they are.
 """
 
-import support  # first of all: it loads torch as it should be  # noqa: F401
+import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import argparse
 import math

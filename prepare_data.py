@@ -13,7 +13,7 @@ joined into one corpus, with <|endoftext|> between the texts. The output folder 
                                                             background words, a sha256 of every file
 """
 
-import support  # first of all: it loads torch as it should be  # noqa: F401
+import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import argparse
 import hashlib
@@ -141,7 +141,7 @@ def prepare(
     """Make the prepared folder, unless it is there and still fits. Returns its Path.
 
     source: a string or a list of strings; val, test: the fractions held out, taken from the end of
-    the text. cwd: where relative paths go out from. A folder that was made of something else is
+    the text. cwd: where relative paths start from. A folder that was made of something else is
     made again, and the reason printed. Where the text is gone, what was made of it is enough.
     Several processes may ask for one folder: the first makes it, the others wait.
     Raises InputError for a source that is no text or too short, or a full disk; then nothing is
@@ -213,14 +213,6 @@ def make(folder, paths, made_from, reason):
         digests = {path.name: files.digest([path]) for path in sorted(work.iterdir())}
         meta = {**made_from, **made, "versions": versions, "files": digests}
         files.write_json(work / "meta.json", files.seal(meta))
-
-
-def digest_of(source, cwd):
-    """sha256 of the text of a source, None where it is gone."""
-    try:
-        return files.digest(source_files(source, cwd))
-    except InputError:
-        return None
 
 
 def split_and_partition(tokens, encoding, work, made_from):
@@ -314,6 +306,22 @@ def read_contexts(arrays, starts, T, device):
     return contexts
 
 
+def text_digest(source, cwd):
+    """sha256 of the text of a source; None where it is gone."""
+    try:
+        return files.digest(source_files(source, cwd))
+    except InputError:
+        return None
+
+
+def data_digest(folder):
+    """sha256 of the text that a prepared folder was made from; None where there is none."""
+    try:
+        return read_meta(folder)["source_sha256"]
+    except InputError:
+        return None
+
+
 def prepared(config):
     """The prepared folder that a config (a dict) names, made if it is missing or no longer fits.
 
@@ -321,17 +329,17 @@ def prepared(config):
     those any more that it was trained on. (A run of an earlier version tells the sha256 alone.)
     """
     source, keys = config["source"], ("tokenizer", "partition", "max_lookback", "val", "test")
-    how = [config[key] for key in keys]
+    how, before = [config[key] for key in keys], config.get("source_sha256")
     out = config["data"] or default_folder(source, *how)
-    # relative paths go out from where the run was started, if anything of it is there
-    names = [out, source] if isinstance(source, str) else [out, *source]
-    cwd = config.get("cwd", "")
-    cwd = cwd if any(Path(cwd, str(name)).exists() for name in names) else ""
-    before = config.get("source_sha256")
-    if before and digest_of(source, cwd) not in (before, None):
+    # relative paths start from where the run was started, or from here, if its text is here
+    places = {cwd: text_digest(source, cwd) for cwd in (config.get("cwd", ""), "")}
+    known = (cwd for cwd in places if before in (places[cwd], data_digest(Path(cwd, out))))
+    cwd = next(known, next(iter(places)))
+    same = before is None or places[cwd] in (before, None)
+    folder = prepare(source, out, *how, cwd) if same else None
+    if not same or before not in (None, data_digest(folder)):
         since = "has changed since this run was trained on it; put the old text back"
         raise InputError(f"{source} {since}")
-    folder = prepare(source, out, *how, cwd)
     found, before = read_meta(folder)["files"], config.get("files")
     changed = [name for name in found if before and before.get(name) != found[name]]
     if changed:

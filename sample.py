@@ -7,7 +7,7 @@
 Several texts are written side by side.
 """
 
-import support  # first of all: it loads torch as it should be  # noqa: F401
+import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import argparse
 import codecs

@@ -12,7 +12,7 @@ as far on average as the semantic blocks of the same text. The report is table.m
 four figures.
 """
 
-import support  # first of all: it loads torch as it should be  # noqa: F401
+import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import itertools
 import os
@@ -124,17 +124,20 @@ def run_cell(cell, threads, held, children, asked):
     if finished:
         return None
     config, log = (out.with_name(out.name + end) for end in (".toml", ".log"))
-    write_text(config, to_toml(cell))
     command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     keep = () if held is None else (held,)
-    with open(log, "w") as f:
-        how = {"stdout": f, "stderr": f, "env": environment, "pass_fds": keep}
-        with subprocess.Popen(command, **how) as child:
-            children.add(child)
-            if asked:
-                child.terminate()
-            status = child.wait()
+    try:
+        write_text(config, to_toml(cell))
+        with open(log, "w") as f:
+            how = {"stdout": f, "stderr": f, "env": environment, "pass_fds": keep}
+            with subprocess.Popen(command, **how) as child:
+                children.add(child)
+                if asked:
+                    child.terminate()
+                status = child.wait()
+    except (InputError, OSError) as e:  # the disk is full, say
+        return f"error: {e}"
     children.discard(child)
     if status == 0:
         return None
@@ -162,22 +165,25 @@ def run(cells, jobs, held):
             for name, cell in cells.items()
         }
         left = set(running)
-        while left:
-            done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-            if asked:  # the runs save, and stop
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in list(children):
-                    child.terminate()
-                raise KeyboardInterrupt(asked[0])
-            for future in done:
-                name, why = running[future], future.result()
-                if why:
-                    broken[name] = why
-                bar.set_description(f"last: {name}" + f", {len(broken)} broken" * bool(broken))
-                bar.update()
-                if bar.disable:
-                    number = len(cells) - len(left)
-                    print(f"{number}/{len(cells)}: {name}{', broken' * bool(why)}", flush=True)
+        try:
+            while left:
+                done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+                if asked:
+                    raise KeyboardInterrupt(asked[0])
+                for future in done:
+                    name, why = running[future], future.result()
+                    if why:
+                        broken[name] = why
+                    bar.set_description(f"last: {name}" + f", {len(broken)} broken" * bool(broken))
+                    bar.update()
+                    if bar.disable:
+                        number = len(cells) - len(left)
+                        print(f"{number}/{len(cells)}: {name}{', broken' * bool(why)}", flush=True)
+        except BaseException:  # the runs save, and stop
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(children):
+                child.terminate()
+            raise
     return broken
 
 

@@ -10,7 +10,7 @@ The run folder holds config.toml, metrics.jsonl, best.pt and last.pt, and at the
 and attention.png.
 """
 
-import support  # first of all: it loads torch as it should be  # noqa: F401
+import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import json
 import math
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
@@ -47,7 +46,7 @@ from prepare_data import (
 from support import machine, settings
 from support.files import InputError, run_script, write_json
 from support.machine import precision
-from support.run import Diverged, Run, check_finite, check_free, diagnose, read_checkpoint
+from support.run import Diverged, Run, check_finite, diagnose, read_checkpoint
 from support.settings import key
 
 
@@ -144,8 +143,9 @@ def build_model(config, vocab_size, saved=None):
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     shape = {name: value for name, value in shape.items() if value is not None}
     how = {name: getattr(config, name) for name in ("dropout", "max_lookback", "anchor")}
+    origin = str(Path(config.out) / "last.pt") if saved else config.init_from
     if saved:
-        model = GPT.from_state(saved, Path(config.out) / "last.pt")
+        model = GPT.from_state(saved, origin)
     elif config.init_from == "scratch":
         try:
             model = GPT(GPTConfig(vocab_size, **how, **shape))
@@ -163,7 +163,7 @@ def build_model(config, vocab_size, saved=None):
     if have != vocab_size:
         differ = f"the {config.tokenizer} tokenizer has {vocab_size} tokens"
         use = "use the tokenizer it was trained with"
-        raise InputError(f"{differ}, {config.init_from} has {have}; {use}")
+        raise InputError(f"{differ}, {origin} has {have}; {use}")
     model.set_locality(schedule(config.schedule, model.config.n_layer, config.fidelity))
     return model
 
@@ -297,11 +297,11 @@ def validate(run, config, model, text, here):
     run.val_loss, run.best_loss, run.looks_since_best = machine.from_first(told, world, device)
 
 
-def start(config, resume=False):
+def start(config, resume=False, overwrite=False):
     """One run, from its config to its results. Raises InputError."""
     device, rank, world = here = machine.join(config.device, config.batch_size)
     torch.manual_seed(config.seed)
-    with Run(config.out, resume, writes=rank == 0) as run:
+    with Run(config.out, resume, overwrite, writes=rank == 0) as run:
         with machine.in_turn(rank, world):
             get_encoding(config.tokenizer)  # it may have to be fetched
             folder = prepared(run.saved["config"] if resume else asdict(config))
@@ -324,15 +324,13 @@ def start(config, resume=False):
             torch.manual_seed(config.seed + 1000 * run.step + rank)
         try:
             train(run, config, model, fast_model, optimizers, text, here)
-            if world > 1:
-                distributed.destroy_process_group()
+            machine.part()
             if rank == 0:
                 finish(run, config, model, text, here)
         except Diverged as e:
             explain(run, e, config, model, text, here)
         except KeyboardInterrupt:
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+            machine.part()
             if rank == 0 and run.kept is not None:
                 how = shlex.join(["python", "train.py", config.out, "--resume"])
                 print(f"stopped at step {run.kept}; go on with: {how}", file=sys.stderr)
@@ -471,7 +469,7 @@ def resumed(argv):
     out = Path(argv[0]) if argv else Path()
     if not (out / "last.pt").is_file():
         if (out / "config.toml").is_file():
-            raise InputError(f"{out}: the run ended before its first checkpoint; start it anew")
+            raise InputError(f"{out}: no last.pt to go on from; start the run anew (--overwrite)")
         how = "give the folder of a run: python train.py runs/NAME --resume"
         raise InputError(f"{out}: no last.pt to resume from; {how}")
     config = read_config([str(out / "config.toml"), *argv[1:], "--out", str(out)])
@@ -502,11 +500,10 @@ def main():
         return start(resumed(argv), resume=True)
     config = read_config(argv)
     out = Path(config.out)
-    check_free(out, overwrite="--overwrite" in flags)
     if config.data and out.absolute() == Path(config.data).absolute():
         same = f"data and out are the same folder, {out}"
         raise InputError(f"{same}; a run wants a folder of its own")
-    start(config)
+    start(config, overwrite="--overwrite" in flags)
 
 
 if __name__ == "__main__":

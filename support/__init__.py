@@ -5,6 +5,12 @@ import signal
 import sys
 import threading
 
+# A closed stream leaves its number to the next file that is opened, and what is printed would land
+# there. So numbers 0 to 2 are taken.
+while (null := os.open(os.devnull, os.O_RDWR)) < 3:
+    pass
+os.close(null)
+
 # torch reads both when it is loaded.
 # A CPU thread that waits for another gives up its core soon (GNU OpenMP). Without this, one busy
 # process beside the training makes it tens of times slower.

@@ -31,18 +31,21 @@ def run_script(main):
     sys.stderr = steady(sys.stderr, sys.__stderr__)
     try:
         main()
+        sys.stdout.flush()
+        if Steady.failed:
+            raise InputError(f"not all of what it prints could be written ({Steady.failed})")
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
-        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+        sys.exit(128 + next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
 
 
 def steady(stream, original):
     """Standard output or error, as a stream on which no print fails; any other stream as it is.
 
     Closed (>&-): nothing is printed. It cannot show a character: it shows "?". Its reader has left
-    (| head -1): the script goes on, unheard.
+    (| head -1), or the disk is full: the script goes on.
     """
     if stream is None:
         return open(os.devnull, "w")
@@ -52,19 +55,23 @@ def steady(stream, original):
     raw = getattr(stream.buffer, "raw", stream.buffer)
     if type(raw) is not io.FileIO:  # a console of Windows
         return stream
-    raw, line = Unheard(raw.fileno(), "w", closefd=False), stream.line_buffering
+    raw, line = Steady(raw.fileno(), "w", closefd=False), stream.line_buffering
     buffer = raw if stream.write_through else io.BufferedWriter(raw)
     how = {"line_buffering": line, "write_through": stream.write_through}
     return io.TextIOWrapper(buffer, stream.encoding, "replace", **how)
 
 
-class Unheard(io.FileIO):
-    """A pipe to write to, whether or not it is still read."""
+class Steady(io.FileIO):
+    """A file whose writes never fail. failed: why one did, unless only its reader had left."""
+
+    failed = ""
 
     def write(self, content):
         try:
             return super().write(content)
-        except BrokenPipeError:
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):  # a pipe, a terminal, without a reader
+                Steady.failed = e.strerror
             return len(content)
 
 
@@ -145,9 +152,6 @@ def alone(folder):
     missing = [path for path in [folder, *folder.parents] if not path.exists()]
     held = hold(folder)
     try:
-        while held is not None and not is_at(held, folder):  # who had it has removed the folder
-            os.close(held)
-            held = hold(folder)
         yield held
     finally:
         with contextlib.suppress(OSError):  # not empty: there is something in it
@@ -157,7 +161,7 @@ def alone(folder):
             os.close(held)
 
 
-def hold(folder):
+def hold(folder, tries=100):
     """Open a folder, made if it is missing, and hold its lock, once no other process has it.
 
     Returns its number; None on Windows, where a folder has no lock. Raises InputError.
@@ -168,6 +172,8 @@ def hold(folder):
             return None
         held = os.open(folder, os.O_RDONLY)
     except OSError as e:
+        if tries and isinstance(e, (FileNotFoundError, FileExistsError)) and not folder.is_file():
+            return hold(folder, tries - 1)  # another process has just removed it
         raise InputError(f"{folder}: could not be written ({e.strerror})") from None
     try:
         lock(held)
@@ -176,12 +182,11 @@ def hold(folder):
         lock(held, wait=True)
     except OSError:
         pass  # a disk without locks
-    return held
-
-
-def is_at(held, folder):
-    """Whether an open folder is still the one at this path."""
-    return folder.exists() and os.path.samestat(os.fstat(held), os.stat(folder))
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(held), os.stat(folder)):
+            return held
+    os.close(held)  # who had it has removed the folder
+    return hold(folder, tries)
 
 
 @contextlib.contextmanager
@@ -192,6 +197,7 @@ def filling(folder, last):
     Raises InputError where it cannot be written.
     """
     work = folder / f".preparing-{os.getpid()}"
+    shutil.rmtree(work, ignore_errors=True)  # in a container the next process has the same number
     try:
         work.mkdir()
         yield work

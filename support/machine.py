@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from queue import Empty
 from typing import NamedTuple
@@ -133,6 +134,17 @@ def join(device, batch_size):
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return Here(device, rank, world)
+
+
+def part():
+    """Leave the other processes, if there are any.
+
+    Before that, Gloo's threads let go of their last tensors, for which they need Python. Else torch
+    waits for them with Python in its hands, and so for ever (seen in 2.13; pytorch issue 56297).
+    """
+    if distributed.is_initialized():
+        time.sleep(0.1)
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -49,18 +49,18 @@ def check_finite(step, **values):
 def read_checkpoint(path):
     """A checkpoint as `Run` wrote it, a dict, with the config of its run in "config".
 
-    There, "cwd" is the directory from which the relative paths of the config go out: where the run
-    was started. Raises InputError where it is not a checkpoint.
+    There, "cwd" is the directory that relative paths start from: where the run was started.
+    Raises InputError where it is not a checkpoint.
     """
     state = load(path)
     config = state.get("config")
     if not isinstance(config, dict) or not isinstance(state.get("step"), int):
         raise InputError(f"{path}: not a checkpoint of train.py")
-    cwd = config.get("cwd", "")  # as it is stored: seen from the run folder
-    if not isinstance(cwd, str) or not cwd.isprintable():
-        raise InputError(f"{path}: not a checkpoint of train.py")
-    if "cwd" in config:
-        cwd = (Path(path).resolve().parent / cwd).resolve()
+    if "cwd" in config:  # it is stored as seen from the run folder
+        try:
+            cwd = (Path(path).parent.resolve() / config["cwd"]).resolve()
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"{path}: not a checkpoint of train.py") from None
         config["cwd"] = "" if cwd == Path.cwd() else str(cwd)
     return state
 
@@ -80,9 +80,9 @@ def is_run(folder):
 
 
 def check_free(folder, overwrite=False):
-    """Raises InputError if a new run in this folder would harm what is there.
+    """Raises InputError unless a new run may use this folder.
 
-    A run that ended before its first last.pt may be run over; with `overwrite`, any run.
+    A run that ended before its first last.pt may be replaced; with `overwrite`, any run.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -90,9 +90,10 @@ def check_free(folder, overwrite=False):
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give another --out")
     names, metrics = {path.name for path in folder.iterdir()}, folder / "metrics.jsonl"
+    names = {name for name in names if not name.endswith(".tmp")}
     lines = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-    is_run = "config.toml" in names and metrics.is_file() or not lines and names == {metrics.name}
-    if names and not is_run:
+    begun = "config.toml" in names and metrics.is_file() or not lines and names == {metrics.name}
+    if names and not begun:
         raise InputError(f"{folder} is not empty and holds no run; give another --out")
     if not overwrite and (lines > 1 or "last.pt" in names):
         how = "go on with it (--resume) or --overwrite it, or give another --out"
@@ -133,12 +134,14 @@ class Run:
         run.keep()                                   # last.pt: all that the next step needs
 
     goes_on: whether this continues a run; then last.pt is read at once, into `saved`.
+    overwrite: whether it may replace a run.
     kept: the step of last.pt, None as long as there is none.
     writes: false in all but the first of several processes; they only read and count.
     """
 
-    def __init__(self, folder, goes_on=False, writes=True):
-        self.folder, self.goes_on, self.writes = Path(folder), goes_on, writes
+    def __init__(self, folder, goes_on=False, overwrite=False, writes=True):
+        self.folder, self.goes_on, self.overwrite = Path(folder), goes_on, overwrite
+        self.writes = writes
         self.step, self.kept = 0, None  # steps made
         self.cwd = ""
         self.val_loss, self.best_loss, self.looks_since_best = math.nan, math.inf, 0
@@ -147,7 +150,9 @@ class Run:
         self.started = time.perf_counter()
 
     def __enter__(self):
-        if self.goes_on:
+        if not self.goes_on:
+            check_free(self.folder, self.overwrite)
+        else:
             try:
                 if self.writes:
                     self.lock()
@@ -195,8 +200,10 @@ class Run:
         self.started = time.perf_counter()  # to prepare is not to train
         if not self.writes:
             return
-        if not self.metrics:
+        if not self.goes_on:
             self.lock()
+            check_free(self.folder, self.overwrite)  # another run may have been there meanwhile
+            self.metrics.truncate(0)
         for name in ("diverged.json",) if self.goes_on else RESULTS:
             (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", to_toml(config))

@@ -17,7 +17,7 @@ LAST_LINE = r"^\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG"
 def source_files(source, cwd=""):
     """The local text files that a source (a string, or a list of them) stands for, a list of Paths.
 
-    cwd: where relative paths go out from. What is remote is fetched once, into the cache. Raises
+    cwd: where relative paths start from. What is remote is fetched once, into the cache. Raises
     InputError for what names no text.
     """
     if not isinstance(source, str):
@@ -45,7 +45,14 @@ def source_files(source, cwd=""):
 
 def texts(folder):
     """The .txt files of a folder and those within it, sorted."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() == ".txt" and f.is_file())
+    return sorted(f for f in seen(folder) if f.suffix.lower() == ".txt" and f.is_file())
+
+
+def seen(folder):
+    """Yield every path within a folder that is not hidden."""
+    for path in folder.rglob("*"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def left_out(source, cwd=""):
@@ -55,14 +62,14 @@ def left_out(source, cwd=""):
             yield from left_out(one, cwd)
         return
     folder, names = Path(cwd, source), []
-    files = texts(folder) if folder.is_dir() else ()
-    for path in sorted(folder.rglob("[!.]*")) if files else ():
+    files = set(texts(folder)) if folder.is_dir() else ()
+    for path in sorted(seen(folder)) if files else ():
         inside = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
         if path not in files and not inside:
             names.append(str(path.relative_to(folder)))
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        yield f"{source}: not read, as not .txt files: {', '.join(names[:5])}{more}"
+        yield f"{source}: skipped, not .txt files: {', '.join(names[:5])}{more}"
 
 
 def from_gutenberg(number):

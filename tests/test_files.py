@@ -58,6 +58,26 @@ def test_no_print_ends_a_script(end, expected, tmp_path):
     assert errors == [] if "2>" in end else [*expected] == errors
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("options", ["", "-u"])
+def test_a_full_disk_behind_the_output_is_told_at_the_end(options, tmp_path):
+    (tmp_path / "says.py").write_text(SAYS, encoding="utf-8")
+    shell = f"{sys.executable} {options} says.py >/dev/full"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and (tmp_path / "done").exists()
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: not all of what it prints could be written (No space")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
+    code = "import support, os; f = open('file', 'w'); os.write(9, str(f.fileno()).encode())"
+    shell = f'{sys.executable} -c "{code}" 9>told <&- >&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment)
+    assert int((tmp_path / "told").read_text()) > 2
+
+
 def test_every_script_starts_and_ends_in_one_way():
     scripts = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
     scripts = [text for text in scripts if 'if __name__ == "__main__":' in text]
@@ -102,15 +122,15 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
         from support.files import alone
         while not Path("go").exists():
             time.sleep(0.001)
-        for i in range(20):
-            with alone(Path("a/b")) as held:
-                there = os.listdir("a/b")
+        for i in range(500):
+            with alone(Path(f"a{i % 3}/b/c")) as held:
+                there = os.listdir(f"a{i % 3}/b/c")
                 assert there in ([], ["kept"]), there
-                Path("a/b/mine").touch()
-                time.sleep(0.001)
-                os.unlink("a/b/mine")
-                if i == 19:
-                    Path("a/b/kept").touch()
+                Path(f"a{i % 3}/b/c/mine").touch()
+                time.sleep(0.0001)
+                os.unlink(f"a{i % 3}/b/c/mine")
+                if i == 499:
+                    Path(f"a{i % 3}/b/c/kept").touch()
         print("whole")
     """)
     with (
@@ -124,8 +144,8 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
             process.join(60)
     told = [(tmp_path / f"{name}.txt").read_text() for name in ("one", "two", "three")]
     assert all(text.endswith("whole\n") for text in told), told
-    assert any("a/b: waiting for another process" in text for text in told)
-    assert os.listdir(tmp_path / "a/b") == ["kept"]
+    assert any("b/c: waiting for another process" in text for text in told)
+    assert os.listdir(tmp_path / "a1/b/c") == ["kept"]
 
 
 def test_an_empty_folder_goes_with_the_parents_made_for_it(tmp_path):
@@ -143,6 +163,7 @@ def test_an_empty_folder_goes_with_the_parents_made_for_it(tmp_path):
         (None, True, True),
         ({}, True, True),
         ({"metrics.jsonl": ""}, True, True),  # the disk was full at once
+        ({"metrics.jsonl": "", "config.toml.7.tmp": "se"}, True, True),  # or it was killed
         ({"metrics.jsonl": "{}\n", "config.toml": "", "best.pt": ""}, True, True),
         ({"metrics.jsonl": "{}\n", "config.toml": "", "best.pt.7.tmp": ""}, True, True),
         ({"metrics.jsonl": "{}\n", "config.toml": "", "last.pt": ""}, False, True),

@@ -325,6 +325,7 @@ def test_what_a_killed_preparation_left_goes_and_a_living_one_stays():
     assert process.exitcode == -signal.SIGKILL and left.startswith(".preparing-")
     living = f".preparing-{os.getppid()}"
     os.mkdir(f"out/{living}")
+    os.mkdir(f"out/.preparing-{os.getpid()}")  # of a container before this one
     prepare("book.txt", "out", "bytes")
     assert {name for name in os.listdir("out") if name.startswith(".")} == {living}
     assert read_meta("out")["splits"]["train"]["tokens"] == len(read_split("out", "train")[0])
@@ -383,10 +384,13 @@ def test_what_a_folder_has_besides_its_texts_is_named(capsys):
     write("book/notes.md", "x")
     os.mkfifo("book/pipe.txt")
     os.symlink("nowhere", "book/part/gone.txt")
-    write("book/.hidden", "x")
+    Path("book/.git").mkdir()
+    for hidden in (".hidden.txt", ".git/HEAD", ".git/notes.txt"):
+        write(f"book/{hidden}", "x")
     prepare("book", "out2", "bytes", "block:9")
+    assert [path.name for path in sources.source_files("book")] == ["a.txt", "UP.TXT"]
     names = "notes.md, part/gone.txt, pipe.txt"
-    assert capsys.readouterr().err == f"book: not read, as not .txt files: {names}\n"
+    assert capsys.readouterr().err == f"book: skipped, not .txt files: {names}\n"
 
 
 def test_a_failure_takes_nothing_with_it_that_others_have_written(monkeypatch):

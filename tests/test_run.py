@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import prepare_data
 from conftest import ROOT, TINY, flags, prepared_folder
 from eval import load_run
 from forks import children, started
@@ -253,10 +254,26 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(
     assert (status, error) == (130, "") if harm == "stopped" else status == 2 and one_line(error)
     assert "config.toml" in os.listdir(folder) and "last.pt" not in os.listdir(folder)
     status, _, error = run("train.py", folder, "--resume")
-    assert status == 2 and "before its first checkpoint; start it anew" in error
+    assert status == 2 and "no last.pt to go on from; start the run anew" in error
     assert run("train.py", TINY, *few, "--out", folder)[0] == 0
     status, _, error = run("train.py", TINY, *few, "--out", folder)
     assert status == 2 and "holds a run" in error and one_line(error)
+
+
+def test_a_run_that_began_meanwhile_is_not_replaced(place, run, train, monkeypatch):
+    """The second looks before it prepares its data, and again when it has the folder's lock."""
+    out, prepared = place / "runs" / "meanwhile", prepare_data.prepared
+
+    def other_run(*args, **how):
+        monkeypatch.undo()
+        monkeypatch.chdir(place)
+        shutil.copytree(place / "runs" / "tiny", out)
+        return prepared(*args, **how)
+
+    monkeypatch.setattr(prepare_data, "prepared", other_run)
+    status, _, error = run("train.py", TINY, "--out", out)
+    assert status == 2 and one_line(error) and "holds a run" in error, error
+    assert_same_run(place / "runs" / "tiny", out)
 
 
 def test_overwrite_overwrites_a_run_alone(place, run):
@@ -305,11 +322,11 @@ def test_ctrl_c_that_reaches_the_compiler_stops_the_run_cleanly(place, run, trai
 
 
 def test_without_ctrl_c_an_error_of_the_compiler_is_an_error(run, monkeypatch):
-    def compile(model):
-        return lambda *args: [][1]
+    def call(*args):
+        raise RuntimeError("C++ compile error")
 
-    monkeypatch.setattr(torch, "compile", compile)
-    with pytest.raises(IndexError):
+    monkeypatch.setattr(torch, "compile", lambda model: call)
+    with pytest.raises(RuntimeError, match="C.. compile error"):
         run("train.py", TINY, *flags(max_steps=2, compile="true", out="runs/uncompilable"))
 
 
@@ -573,6 +590,33 @@ def test_the_paths_of_a_run_go_out_from_where_it_was_started(
     shutil.copytree(tmp_path / "moved" / "runs" / "book", away / "copy")
     monkeypatch.chdir(tmp_path / "moved")  # a copy of the run alone, measured where its text is
     assert evaluated(away / "copy") == resumed.split("\n", 1)[1]
+    (away.parent / "book.txt").write_text("Another text of this name. " * 2000)
+    assert evaluated(away / "copy") == resumed.split("\n", 1)[1]
+
+
+def test_a_run_may_be_in_a_folder_of_any_name(place, run):
+    odd = place / "pro\u00a0ject\u3000 'x"
+    (odd / "here").mkdir(parents=True)
+    (odd / "here" / "book.txt").write_bytes((ROOT / "data" / "sample.txt").read_bytes())
+    os.chdir(odd / "here")
+    how = flags(source="book.txt", max_steps=2, out="../out")
+    assert run("train.py", TINY, *how)[0] == 0
+    os.chdir(place)
+    assert run("eval.py", odd / "out")[0] == 0
+
+
+def test_a_run_is_not_measured_on_what_was_prepared_of_another_text(place, run, train):
+    text, how = place / "one.txt", {"source": "one.txt", "data": "data/shared", "max_steps": 1}
+    text.write_bytes((ROOT / "data" / "sample.txt").read_bytes())
+    folder = train("first-text", **how)
+    text.write_bytes((ROOT / "data" / "sample.txt").read_bytes()[:40000])
+    train("second-text", **how)
+    text.unlink()
+    for name in ("best.pt", "last.pt"):  # as an earlier version wrote it
+        change(folder / name, files=None, cwd=None)
+    for command in (["eval.py", folder], ["train.py", folder, "--resume", "--max_steps", 2]):
+        status, _, error = run(*command)
+        assert status == 2 and "has changed since this run was trained" in error, error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -111,6 +111,13 @@ def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
     assert "another max_steps, learning_rate; delete it" in run_cell(cell, 1, None, set(), [])
 
 
+def test_a_cell_that_cannot_be_started_is_broken_and_the_others_go_on(tmp_path):
+    cell = Config(**{**TINY, "out": str(tmp_path / "cell")})
+    (tmp_path / "cell.log").mkdir()
+    why = run_cell(cell, 1, None, set(), [])
+    assert why.startswith("error: ") and "cell.log" in why
+
+
 def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rivals = [{"partition": ["semantic", "window:matched", "block:matched"]}]
