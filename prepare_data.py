@@ -272,13 +272,14 @@ def read_meta(folder):
     return meta
 
 
-def read_split(folder, split):
+def read_split(folder, split, meta=None):
     """Token ids and lookbacks of one split, two uint16 memory maps of the same length.
 
-    Raises InputError where one of the files is not, byte for byte, what was prepared: a stale
-    lookback would quietly train and measure another model.
+    meta: what `read_meta` told of them, if it was read before. Raises InputError where one of the
+    files is not, byte for byte, what was prepared: a stale lookback would quietly train and measure
+    another model.
     """
-    digests, paths = read_meta(folder)["files"], []
+    digests, paths = (meta or read_meta(folder))["files"], []
     for name in (f"{split}.bin", f"{split}.lookback.bin"):
         paths.append(Path(folder) / name)
         again = "delete the folder and prepare again"
@@ -391,9 +392,11 @@ def mark_blocks(tokens, lookback, vocabulary):
     return b"".join(marked).decode(errors="replace")
 
 
-def describe(folder):
-    """Print what the partition found, with three boundaries in context."""
-    meta = read_meta(folder)
+def describe(folder, meta, tokens, lookback):
+    """Print what the partition found, with three boundaries in context.
+
+    meta: as `read_meta` gives it; tokens, lookback: of the training split, as `read_split` does.
+    """
     encoding, counts = get_encoding(meta["tokenizer"]), meta["splits"]
     train, method = counts["train"], meta["partition"]
     sizes = ", ".join(f"{split} {counts[split]['tokens']:,}" for split in SPLITS)
@@ -408,8 +411,7 @@ def describe(folder):
     print(
         f"{method}: {train['blocks']:,} blocks in train, {lengths}, {mean}; three of them begin at"
     )
-    paths = folder / "train.bin", folder / "train.lookback.bin"
-    tokens, lookback = (np.fromfile(path, np.uint16, STRETCH) for path in paths)
+    tokens, lookback = tokens[:STRETCH], lookback[:STRETCH]
     starts = block_starts(lookback)[1:]
     if len(starts) > 3:
         starts = starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]]
@@ -436,7 +438,9 @@ def main():
     args = parser.parse_args()
     source = args.source[0] if len(args.source) == 1 else args.source
     how = args.tokenizer, args.partition, args.max_lookback, args.val, args.test
-    describe(prepare(source, args.out, *how))
+    folder = prepare(source, args.out, *how)
+    meta = read_meta(folder)
+    describe(folder, meta, *read_split(folder, "train", meta))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,19 @@ def resolve(values):
 # running them
 
 
+MADE = "# made by sweep.py: one cell of a sweep\n"
+
+
+def check_folder(out):
+    """Raises InputError for a folder that holds something else than a sweep."""
+    try:
+        made = any(path.read_text(errors="replace").startswith(MADE) for path in out.glob("*.toml"))
+        if out.exists() and any(out.iterdir()) and not made and not any(out.glob("*/config.toml")):
+            raise InputError(f"{out} is not empty and holds no sweep; give another --out")
+    except OSError as e:
+        raise InputError(f"{out}: cannot be read ({e.strerror})") from None
+
+
 def run_cell(cell, threads, held, children, asked):
     """Bring one cell to its end in a process of its own. Returns None, or why it broke, a line.
 
@@ -124,11 +137,13 @@ def run_cell(cell, threads, held, children, asked):
     if finished:
         return None
     config, log = (out.with_name(out.name + end) for end in (".toml", ".log"))
+    if config.exists() and not config.read_text(errors="replace").startswith(MADE) and not begun:
+        return f"error: {config} was not made by sweep.py; move it, or give another --out"
     command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     keep = () if held is None else (held,)
     try:
-        write_text(config, to_toml(cell))
+        write_text(config, MADE + to_toml(cell))
         with open(log, "w") as f:
             how = {"stdout": f, "stderr": f, "env": environment, "pass_fds": keep}
             with subprocess.Popen(command, **how) as child:
@@ -203,6 +218,7 @@ def main():
     values = read_values(argv, more=("sweep",))
     out, broken = Path(values["out"]), {}
     if "--report" not in sys.argv:
+        check_folder(out)
         try:
             cells = read_cells(values)
             # runs that a sweep left when it was killed hold the lock too: they are waited for

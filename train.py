@@ -209,9 +209,13 @@ def random_batch(tokens, lookback, T, config, number, device, rank=0, world=1):
 class Text:
     """The prepared text of a run: its splits, its vocabulary, and how it was prepared."""
 
-    def __init__(self, folder):
-        self.meta = read_meta(folder)
-        self.train, self.val, self.test = (read_split(folder, split) for split in SPLITS)
+    def __init__(self, folder, config):
+        self.meta = meta = read_meta(folder)
+        for name in ("source", "tokenizer", "partition", "max_lookback", "val", "test"):
+            if meta[name] != getattr(config, name):
+                other = f"has just been prepared with {name} = {meta[name]!r} by another process"
+                raise InputError(f"{folder} {other}; give each a data folder of its own")
+        self.train, self.val, self.test = (read_split(folder, split, meta) for split in SPLITS)
         self.vocabulary = token_bytes(get_encoding(self.meta["tokenizer"]))
 
     def identity(self):
@@ -307,7 +311,7 @@ def start(config, resume=False, overwrite=False):
             folder = prepared(run.saved["config"] if resume else asdict(config))
             vocab_size = vocabulary_size(config.tokenizer)
             model = build_model(config, vocab_size, run.saved).to(device)
-        text = Text(folder)
+        text = Text(folder, config)
         check_length(text, model, config)
         if device.type == "cpu":
             logits = config.batch_size * model.config.block_size * len(model.wte.weight)
@@ -318,7 +322,7 @@ def start(config, resume=False, overwrite=False):
             fast_model = DistributedDataParallel(fast_model)
         run.begin(model, optimizers, config, text.identity())
         if rank == 0:
-            describe(folder)
+            describe(folder, text.meta, *text.train)
             print(headline(run, model, config, here))
         else:  # each process draws its own dropout
             torch.manual_seed(config.seed + 1000 * run.step + rank)
@@ -431,8 +435,8 @@ def written(model, config, text, n_bytes=300):
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-# what a resumed run may change: how long it goes and how often it is looked at
-MAY_CHANGE = {"max_steps", "patience", "eval_interval", "log_interval", "out"}
+# what a resumed run may change: how long it goes, how often it is looked at, the compiler
+MAY_CHANGE = {"max_steps", "patience", "eval_interval", "log_interval", "compile", "out"}
 USAGE = f"""{__doc__}
 Keys, in the file or as --key value:
 {settings.usage(Config)}"""

@@ -38,6 +38,7 @@ def run_script(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may take long to end: then once more
         sys.exit(128 + next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
 
 

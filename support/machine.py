@@ -233,16 +233,16 @@ def end_with_parent():
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collect SIGINT and SIGTERM in a list in place of dying of them.
+    """Collect SIGINT, SIGTERM and SIGHUP (the terminal is gone) in a list, in place of dying.
 
     So the step in hand is finished and saved first. Ctrl-C reaches the compiler too, if it is just
     running: what torch makes of that ends as KeyboardInterrupt(number), as in files.run_script.
     """
-    asked = []
-    before = {
-        number: signal.signal(number, lambda number, frame: asked.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    asked, numbers = [], {signal.SIGINT, signal.SIGTERM}
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    if signal.getsignal(hangup) is not signal.SIG_IGN:  # as after nohup
+        numbers.add(hangup)
+    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in numbers}
     try:
         yield asked
     except RuntimeError:

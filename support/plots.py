@@ -34,10 +34,10 @@ def order(schedule):
 
 
 def pyplot():
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts, and more
     import matplotlib
 
     matplotlib.use("Agg")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts, and more
     from matplotlib import pyplot as plt
 
     return plt

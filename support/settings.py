@@ -85,7 +85,7 @@ def read(kind, argv, more=()):
     """
     path = Path(argv[0])
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:  # not TOML, not UTF-8, or brackets without end

@@ -69,7 +69,7 @@ def left_out(source, cwd=""):
             names.append(str(path.relative_to(folder)))
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        yield f"{source}: skipped, not .txt files: {', '.join(names[:5])}{more}"
+        yield f"{source}: skipped {', '.join(names[:5])}{more}"
 
 
 def from_gutenberg(number):

@@ -3,6 +3,7 @@
 import functools
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -138,6 +139,7 @@ def script_here(name, *args):
     What ends a run of train.py, a figure and a sample of 300 bytes, takes longer than a short
     training. Here there is no figure and the sample is short; the run in `place` has both.
     """
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
         if name == "train.py":
@@ -153,6 +155,8 @@ def script_here(name, *args):
             return 0
         except SystemExit as e:
             return e.code or 0
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)
 
 
 @pytest.fixture

@@ -238,7 +238,7 @@ def test_meta_json(folder, seed, capsys):
         assert found is not None or outcome(read_split, folder, "train") is None
         if number % 30 == 0:  # what is damaged is made again, and said
             again(folder)
-            describe(folder)
+            describe(folder, read_meta(folder), *read_split(folder, "train"))
             assert read_meta(folder) == meta
             assert ("is made again" in capsys.readouterr().out) == (found is None)
     path.write_text(text)

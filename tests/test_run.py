@@ -195,16 +195,18 @@ def test_a_long_run_grows_neither_in_memory_nor_in_open_files(place):
     assert max(n for _, n in late) <= max(n for _, n in early) + 1
 
 
-def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run):
-    folder = place / "runs" / "long"
-    options = flags(max_steps=3000, out="runs/long")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run, number):
+    out = f"runs/long-{number}"
+    folder = place / out
+    options = flags(max_steps=3000, out=out)
     with started(ROOT / "train.py", TINY, *options, cwd=place) as process:
         while not (folder / "last.pt").exists() and process.is_alive():
             time.sleep(0.05)
-        process.terminate()
+        os.kill(process.pid, number)
         process.join(60)
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert "python train.py runs/long --resume" in (place / "output.txt").read_text()
+    assert process.exitcode == 128 + number
+    assert f"python train.py {out} --resume" in (place / "output.txt").read_text()
     step = torch.load(folder / "last.pt", weights_only=True)["step"]
     status, printed, _ = run("train.py", folder, "--resume", "--max_steps", step + 4)
     assert status == 0 and f"from step {step}" in printed
@@ -276,6 +278,22 @@ def test_a_run_that_began_meanwhile_is_not_replaced(place, run, train, monkeypat
     assert_same_run(place / "runs" / "tiny", out)
 
 
+def test_a_run_never_reads_what_another_prepared_in_the_same_folder(place, run, monkeypatch):
+    other = flags(tokenizer="bytes", partition="block:32", out="data/both")
+    prepared = prepare_data.prepared
+
+    def prepared_twice(*args):
+        folder = prepared(*args)
+        prepare_data.prepare("data/sample.txt", "data/both", "bytes", "block:32", 128)
+        return folder
+
+    assert run("prepare_data.py", "data/sample.txt", *other)[0] == 0
+    monkeypatch.setattr(prepare_data, "prepared", prepared_twice)
+    status, _, error = run("train.py", TINY, *flags(data="data/both", out="runs/both-data"))
+    assert status == 2 and one_line(error), error
+    assert "data/both has just been prepared with partition = 'block:32'" in error
+
+
 def test_overwrite_overwrites_a_run_alone(place, run):
     (place / "settings").mkdir()
     (place / "settings" / "my.toml").write_text("seed = 2")
@@ -313,11 +331,7 @@ def test_ctrl_c_that_reaches_the_compiler_stops_the_run_cleanly(place, run, trai
         status, _, error = run("train.py", TINY, *options)
     how = "go on with: python train.py 'runs/a compiled run' --resume"
     assert status == 130 and error == f"stopped at step 0; {how}\n"
-    (place / out / "config.toml").write_text(  # as on a machine where nothing is compiled
-        (place / out / "config.toml").read_text().replace("compile = true", "compile = false")
-    )
-    change(place / out / "last.pt", compile=False)
-    assert run("train.py", out, "--resume")[0] == 0
+    assert run("train.py", out, "--resume", "--compile", "false")[0] == 0
     assert_same_run(whole, place / out)
 
 

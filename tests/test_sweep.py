@@ -111,6 +111,24 @@ def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
     assert "another max_steps, learning_rate; delete it" in run_cell(cell, 1, None, set(), [])
 
 
+@pytest.mark.parametrize("there", ["quickstart.toml", "distributed.toml", "model.py"])
+def test_a_sweep_leaves_a_folder_of_something_else_alone(tmp_path, monkeypatch, capsys, there):
+    monkeypatch.chdir(tmp_path)
+    keys = [f"{key} = {json.dumps(value)}" for key, value in TINY.items()]
+    lines = [*keys, "[[sweep]]", 'schedule = ["distributed"]', ""]
+    Path("mine").mkdir()
+    for path in (Path("sweep.toml"), Path("mine", there)):
+        path.write_text("\n".join(lines))
+    assert script_here("sweep.py", "sweep.toml", "--out", "mine") == 2
+    assert "mine is not empty and holds no sweep" in capsys.readouterr().err
+    Path("mine/other").mkdir()  # a sweep is there as well
+    Path("mine/other/config.toml").touch()
+    Path("mine/distributed.toml").write_text("\n".join(lines))
+    cell = Config(**{**TINY, "out": "mine/distributed"})
+    assert "was not made by sweep.py" in run_cell(cell, 1, None, set(), [])
+    assert Path("mine/distributed.toml").read_text() == "\n".join(lines)
+
+
 def test_a_cell_that_cannot_be_started_is_broken_and_the_others_go_on(tmp_path):
     cell = Config(**{**TINY, "out": str(tmp_path / "cell")})
     (tmp_path / "cell.log").mkdir()

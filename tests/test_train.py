@@ -6,6 +6,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import tomllib
 
 import numpy as np
@@ -569,6 +571,15 @@ def test_a_figure_is_drawn_without_dropout(tmp_path, monkeypatch):
     assert all(map(torch.equal, found, maps(*args)))
     model.train()
     assert not all(map(torch.equal, found, maps(*args)))
+
+
+def test_a_figure_needs_no_home(tmp_path):
+    code = "from support.plots import pyplot; pyplot().figure()"
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "HOME": "/dev/null"}, **how
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.filterwarnings("error")
