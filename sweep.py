@@ -137,13 +137,14 @@ def run_cell(cell, threads, held, children, asked):
     if finished:
         return None
     config, log = (out.with_name(out.name + end) for end in (".toml", ".log"))
-    if config.exists() and not config.read_text(errors="replace").startswith(MADE) and not begun:
-        return f"error: {config} was not made by sweep.py; move it, or give another --out"
     command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     keep = () if held is None else (held,)
     try:
-        write_text(config, MADE + to_toml(cell))
+        if not begun:
+            if config.exists() and not config.read_text(errors="replace").startswith(MADE):
+                return f"error: {config} was not made by sweep.py; move it, or give another --out"
+            write_text(config, MADE + to_toml(cell))
         with open(log, "w") as f:
             how = {"stdout": f, "stderr": f, "env": environment, "pass_fds": keep}
             with subprocess.Popen(command, **how) as child:
