@@ -332,14 +332,17 @@ def prepared(config):
     source, keys = config["source"], ("tokenizer", "partition", "max_lookback", "val", "test")
     how, before = [config[key] for key in keys], config.get("source_sha256")
     out = config["data"] or default_folder(source, *how)
-    # relative paths start from where the run was started, or from here, if its text is here
-    places = {cwd: text_digest(source, cwd) for cwd in (config.get("cwd", ""), "")}
-    known = (cwd for cwd in places if before in (places[cwd], data_digest(Path(cwd, out))))
-    cwd = next(known, next(iter(places)))
-    same = before is None or places[cwd] in (before, None)
-    folder = prepare(source, out, *how, cwd) if same else None
-    if not same or before not in (None, data_digest(folder)):
-        since = "has changed since this run was trained on it; put the old text back"
+    since = "has changed since this run was trained on it; put the old text back"
+    cwd = config.get("cwd", "")
+    if before:
+        # relative paths start from where the run was started, or from here, if its text is here
+        digests = {place: text_digest(source, place) for place in (cwd, "")}
+        known = [p for p in digests if before in (digests[p], data_digest(Path(p, out)))]
+        cwd = known[0] if known else cwd
+        if digests[cwd] not in (before, None):
+            raise InputError(f"{source} {since}")
+    folder = prepare(source, out, *how, cwd)
+    if before and data_digest(folder) != before:  # its text is gone, and that of another is here
         raise InputError(f"{source} {since}")
     found, before = read_meta(folder)["files"], config.get("files")
     changed = [name for name in found if before and before.get(name) != found[name]]

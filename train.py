@@ -473,7 +473,7 @@ def resumed(argv):
     out = Path(argv[0]) if argv else Path()
     if not (out / "last.pt").is_file():
         if (out / "config.toml").is_file():
-            raise InputError(f"{out}: no last.pt to go on from; start the run anew (--overwrite)")
+            raise InputError(f"{out}: no last.pt to go on from; start the run anew")
         how = "give the folder of a run: python train.py runs/NAME --resume"
         raise InputError(f"{out}: no last.pt to resume from; {how}")
     config = read_config([str(out / "config.toml"), *argv[1:], "--out", str(out)])

@@ -139,8 +139,8 @@ def join(device, batch_size):
 def part():
     """Leave the other processes, if there are any.
 
-    Before that, Gloo's threads let go of their last tensors, for which they need Python. Else torch
-    waits for them with Python in its hands, and so for ever (seen in 2.13; pytorch issue 56297).
+    Gloo's threads get a moment to let go of their last tensors, for which they need Python's lock.
+    Without it torch sometimes waits for them, holds that lock, and never ends (docs/LOG.md).
     """
     if distributed.is_initialized():
         time.sleep(0.1)
