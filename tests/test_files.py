@@ -128,6 +128,8 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
                 assert there in ([], ["kept"]), there
                 Path(f"a{i % 3}/b/c/mine").touch()
                 time.sleep(0.0001)
+                while i == 0 and not any("waiting" in p.read_text() for p in Path().glob("*.txt")):
+                    time.sleep(0.001)
                 os.unlink(f"a{i % 3}/b/c/mine")
                 if i == 499:
                     Path(f"a{i % 3}/b/c/kept").touch()
