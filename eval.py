@@ -213,12 +213,23 @@ def attention_measures(model, idx, lookback, score):
     """
     block, sums = model.blocks(lookback), []  # (B, 1, T, T)
     for a in model.attention_maps(idx, lookback):  # (B, H, T, T)
-        inside = (a * block).sum(-1)  # (B, H, T)
         pointer = block.expand_as(a).gather(-1, a.argmax(-1, keepdim=True)).squeeze(-1)
-        entropy = torch.special.entr(a).sum(-1) / math.log(2)
-        values = inside, pointer, entropy, a[..., 0]
+        values = mass_inside(a, block), pointer, entropy(a), a[..., 0]
         sums.append([v.cpu().double().mean(1)[score.cpu()].sum().item() for v in values])
     return torch.tensor(sums, dtype=torch.double)
+
+
+def mass_inside(a, block):
+    """Fidelity: the attention of each query that stays in its block, (B, H, T) in [0, 1].
+
+    a: (B, H, T, T) attention probabilities; block: (B, 1, T, T) booleans.
+    """
+    return (a * block).sum(-1)
+
+
+def entropy(a):
+    """The entropy of each query's attention in bits, (B, H, T). a: (B, H, T, T) probabilities."""
+    return torch.special.entr(a).sum(-1) / math.log(2)
 
 
 def dial_sweep(model, split, vocabulary, **how):

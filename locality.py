@@ -5,6 +5,8 @@ and `Partitioner` give the *lookback* of every token: the block of token i is th
 i - lookback[i] ... i. Whatever the method, lookback[i] is a function of the tokens 0 ... i alone.
 """
 
+import math
+
 import numpy as np
 
 from support.files import InputError
@@ -319,6 +321,10 @@ class Partitioner:
     token_bytes: the bytes of every vocabulary entry, a list. method: see parse_partition.
     max_lookback: tokens, 1 ... 65535. background: what `background` made of a training split, or
     None. Raises InputError.
+
+    moves: how the last push moved the block of a `semantic` or `sentence` partition, a list of
+    (token, block, bits): from that token on, the block begins at token `block`. bits: the evidence
+    that a new block had begun (log2 of its odds); None where something else decided.
     """
 
     def __init__(self, token_bytes, method, max_lookback, background=None):
@@ -338,6 +344,7 @@ class Partitioner:
         self.start = 0  # first token of the running sentence
         self.known = 0  # token that told of it
         self.block = 0  # first token of the running block
+        self.moves = []
 
     def push(self, tokens):
         """Lookback of the next tokens: integers, any number of them -> (n,) uint16."""
@@ -353,12 +360,13 @@ class Partitioner:
             return np.minimum(i, min(self.size - 1, self.cap)).astype(np.uint16)
         if self.method == "block":
             return np.minimum(i % self.size, self.cap).astype(np.uint16)
-        since, block = zip(*self.find_blocks(tokens))
+        self.find_blocks(tokens)
+        since, block, _ = zip(*self.moves)
         block = np.repeat(block, np.diff([*since, self.n_tokens]))
         return np.minimum(i - block, self.cap).astype(np.uint16)
 
     def find_blocks(self, tokens):
-        """A list of (token, block): from that new token on, the block begins at token `block`."""
+        """Fill `moves`, with new tokens. The first entry says where the block began before."""
         n = self.n_bytes[tokens]
         ends = np.cumsum(n)
         letters = np.repeat(self.bytes_at[tokens] - ends + n, n) + np.arange(ends[-1])
@@ -369,7 +377,7 @@ class Partitioner:
         at = np.array([(e.next, e.seen) for e in ended], np.int64).reshape(-1, 2)
         at = origin + np.searchsorted(self.ends, at, side="right")  # bytes -> tokens
 
-        self.moves = [(self.n_tokens - len(tokens), self.block)]
+        self.moves = [(self.n_tokens - len(tokens), self.block, None)]
         begin = 0
         for stop in [i for i, e in enumerate(ended) if e.text is None] + [len(ended)]:
             self.take_sentences(ended[begin:stop], *at[begin:stop].T)
@@ -380,7 +388,6 @@ class Partitioner:
             begin = stop + 1
         self.keep_within_reach(-1, self.n_tokens)
         self.ends = self.ends[np.searchsorted(self.ends, self.sentences.begin, side="right") :]
-        return self.moves
 
     def take_sentences(self, ended, starts, seen):
         """Move on by some sentences of one document, a list of Ended. The next one after each
@@ -398,16 +405,19 @@ class Partitioner:
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
-            sure = not self.blocks or self.blocks.chance_later(i + 1, self.block) > SURE
-            if block > self.block and sure:
+            if block <= self.block:
+                continue
+            chance = self.blocks.chance_later(i + 1, self.block) if self.blocks else 1.0
+            if chance > SURE:
+                bits = math.log2(chance / max(1 - chance, 2**-40)) if self.blocks else None
                 self.block = block
-                self.moves.append((known, block))
+                self.moves.append((known, block, bits))
 
     def begin_document(self, seen, start):
         """A document has ended, which token `seen` told; the next one begins at token `start`."""
         self.keep_within_reach(-1, seen)
         self.start = self.block = self.known = start
-        self.moves.append((start, start))
+        self.moves.append((start, start, None))
         if self.blocks:
             self.blocks.reset()
 
@@ -422,7 +432,7 @@ class Partitioner:
             if best <= self.block:
                 return  # one sentence longer than the cap: the window slides
             self.block = best
-            self.moves.append((token, best))
+            self.moves.append((token, best, None))
 
 
 # --------------------------------------------------------------------------------------------------
