@@ -50,7 +50,7 @@ SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
 
 class Page(NamedTuple):
-    """T tokens of a text, and what the partitioner said of them; they count from the page's first."""
+    """T tokens of a text, counted from the page's first, and what the partitioner said of them."""
 
     shown: str  # which part of which text
     tokens: np.ndarray  # (T,) int64
