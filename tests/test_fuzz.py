@@ -517,6 +517,7 @@ def test_the_scripts_end_with_one_line_and_status_2(folder, trained, tmp_path, c
         for command in (
             ["eval.py", tmp_path / "run"],
             ["sample.py", tmp_path / "run"],
+            ["read.py", tmp_path / "run"],
             ["train.py", tmp_path / "run", "--resume"],
             ["train.py", tmp_path / "c.toml"],
             ["sweep.py", tmp_path / "c.toml"],

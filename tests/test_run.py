@@ -447,7 +447,7 @@ def test_a_checkpoint_without_its_config_is_refused(place, run):
         torch.save({**state, "config": config}, place / "runs" / "bare" / "best.pt")
         with pytest.raises(InputError, match="best.pt"):
             load_run(place / "runs" / "bare")
-    for script in ("eval.py", "sample.py"):
+    for script in ("eval.py", "sample.py", "read.py"):
         status, _, error = run(script, "runs/bare")
         assert status == 2 and one_line(error)
 
@@ -473,6 +473,7 @@ def test_a_pickle_in_any_place_is_refused_and_not_run(place, run):
         for command in (
             ["eval.py", folder],
             ["sample.py", folder],
+            ["read.py", folder],
             ["train.py", folder, "--resume"],
             ["train.py", bomb],
             ["train.py", TINY, "--init_from", bomb, "--out", "runs/x"],
@@ -540,7 +541,7 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     assert run(*commands[0])[0] == 0
     for name in ("best.pt", "last.pt"):
         change(folder / name, tokenizer="gpt2:300")
-    for script in ("eval.py", "sample.py"):
+    for script in ("eval.py", "sample.py", "read.py"):
         status, _, error = run(script, folder)
         assert status == 2 and "a model of 256 tokens that names a tokenizer of 300" in error
 

@@ -1,0 +1,550 @@
+"""The page shows what was measured, keeps text as text, and works in a browser, from disk alone."""
+
+import base64
+import json
+import math
+import random
+import re
+import shutil
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from eval import evaluate, load_run, read_text
+from locality import Partitioner, background, schedule
+from model import GPT, GPTConfig
+from read import Page, cut_sentences, influence, read, two_dials, walk
+from support.files import InputError
+from support.page import TURNS, fill, label, pack, pieces_of
+
+BYTES = [bytes([i]) for i in range(256)]
+HOSTILE = (
+    '</script><img src=x onerror="alert(1)"><!-- \u202ereversed\u202c \x07\x1b[31m <b>bold</b>. '
+    "&lt;i&gt; مرحبا بالعالم. 👩\u200d👩\u200d👧 naïve 中文。 {{x}} ${1} \\u003c @DATA@ @HASHES@. "
+    "And so on.\n\n"
+    "A new paragraph begins here. It says a little more. "
+)
+
+
+def data_of(html):
+    """What a page holds: its data, and its arrays."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
+    data = json.loads(text)
+    raw, arrays = zlib.decompress(base64.b64decode(data["numbers"])), {}
+    for name, how in data["arrays"].items():
+        kind = {1: np.uint8, 2: "<u2"}[how["bytes"]]
+        values = np.frombuffer(raw, kind, how["n"], how["at"])
+        arrays[name] = values / how["scale"]
+    return data, arrays
+
+
+@pytest.fixture
+def read_page(place, run, tmp_path):
+    """read_page(run or weights, …): read.py's page, as (data, arrays, html)."""
+
+    def read_page(name, *options):
+        out = tmp_path / "page.html"
+        status, _, error = run("read.py", name, *options, "--out", out)
+        assert status == 0, error
+        html = out.read_text(encoding="utf-8")
+        return *data_of(html), html
+
+    return read_page
+
+
+def one_line(error):
+    return error.startswith("error: ") and error.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# the numbers
+
+
+def test_the_page_shows_what_eval_and_the_model_say(place, read_page):
+    data, arrays, _ = read_page("runs/tiny")
+    model, config = load_run("runs/tiny")
+    (tokens, lookback), _, vocabulary = read_text(config, "test")
+    at, last = (int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", data["shown"])[:2])
+    T, L, H, K = last - at + 1, data["layers"], data["heads"], data["keys"]
+    tokens = tokens[at : at + T]
+    lookback = np.minimum(lookback[at : at + T], np.arange(T))
+    assert data["lookback"] == lookback.tolist()
+    assert [data["labels"][i] for i in data["tokens"]] == [label(vocabulary[t]) for t in tokens]
+    assert [dial["schedule"] for dial in data["dials"]] == ["quintic", "distributed"]
+    x, back = (torch.tensor(a.astype(np.int64))[None] for a in (tokens, lookback))
+    for i, dial in enumerate(data["dials"]):
+        model.set_locality(schedule(dial["schedule"], L, dial["fidelity"]))
+        assert dial["locality"] == model.locality
+        shaped = {name[:-1]: values for name, values in arrays.items() if name.endswith(str(i))}
+        mass, entropy = (shaped[name].reshape(L, H, T) for name in ("mass", "entropy"))
+        floors = np.rint(65535 * np.array(dial["locality"])) / 65535
+        assert (mass >= floors[:, None, None] - 1.1 / 65535).all()
+        # eval scores T - 1 predictions
+        results = evaluate(model, tokens, lookback, vocabulary)
+        assert dial["perplexity"] == pytest.approx(results["perplexity"], rel=1e-5)
+        means = mass[:, :, :-1].mean((1, 2)), entropy[:, :, :-1].mean((1, 2))
+        for layer, fidelity, bits in zip(results["layers"], *means):
+            assert fidelity == pytest.approx(layer["fidelity"], abs=1e-5)
+            assert bits == pytest.approx(layer["entropy"], abs=2e-4)
+        # every key that is drawn, and no stronger one left out
+        keys = shaped["keys"].reshape(L, H + 1, T, K).astype(int)
+        weights = shaped["roots"].reshape(L, H + 1, T, K) ** 2
+        for layer, a in enumerate(model.attention_maps(x, back)):
+            a = torch.cat((a[0], a[0].mean(0, keepdim=True))).numpy()  # (H + 1, T, T)
+            drawn = np.take_along_axis(a, keys[layer], -1)
+            assert np.abs(np.sqrt(drawn) - np.sqrt(weights[layer])).max() < 0.51 / 255
+            np.testing.assert_allclose(drawn, -np.sort(-a, -1)[..., :K], atol=1e-6)
+        # what comes next
+        with torch.no_grad():
+            bits = -model(x, back)[0][0].log_softmax(-1).numpy() / math.log(2)
+        ids = [label(vocabulary[t]) for t in range(len(vocabulary))]
+        for t in (0, 1, T // 2, T - 2):
+            best = np.argsort(bits[t], kind="stable")[: data["likeliest"]]
+            said = shaped["likely"].reshape(T, -1)[t].astype(int)
+            assert [data["labels"][n] for n in said] == [ids[n] for n in best]
+            said = shaped["bits"].reshape(T, -1)[t]
+            np.testing.assert_allclose(said, bits[t][[*best, tokens[t + 1]]], atol=1e-3)
+            rank = (bits[t] < bits[t][tokens[t + 1]]).sum() + 1
+            assert shaped["rank"][t] == rank
+
+
+def small_model(**more):
+    torch.manual_seed(3)
+    shape = {"vocab_size": 256, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**{**shape, **more})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # predictions that differ
+    return model
+
+
+def by_definition(model, x, lookback, sentence, foreign, i):
+    """KL in bits between p_i and p_i with a sentence replaced: two passes for each foreign text."""
+    bits = []
+    for text in foreign:
+        other = x.clone()
+        for position in range(max(sentence[0], 1), sentence[1]):
+            other[0, position] = text[position - sentence[0]]
+        with torch.no_grad():
+            p, q = (model(context, lookback)[0][0, i].double() for context in (x, other))
+        nats = kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum")
+        bits.append(nats.item() / math.log(2))
+    return sum(bits) / len(bits)
+
+
+@pytest.mark.parametrize("anchor", [False, True])
+def test_influence_in_one_pass_is_the_definition_in_two(anchor):
+    model = small_model(anchor=anchor)
+    model.set_locality([0.0, 0.5, 1.0])
+    x = torch.randint(256, (1, 40))
+    lookback = torch.tensor([[i % 9 for i in range(40)]])
+    with torch.no_grad():
+        log_p = model(x, lookback)[0][0].log_softmax(-1)
+    for sentence in ((0, 5), (5, 17), (17, 39)):
+        begin, end = sentence
+        foreign = torch.randint(256, (3, end - begin))
+        bits, p = influence(model, x, lookback, log_p, sentence, foreign)
+        assert bits.shape == (40 - end,) and p.shape == (40 - end, 256)
+        for i in range(end, 40):
+            expected = by_definition(model, x, lookback, sentence, foreign, i)
+            assert bits[i - end].item() == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        torch.testing.assert_close(p.sum(-1), torch.ones(40 - end))
+        same = x[:, begin:end].repeat(2, 1)
+        assert influence(model, x, lookback, log_p, sentence, same)[0].max() < 1e-6
+
+
+def test_a_sentence_that_no_layer_can_reach_has_no_influence_and_one_in_reach_has():
+    model = small_model()
+    lookback = torch.tensor([[i % 10 for i in range(40)]])  # blocks cut by the ruler are closed
+    x, foreign = torch.randint(256, (1, 40)), torch.randint(256, (2, 10))
+    for lambdas, blind in (([1.0] * 3, True), ([0.0, 1.0, 1.0], False)):
+        model.set_locality(lambdas)
+        with torch.no_grad():
+            log_p = model(x, lookback)[0][0].log_softmax(-1)
+        bits, _ = influence(model, x, lookback, log_p, (10, 20), foreign)
+        assert (bits.max() < 1e-9) == blind
+    model.set_locality([1.0] * 3)
+    with torch.no_grad():
+        log_p = model(x, lookback)[0][0].log_softmax(-1)
+    bits, _ = influence(model, x, lookback, log_p, (10, 15), foreign[:, :5])
+    assert bits[:5].min() > 1e-4 and bits[5:].max() < 1e-9  # its own block, 10 … 19, alone
+
+
+def test_the_evidence_is_that_of_the_partitioner_as_it_reads(place):
+    """Bits only where a block was recognised, and the same ones however the text arrives."""
+    _, config = load_run(place / "runs" / "tiny")
+    text = (place / "data" / "sample.txt").read_bytes()[:9000]
+    tokens = np.frombuffer(text, np.uint8)
+    words = background(tokens, BYTES)
+    for method, cap in (("semantic", 65535), ("semantic", 200), ("sentence", 65535)):
+        lookback, moves = walk(tokens, BYTES, method, cap, words)
+        stream, streamed = Partitioner(BYTES, method, cap, words), []
+        for token in tokens:
+            stream.push([token])
+            streamed += [move for move in stream.moves if move[1:] != (stream.moves[0][1], None)]
+        assert [m for m in moves[1:] if m[2] is not None] == [
+            m for m in streamed if m[2] is not None
+        ]
+        block = 0
+        for (token, start, bits), (until, _, _) in zip(
+            moves[1:], [*moves[2:], (len(tokens), 0, 0)]
+        ):
+            assert start > block and (bits is None or bits > math.log2(0.6 / 0.4))
+            block = start
+            inside = np.arange(token, until)
+            assert (inside - lookback[token:until] == np.maximum(start, inside - cap)).all()
+        evidence = [bits is not None for _, _, bits in moves[1:]]
+        assert any(evidence) == (method == "semantic")
+        assert all(evidence) == (method == "semantic" and cap == 65535)
+
+
+def test_two_dials():
+    config = {"schedule": "quintic", "fidelity": 0.5}
+
+    def shown(names=None, floors=None, of=config):
+        return [dial[:2] for dial in two_dials(names, floors, of, 3)]
+
+    assert shown() == [("quintic", 0.5), ("distributed", 0.5)]
+    assert shown(["linear"], [0.8]) == [("linear", 0.8), ("distributed", 0.8)]
+    assert shown(["linear", "cubic"]) == [("linear", 0.5), ("cubic", 0.5)]
+    assert shown(["linear", "cubic"], [1.0, 0.2]) == [("linear", 1.0), ("cubic", 0.2)]
+    weights = {"schedule": "distributed", "fidelity": 1.0}
+    assert shown(of=weights) == [("distributed", 1.0), ("quintic", 1.0)]
+    assert two_dials(None, None, config, 3)[0][2] == schedule("quintic", 3, 0.5)
+    with pytest.raises(InputError, match="two dials"):
+        two_dials(["linear"] * 3, None, config, 3)
+
+
+def test_sentences_cover_the_page_and_are_not_too_short():
+    rng = random.Random(5)
+    for _ in range(300):
+        T = rng.randrange(2, 700)
+        starts = sorted(rng.sample(range(-50, 750), rng.randrange(0, 300)))
+        cut = cut_sentences(starts, T)
+        assert [begin for begin, _ in cut] == [0, *(end for _, end in cut[:-1])]
+        assert cut[-1][1] == T and {begin for begin, _ in cut[1:]} <= set(starts)
+        assert all(end - begin >= max(T // 32, 2) for begin, end in cut[:-1]) and len(cut) <= 33
+
+
+@pytest.mark.parametrize("layers, heads, most", [(8, 6, 3e6), (12, 12, 8e6)])
+def test_the_size_of_a_page(layers, heads, most):
+    """With random weights, whose attention packs worst, and as many sentences as there may be."""
+    torch.manual_seed(0)
+    width = 4 * heads
+    model = GPT(GPTConfig(256, 512, layers, heads, width, max_lookback=256)).eval()
+    with torch.no_grad():
+        for layer in model.h:
+            layer.attn.c_attn.weight.mul_(4)
+    rng = np.random.default_rng(0)
+    tokens, foreign = rng.integers(97, 123, (2, 512))
+    lookback = np.minimum(np.arange(512), np.arange(512) % 100)
+    page = Page("", tokens, lookback, [], cut_sentences(range(0, 512, 16), 512))
+    dials = two_dials(None, None, {"schedule": "quintic", "fidelity": 1.0}, layers)
+    data = read(model, page, BYTES, np.append(foreign, list(b". And. Or. ")), dials, 1)
+    assert (
+        data["keys"] >= 16
+        and 1e6 < len(fill({**data, "run": "x", "partition": "block:100"})) < most
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# the text
+
+
+def test_pieces_are_the_text_and_a_character_stands_with_its_last_token():
+    rng = random.Random(7)
+    characters = [*"abc .,\n\té中👩🙂\u202e\x00\x85\ufeffﷺ", "\n\n", "x" * 60]
+    for _ in range(200):
+        text = "".join(rng.choices(characters, k=40))
+        data, tokens = text.encode(), []
+        while data:
+            n = rng.choice([1, 1, 2, 3, 7])
+            tokens.append(data[:n])
+            data = data[n:]
+        pieces, read_so_far = pieces_of(tokens), b""
+        assert len(pieces) == len(tokens)
+        for token, piece in zip(tokens, pieces):
+            read_so_far += token
+            before = read_so_far[: len(read_so_far) - len(token)].decode(errors="ignore")
+            assert bool(piece) == (len(read_so_far.decode(errors="ignore")) > len(before))
+        shown = "".join(pieces)
+        assert "\ufffd" not in shown and not set(shown) & set(TURNS)
+        hidden = {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+        assert not hidden
+        undone = shown
+        for c in sorted(set(text) & {*TURNS, "\x00", "\x85"}):
+            undone = undone.replace(c.encode("unicode_escape").decode(), c)
+        assert undone.replace("\n", " ") == text.replace("\n", " ")
+
+
+def test_a_text_cut_into_lines_is_set_anew_and_verse_is_not():
+    prose = b"a line of a book that was cut into lines as long as this one\nand goes on. And on."
+    verse = b"A line of verse,\nand one more.\n\nAnother."
+    assert pieces_of([prose])[0].count("\n") == 0
+    assert pieces_of([verse]) == [verse.decode()]
+    assert pieces_of([prose[:60] + b"\n\n", b"New."])[0].endswith("\n\n")
+
+
+def test_labels_say_what_would_not_show():
+    assert label(b" the") == "␣the" and label(b"\n\n") == "↵↵" and label(b"\xe4") == "\\xe4"
+    assert label("é".encode()) == "é" and label(b"\x07") == "\\x07" and label(b"") == "(empty)"
+    assert label("\u202e".encode()) == "\\u202e"
+
+
+def test_pack_keeps_numbers_to_half_a_step():
+    rng = np.random.default_rng(0)
+    many = {"a": (rng.random((3, 4)), 65535), "b": (rng.random(7), 255), "c": ([0, 300, 70000], 1)}
+    many["none"] = ([], 10)
+    _, arrays = data_of(fill(pack(many)))
+    for name in "ab":
+        values, scale = many[name]
+        assert np.abs(arrays[name] - values.reshape(-1)).max() <= 0.5001 / scale
+    assert arrays["c"].tolist() == [0, 300, 65535] and not len(arrays["none"])
+
+
+def test_a_hostile_text_is_data_and_nothing_else(place, read_page, tmp_path):
+    (tmp_path / "text.txt").write_text(HOSTILE, encoding="utf-8")
+    # the signs that are no text of their own, and a name that would be a tag
+    data, _, html = read_page("runs/tiny", "--text", tmp_path / "text.txt", "--tokens", 192)
+    empty = fill({})
+    assert html.count("<script") == empty.count("<script") == 2
+    assert html.count("</script") == 2 and "<img" not in html and "onerror" not in empty
+    shown = "".join(data["text"])
+    assert shown.startswith("</script><img src=x onerror=") and "\\u202ereversed" in shown
+    policy = re.search(r'Content-Security-Policy"\s+content="([^"]*)"', html)[1]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+def test_which_text_is_shown(place, read_page, tmp_path):
+    data, _, _ = read_page(
+        "runs/tiny", "--split", "train", "--from", "Colin  Cherry", "--tokens", 50
+    )
+    assert "".join(data["text"]).startswith("Colin Cherry") and len(data["text"]) == 50
+    assert data["shown"].startswith("train split, tokens ")
+    # in the middle of a text, blocks are those of the text
+    _, config = load_run("runs/tiny")
+    (_, lookback), _, _ = read_text(config, "train")
+    at = int(re.search(r"\d[\d,]*", data["shown"])[0].replace(",", ""))
+    assert data["lookback"] == np.minimum(lookback[at : at + 50], np.arange(50)).tolist()
+    data, _, _ = read_page("runs/tiny", "--prompt", "Two words.")
+    assert data["shown"] == "a prompt, all 10" and "".join(data["text"]) == "Two words."
+    long = tmp_path / "long.txt"
+    long.write_text("one line, no end, " * 600)
+    data, _, _ = read_page("runs/tiny", "--text", long)
+    assert data["shown"] == "long.txt, tokens 0 … 191 of 10,800"
+
+
+def test_the_page_lies_in_the_run_and_is_named_last(place, run):
+    for _ in range(2):  # a page is replaced
+        status, printed, _ = run("read.py", "runs/tiny", "--tokens", 30)
+        said, last = printed.splitlines()
+        assert status == 0 and said.startswith("test split, tokens ")
+        assert re.fullmatch(r"page: runs/tiny/page.html \(\d.\d MB\), for any browser", last)
+    data, _ = data_of((place / "runs" / "tiny" / "page.html").read_text())
+    assert data["command"] == "python read.py runs/tiny --tokens 30" and data["commit"]
+    (place / "runs" / "tiny" / "page.html").unlink()
+
+
+def test_weights_are_read_with_a_text_of_the_users(place, run, read_page, tmp_path):
+    small_model().save_pretrained(tmp_path / "weights")
+    data, _, _ = read_page(tmp_path / "weights", "--prompt", "The mind is. It was. So be it.")
+    assert [dial["schedule"] for dial in data["dials"]] == ["distributed", "quintic"]
+    assert data["seed"] is None and data["partition"] == "semantic"
+    status, _, error = run("read.py", tmp_path / "weights")
+    assert status == 2 and one_line(error) and "--text" in error
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--from", "no such words"], "are not there"),
+        (["--from", " "], "are not there"),
+        (["--prompt", "a"], "at least 2 tokens, and here is 1"),
+        (["--prompt", ""], "at least 2 tokens, and here is 0"),
+        (["--text", "nothing.txt"], "nothing.txt: cannot be read"),
+        (["--text", "runs/tiny/best.pt"], "best.pt"),
+        (["--text", "data/sample.txt", "--prompt", "x"], "not both"),
+        (["--prompt", "some words", "--split", "val"], "--split"),
+        (["--tokens", 193], "192 tokens at most"),
+        (["--tokens", 1], "--tokens"),
+        (["--draws", 0], "--draws"),
+        (["--schedule", "qintic"], "quintic"),
+        (["--fidelity", 2], "fidelity"),
+        (["--schedule", "linear"] * 3, "two dials"),
+        (["--out", "no/such/folder.html"], "cannot be written"),
+        (["--out", "runs"], "cannot be written"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(place, run, options, says):
+    status, printed, error = run("read.py", "runs/tiny", *options)
+    assert status == 2 and one_line(error) and says in error and not printed
+    assert not (place / "runs" / "tiny" / "page.html").exists()
+
+
+def test_what_is_no_run_is_named(place, run):
+    for name in ("runs/none", "data", "configs/tiny.toml"):
+        status, _, error = run("read.py", name)
+        assert status == 2 and one_line(error) and name in error
+
+
+# --------------------------------------------------------------------------------------------------
+# in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"
+    path = next(filter(None, map(shutil.which, names)), None)
+    if not path:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """opened(path, width, link): a page from disk, which asks for nothing and has no error."""
+    contexts, faults = [], []
+
+    def open_page(path, width=1280, link="", **how):
+        context = browser.new_context(viewport={"width": width, "height": 800}, **how)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: faults.append(message.text))
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        tab.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+        tab.on("request", lambda r: r.url.startswith(path.as_uri()) or faults.append(r.url))
+        tab.goto(path.as_uri() + link)
+        tab.wait_for_selector("body[data-ready]", timeout=20000)
+        return tab
+
+    yield open_page
+    assert not faults
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def hostile(place, tmp_path_factory):
+    """A page of the hostile text, 192 tokens of bytes."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "text.txt").write_text(HOSTILE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        from conftest import script_here
+
+        out = folder / "page.html"
+        assert script_here("read.py", "runs/tiny", "--text", folder / "text.txt", "--out", out) == 0
+    return out
+
+
+SHOWN = ".view:not([hidden])"
+
+
+def chosen(tab):
+    return tab.evaluate("state.t")
+
+
+def test_a_browser_shows_the_text_and_runs_nothing_of_it(hostile, opened):
+    data, _ = data_of(hostile.read_text())
+    tab = opened(hostile)
+    spans = tab.locator(SHOWN + " .text span")
+    assert spans.all_text_contents() == data["text"]
+    assert tab.evaluate("document.images.length + document.querySelectorAll('.text b').length") == 0
+    assert tab.title() == "A text, read by runs/tiny"
+
+
+def test_no_script_runs_but_the_page_s_own(hostile, browser):
+    """Even if a text became part of the page, which it does not."""
+    tab = browser.new_page()
+    tab.goto(hostile.as_uri())
+    tab.evaluate("""() => {
+        const script = document.createElement("script");
+        script.textContent = "window.hit = 1";
+        document.body.append(script);
+        document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.hit = 2'>");
+        document.body.insertAdjacentHTML("beforeend", "<p id=p style='color: red'>p</p>");
+    }""")
+    tab.wait_for_timeout(100)
+    assert tab.evaluate("window.hit") is None
+    assert tab.evaluate("getComputedStyle($('p')).color") != "rgb(255, 0, 0)"
+    tab.close()
+
+
+def test_clicks_and_keys_move_and_a_link_comes_back(hostile, opened):
+    data, arrays = data_of(hostile.read_text())
+    T, K, L, H = len(data["text"]), data["keys"], data["layers"], data["heads"]
+    tab = opened(hostile)
+    tab.locator(SHOWN + " .text span").nth(150).click()
+    assert chosen(tab) == 150 and "t=150" in tab.url
+    for key, t in (("ArrowLeft", 149), ("ArrowRight", 150), ("End", T - 1), ("Home", 0)):
+        tab.keyboard.press(key)
+        assert chosen(tab) == t
+    tab.keyboard.press("ArrowDown")
+    assert chosen(tab) > 10
+    tab.keyboard.press("ArrowUp")
+    assert chosen(tab) == 0
+    # what the page says is what the arrays hold
+    tab.locator(SHOWN + " .text span").nth(180).click()
+    tab.select_option("#layer", index=0)
+    tab.select_option("#head", index=1)
+    mass = arrays["mass0"].reshape(L, H, T)[0, 1, 180]
+    assert tab.evaluate("measure('mass', 0, 0, 1, 180)") == pytest.approx(mass)
+    title = tab.locator(SHOWN + " .cell.on").get_attribute("title")
+    assert title == f"layer 1, head 2: {mass:.3f} in the block, floor 0.000"
+    keys = arrays["keys0"].reshape(L, H + 1, T, K)[0, 1, 180].astype(int)
+    drawn = tab.locator(SHOWN + " .text span").nth(int(keys[0]))
+    assert float(drawn.evaluate("node => node.style.getPropertyValue('--w')")) > 0
+    # a sentence
+    before = tab.locator(SHOWN + " .likely").text_content()
+    tab.locator(SHOWN + " .owed button").first.click()
+    assert tab.locator(SHOWN + " .likely").text_content().count("→") >= 10 > before.count("→")
+    link = tab.url
+    tab.keyboard.press("Escape")
+    assert tab.locator(SHOWN + " .likely").text_content() == before
+    # side by side, and the link
+    tab.locator("#dials input").nth(2).check()
+    assert tab.locator(SHOWN).count() == 2
+    other = opened(hostile, link="#" + link.partition("#")[2])
+    assert other.evaluate("[state.t, state.layer, state.head, state.dial]") == [180, 0, 1, 0]
+    assert other.evaluate("state.sentence") >= 0
+    other.evaluate("location.hash = '#t=7'")
+    other.wait_for_function("state.t === 7")
+    odd = opened(hostile, link="#t=99999&d=x&l=-1&h=%00&s=1e9")
+    assert odd.evaluate("state.layer") == L - 1 and 0 <= chosen(odd) < T
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_is_wider_than_the_screen(hostile, opened, place, run, tmp_path, width):
+    """Nor with 10,000 letters on one line. A finger moves as a mouse does."""
+    (tmp_path / "long.txt").write_text("x" * 10_000)
+    out = tmp_path / "long.html"
+    assert run("read.py", "runs/tiny", "--text", tmp_path / "long.txt", "--out", out)[0] == 0
+    for path in (hostile, out):
+        tab = opened(path, width, has_touch=True)
+        tab.locator(SHOWN + " .text span").nth(20).tap()
+        assert chosen(tab) == 20
+        for dial in range(3):
+            tab.locator("#dials input").nth(dial).check()
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_it_prints_without_its_tools(hostile, opened):
+    tab = opened(hostile)
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert not tab.locator("#tools").is_visible()
+    assert tab.locator(SHOWN + " .panel").is_visible()
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(252, 251, 248)"
