@@ -360,13 +360,12 @@ class Partitioner:
             return np.minimum(i, min(self.size - 1, self.cap)).astype(np.uint16)
         if self.method == "block":
             return np.minimum(i % self.size, self.cap).astype(np.uint16)
-        self.find_blocks(tokens)
-        since, block, _ = zip(*self.moves)
+        since, block, _ = zip(*self.find_blocks(tokens))
         block = np.repeat(block, np.diff([*since, self.n_tokens]))
         return np.minimum(i - block, self.cap).astype(np.uint16)
 
     def find_blocks(self, tokens):
-        """Fill `moves`, with new tokens. The first entry says where the block began before."""
+        """`moves`, for new tokens. The first entry says where the block began before them."""
         n = self.n_bytes[tokens]
         ends = np.cumsum(n)
         letters = np.repeat(self.bytes_at[tokens] - ends + n, n) + np.arange(ends[-1])
@@ -388,6 +387,7 @@ class Partitioner:
             begin = stop + 1
         self.keep_within_reach(-1, self.n_tokens)
         self.ends = self.ends[np.searchsorted(self.ends, self.sentences.begin, side="right") :]
+        return self.moves
 
     def take_sentences(self, ended, starts, seen):
         """Move on by some sentences of one document, a list of Ended. The next one after each
