@@ -103,18 +103,21 @@ def liveliest(lookback, T):
 
 
 def find_words(tokens, vocabulary, words, name):
-    """The first token of some words in a text; a space is as good as a newline.
+    """The first token of some words in a text, whatever white space is between them.
 
     name: of the text, for the InputError where they are not in it.
     """
     chunks = (tokens[i : i + CHUNK].tolist() for i in range(0, len(tokens), CHUNK))
     text = b"".join(b"".join([vocabulary[t] for t in chunk]) for chunk in chunks)
+    text = np.frombuffer(text.translate(bytes.maketrans(b"\t\n\v\f\r", b"     ")), np.uint8)
+    kept = text != 32
+    kept[1:] |= text[:-1] != 32  # of white space, the first character
     wanted = " ".join(words.split()).encode(errors="surrogateescape")
-    found = text.replace(b"\n", b" ").find(wanted)
+    found = text[kept].tobytes().find(wanted)
     if found < 0 or not wanted:
         raise InputError(f"{name}: the words {words!r} are not there")
     ends = np.cumsum(np.array([len(b) for b in vocabulary])[tokens])
-    return int(np.searchsorted(ends, found, side="right"))
+    return int(np.searchsorted(ends, np.flatnonzero(kept)[found], side="right"))
 
 
 def cut_page(name, tokens, at, end, vocabulary, *how):
@@ -210,7 +213,7 @@ def draw_foreign(tokens, vocabulary, sentences, n):
 
     Each begins where a sentence of `tokens`, (n_tokens,), does, and is as long as it has to be.
     """
-    tokens = tokens[: 1 << 20].astype(np.int64)
+    tokens = tokens[:CHUNK].astype(np.int64)  # enough to choose from
     starts = [block for _, block, _ in walk(tokens, vocabulary, "sentence", 65535)[1]]
     rng, drawn = np.random.default_rng(0), []
     for begin, end in sentences:
@@ -282,12 +285,14 @@ def read_dial(model, page, drawn, n_keys, bar):
     """What a page shows of a model at its dial: the loss of the page, nats per token, and arrays.
 
     drawn: as `draw_foreign` gives it; bar: counts the passes. The arrays are {name: (values,
-    scale)}, as support.page.pack takes them; the tokens in them are ids.
+    scale)}, as support.page.pack takes them; the tokens in them are ids. Raises InputError.
     """
     device = model.wte.weight.device
     idx, lookback = (torch.tensor(x, device=device)[None] for x in (page.tokens, page.lookback))
     with torch.no_grad():
         log_p = model(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
+    if not log_p.isfinite().all():
+        raise InputError("the predictions of this model are not finite numbers")
     seen = look(model, idx, lookback, n_keys)
     bar.update()
     true = idx[0].roll(-1)[:, None]  # (T, 1), the next tokens; nothing follows the last

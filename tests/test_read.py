@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 from eval import evaluate, load_run, read_text
 from locality import Partitioner, background, schedule
 from model import GPT, GPTConfig
-from read import Page, cut_sentences, influence, read, two_dials, walk
+from read import Page, cut_sentences, find_words, influence, read, two_dials, walk
 from support.files import InputError
 from support.page import TURNS, fill, label, pack, pieces_of
 
@@ -200,6 +200,25 @@ def test_the_evidence_is_that_of_the_partitioner_as_it_reads(place):
         evidence = [bits is not None for _, _, bits in moves[1:]]
         assert any(evidence) == (method == "semantic")
         assert all(evidence) == (method == "semantic" and cap == 65535)
+
+
+def test_words_are_found_at_the_token_where_they_begin():
+    rng = random.Random(3)
+    for _ in range(200):
+        tokens = [
+            rng.choice([b"a", b"b", b" ", b"\n", b" a", b"ab ", b"\r\n", b"\t"]) for _ in range(40)
+        ]
+        vocabulary = sorted(set(tokens))
+        ids = np.array([vocabulary.index(token) for token in tokens])
+        text = b"".join(tokens).decode()
+        begins = [m.start() for m in re.finditer(r"a\s+b", text)]
+        if not begins:
+            with pytest.raises(InputError, match="not there"):
+                find_words(ids, vocabulary, "a b", "it")
+        else:
+            ends = np.cumsum([len(token) for token in tokens])
+            at = find_words(ids, vocabulary, " a \n b ", "it")
+            assert at == next(i for i, end in enumerate(ends) if end > begins[0])
 
 
 def test_two_dials():
