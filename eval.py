@@ -25,10 +25,10 @@ from locality import SCHEDULES, background, partition, schedule
 from model import GPT, clamp_lookback
 from prepare_data import (
     SPLITS,
-    block_starts,
     check_blocks,
     check_tokenizer,
     get_encoding,
+    liveliest,
     prepared,
     read_contexts,
     read_meta,
@@ -214,20 +214,20 @@ def attention_measures(model, idx, lookback, score):
     block, sums = model.blocks(lookback), []  # (B, 1, T, T)
     for a in model.attention_maps(idx, lookback):  # (B, H, T, T)
         pointer = block.expand_as(a).gather(-1, a.argmax(-1, keepdim=True)).squeeze(-1)
-        values = mass_inside(a, block), pointer, entropy(a), a[..., 0]
+        values = fidelity_of(a, block), pointer, entropy_of(a), a[..., 0]
         sums.append([v.cpu().double().mean(1)[score.cpu()].sum().item() for v in values])
     return torch.tensor(sums, dtype=torch.double)
 
 
-def mass_inside(a, block):
-    """Fidelity: the attention of each query that stays in its block, (B, H, T) in [0, 1].
+def fidelity_of(a, block):
+    """The attention of each query that stays in its block, (B, H, T) in [0, 1].
 
     a: (B, H, T, T) attention probabilities; block: (B, 1, T, T) booleans.
     """
     return (a * block).sum(-1)
 
 
-def entropy(a):
+def entropy_of(a):
     """The entropy of each query's attention in bits, (B, H, T). a: (B, H, T, T) probabilities."""
     return torch.special.entr(a).sum(-1) / math.log(2)
 
@@ -300,11 +300,7 @@ def figure(model, tokens, lookback, vocabulary, results, path, title):
     """
     model.eval()
     T = min(model.config.block_size, len(tokens), 1024)
-
-    def moves(at):  # how often the block moves on
-        return len(block_starts(lookback[at : at + T].clip(max=np.arange(T))))
-
-    at = max(range(0, len(tokens) - T + 1, max(T // 8, 1)), key=moves)
+    at = liveliest(lookback, T)
     device = model.wte.weight.device
     idx, back = read_contexts((tokens, lookback), [at], T, device)  # (1, T) each
     maps = {}

@@ -288,6 +288,11 @@ class ChangePoints:
         n_later = last + 1 - np.searchsorted(self.starts, block, side="right")
         return self.later[i, min(n_later, REACH) - 1]
 
+    def bits_later(self, i, block):
+        """That chance in bits: log2 of the odds. Float64 cannot tell more than 40."""
+        chance = min(self.chance_later(i, block), 1.0)
+        return math.log2(chance / max(1 - chance, 2**-40))
+
     def best(self, i, earliest):
         """The median at row i of the posterior, among the blocks that began at token
         `earliest` or later. None if there are none."""
@@ -322,9 +327,10 @@ class Partitioner:
     max_lookback: tokens, 1 ... 65535. background: what `background` made of a training split, or
     None. Raises InputError.
 
-    moves: how the last push moved the block of a `semantic` or `sentence` partition, a list of
-    (token, block, bits): from that token on, the block begins at token `block`. bits: the evidence
-    that a new block had begun (log2 of its odds); None where something else decided.
+    moves: what the last push found in a `semantic` or `sentence` partition, a list of (token,
+    block, bits): from that token on, the block begins at token `block`. The first entry says where
+    it began before. bits: how sure the change-point model was that a new block had begun, log2 of
+    the odds; None where the cap decided, or there is no such model; inf where a document begins.
     """
 
     def __init__(self, token_bytes, method, max_lookback, background=None):
@@ -365,7 +371,7 @@ class Partitioner:
         return np.minimum(i - block, self.cap).astype(np.uint16)
 
     def find_blocks(self, tokens):
-        """`moves`, for new tokens. The first entry says where the block began before them."""
+        """`moves`, for new tokens."""
         n = self.n_bytes[tokens]
         ends = np.cumsum(n)
         letters = np.repeat(self.bytes_at[tokens] - ends + n, n) + np.arange(ends[-1])
@@ -405,19 +411,18 @@ class Partitioner:
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
-            if block <= self.block:
-                continue
-            chance = self.blocks.chance_later(i + 1, self.block) if self.blocks else 1.0
-            if chance > SURE:
-                bits = math.log2(chance / max(1 - chance, 2**-40)) if self.blocks else None
+            sure = not self.blocks or self.blocks.chance_later(i + 1, self.block) > SURE
+            if block > self.block and sure:
+                capped = self.block + self.cap < known  # the block before was out of the question
+                bits = self.blocks.bits_later(i + 1, self.block) if self.blocks else None
                 self.block = block
-                self.moves.append((known, block, bits))
+                self.moves.append((known, block, None if capped else bits))
 
     def begin_document(self, seen, start):
         """A document has ended, which token `seen` told; the next one begins at token `start`."""
         self.keep_within_reach(-1, seen)
         self.start = self.block = self.known = start
-        self.moves.append((start, start, None))
+        self.moves.append((start, start, math.inf))
         if self.blocks:
             self.blocks.reset()
 

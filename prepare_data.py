@@ -374,6 +374,20 @@ def block_starts(lookback):
     return np.concatenate(starts)
 
 
+def liveliest(lookback, T):
+    """Where to begin T tokens so that the most blocks are seen in them: at the start of a block.
+
+    lookback: (n,) integers. Of several such places, the first.
+    """
+    starts, T = block_starts(lookback), min(T, len(lookback))
+    starts = starts[starts <= len(lookback) - T]
+
+    def n_blocks(at):
+        return len(block_starts(lookback[at : at + T].clip(max=np.arange(T))))
+
+    return max(starts.tolist(), key=n_blocks)
+
+
 def statistics(tokens, lookback, vocabulary, method):
     """What meta.json counts of a split: tokens, bytes, blocks and their lengths in tokens."""
     length, n_bytes = np.array([len(b) for b in vocabulary]), 0

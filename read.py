@@ -1,10 +1,10 @@
 """Look at a text through a model: one HTML file for any browser, which needs nothing else.
 
-    python read.py runs/quickstart                                  # a page of the test split
-    python read.py runs/quickstart --split train --from "The mind"  # from these words on
+    python read.py runs/quickstart                                     # a page of the test split
+    python read.py runs/quickstart --split train --from "In the early"  # from these words on
     python read.py runs/quickstart --prompt "Attention is a habit. It is learned."
     python read.py runs/quickstart --schedule localist --schedule linear  # two other dials
-    python read.py gpt2 --text my_page.txt                          # weights, never localised
+    python read.py gpt2 --text my_page.txt                             # weights, never localised
 
 For every token the page shows where each head looks, how much of that stays in the block, and what
 may come next. It also shows what the prediction depends on: each sentence before the token is
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import entropy, load_model, mass_inside
+from eval import entropy_of, fidelity_of, load_model
 from locality import CHUNK, Partitioner, schedule
 from prepare_data import (
     SPLITS,
-    block_starts,
     get_encoding,
+    liveliest,
     prepared,
     read_meta,
     read_split,
@@ -35,71 +35,61 @@ from prepare_data import (
 )
 from support.files import InputError, check_writable, run_script, write_text
 from support.machine import pick_device, provenance
-from support.page import fill, label, pack, pieces_of
+from support.page import fill, label, pack, pieces_of, visible
 from support.run import is_run
-from support.sentences import END_OF_TEXT
 from support.sources import pieces
 from support.weights import PRETRAINED
 
-TOKENS, MOST = 512, 4096  # of a page: if nothing is said; at most
+TOKENS, MOST = 512, 4096  # of an excerpt: if nothing is said; at most
 LIKELIEST = 10  # next tokens that are shown
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
 # --------------------------------------------------------------------------------------------------
-# the page of text
+# the text
 
 
-class Page(NamedTuple):
-    """T tokens of a text, counted from the page's first, and what the partitioner said of them."""
+class Excerpt(NamedTuple):
+    """T tokens of a text, counted from the first of them, and what the partitioner found there."""
 
-    shown: str  # which part of which text
+    shown: str  # which tokens of which text
     tokens: np.ndarray  # (T,) int64
     lookback: np.ndarray  # (T,) int64
-    moves: list  # (token, block, bits), as Partitioner has them
+    marks: list  # (token, block, words): there it was noticed that a block began at token `block`
     sentences: list  # (begin, end), at least one
 
 
-def choose_page(args, config, block_size):
-    """What a command line asks for: (Page, vocabulary, foreign text).
+def find_text(args, config, T):
+    """The text that a command line asks for: (name, tokens, start, background, foreign).
 
-    vocabulary: the bytes of each token. The foreign text, (n,) token ids, is what sentences are
-    replaced with: another split of the run's text; for weights, the sample text.
-    Raises InputError.
+    tokens: (n,) ids; start: the first of the T to show; background: of the partition; foreign: ids
+    of another text to replace sentences with, which is another split of the run's own text, or, for
+    weights, the sample text. Raises InputError.
     """
     encoding = get_encoding(config["tokenizer"])
-    vocabulary, split, words = token_bytes(encoding), args.split or "test", None
-    T, name, text = args.tokens or min(TOKENS, block_size), f"{split} split", args.prompt
-    if T > block_size:
-        raise InputError(f"this model reads {block_size} tokens at most, not {T}; lower --tokens")
-    if args.text:
-        name, text = args.text.name, "".join(pieces(args.text))
-    elif text is not None:
-        name = "a prompt"
+    split, background = args.split or "test", None
     if config["source"]:
         folder = prepared(config)
         meta = read_meta(folder)
-        elsewhere = "val" if split == "test" and text is None else "test"
-        words, foreign = meta["background"], read_split(folder, elsewhere, meta)[0]
+        background = meta["background"]
+    if args.text or args.prompt is not None:
+        name, text = "a prompt", args.prompt
+        if args.text:
+            name, text = args.text.name, "".join(pieces(args.text))
+        tokens = np.array(encoding.encode(text, allowed_special="all"), np.int64)
+        start, elsewhere = 0, "test"
+    else:
+        tokens, lookback = read_split(folder, split, meta)
+        name, start = f"{split} split", liveliest(lookback, T)
+        elsewhere = "val" if split == "test" else "test"
+    if config["source"]:
+        foreign = read_split(folder, elsewhere, meta)[0]
     else:
         foreign = np.array(encoding.encode("".join(pieces(SAMPLE))))
-    if text is None:
-        tokens, lookback = read_split(folder, split, meta)
-        at = liveliest(lookback, T)
-    else:
-        tokens, at = np.array(encoding.encode(text, allowed_special="all"), np.int64), 0
     if args.words is not None:
-        at = find_words(tokens, vocabulary, args.words, name)
-    if len(tokens) - at < 2:
-        raise InputError(f"{name}: a page needs at least 2 tokens, and here is {len(tokens) - at}")
-    how = vocabulary, config["partition"], config["max_lookback"], words
-    return cut_page(name, tokens, at, at + T, *how), vocabulary, foreign
-
-
-def liveliest(lookback, T):
-    """The start of the block from which the most blocks begin within T tokens, the first such."""
-    starts = block_starts(lookback)
-    starts = starts[starts <= max(len(lookback) - T, 0)]
-    return int(starts[np.argmax(np.searchsorted(starts, starts + T) - np.arange(len(starts)))])
+        start = find_words(tokens, token_bytes(encoding), args.words, name)
+    if len(tokens) - start < 2:
+        raise InputError(f"{name}: at least 2 tokens are needed, and here is {len(tokens) - start}")
+    return name, tokens, start, background, foreign
 
 
 def find_words(tokens, vocabulary, words, name):
@@ -120,49 +110,58 @@ def find_words(tokens, vocabulary, words, name):
     return int(np.searchsorted(ends, np.flatnonzero(kept)[found], side="right"))
 
 
-def cut_page(name, tokens, at, end, vocabulary, *how):
-    """The Page of tokens at … end - 1 of a text, or of as many as there are.
+def cut(name, tokens, start, T, vocabulary, method, *how):
+    """The Excerpt of T tokens from `start` on, or of as many as there are.
 
-    name: of the text; how: the partition, as Partitioner takes it. It reads from the beginning of
-    the document on.
+    name: of the text; method, how: the partition, as Partitioner takes it, which reads the text
+    from its beginning.
     """
-    begin, end = 0, min(end, len(tokens))
-    if END_OF_TEXT in vocabulary:  # documents do not depend on each other
-        ends = np.flatnonzero(tokens[:at] == vocabulary.index(END_OF_TEXT))
-        begin = int(ends[-1]) + 1 if len(ends) else 0
-    text, first, T = tokens[begin:end].astype(np.int64), at - begin, end - at
-    lookback, moves = walk(text, vocabulary, *how)
-    starts = [block - first for _, block, _ in walk(text, vocabulary, "sentence", 65535)[1]]
-    which = f"tokens {at:,} … {end - 1:,} of" if T < len(tokens) else "all"
-    return Page(
+    end = min(start + T, len(tokens))
+    lookback, moves = walk(tokens[:end], vocabulary, method, *how)
+    which = f"tokens {start:,} … {end - 1:,} of" if end - start < len(tokens) else "all"
+    marks = [
+        (token - start, block - start, "cap" if bits is None else say_bits(bits))
+        for token, block, bits in moves
+        if method == "semantic" and block >= start and bits != math.inf
+    ]
+    return Excerpt(
         f"{name}, {which} {len(tokens):,}",
-        text[first:],
-        np.minimum(lookback[first:], np.arange(T)),
-        [(token - first, block - first, bits) for token, block, bits in moves if block >= first],
-        cut_sentences(starts, T),
+        tokens[start:end].astype(np.int64),
+        np.minimum(lookback[start:], np.arange(end - start)),
+        marks,
+        join_short(sentence_starts(tokens[start:end], vocabulary), end - start),
     )
 
 
+def say_bits(bits):
+    return f"{bits:.1f} bits" if bits < 40 else "> 40 bits"  # more cannot be told
+
+
 def walk(tokens, *how):
-    """What a Partitioner says of a text: the lookback, (n,) uint16, and all moves of the block.
+    """What a Partitioner finds in a text: the lookback, (n,) int64, and all moves of the block.
 
     how: the arguments of Partitioner.
     """
     partitioner, lookback, moves = Partitioner(*how), [], []
     for i in range(0, len(tokens), CHUNK):
         lookback.append(partitioner.push(tokens[i : i + CHUNK]))
-        moves += partitioner.moves[i > 0 :]  # the first says where the block was already
-    return np.concatenate(lookback), moves
+        moves += partitioner.moves[1:]
+    return np.concatenate(lookback).astype(np.int64), moves
 
 
-def cut_sentences(starts, T):
-    """The (begin, end) of each sentence of T tokens, from where sentences start, ascending.
+def sentence_starts(tokens, vocabulary):
+    """The first token of each sentence of a text, a list that begins with 0."""
+    return [0, *(block for _, block, _ in walk(tokens, vocabulary, "sentence", 65535)[1])]
 
-    What is shorter than a 32nd of the page goes with the next: each will take a forward pass.
+
+def join_short(starts, T):
+    """The (begin, end) of the sentences of T tokens. starts: where they begin, the first at 0.
+
+    One that is shorter than a 32nd of the T is joined with the next: each will take a forward pass.
     """
     edges = [0]
     for start in starts:
-        if edges[-1] + max(T // 32, 2) <= start < T:
+        if start - edges[-1] >= max(T / 32, 2):
             edges.append(start)
     return list(zip(edges, [*edges[1:], T]))
 
@@ -175,14 +174,17 @@ def cut_sentences(starts, T):
 def look(model, idx, lookback, n_keys):
     """Where every head of a model looks, a dict of tensors. idx, lookback: (1, T).
 
-    mass: the attention that stays in the block, (L, H, T); entropy: its entropy in bits, (L, H, T);
-    keys, weights: the n_keys keys with the most attention, (L, H + 1, T, n_keys). There, the mean
-    over heads is one more head, the last.
+    fidelity: the attention that stays in the block, (L, H, T); entropy: in bits, (L, H, T); keys,
+    weights: the n_keys keys with the most attention, (L, H + 1, T, n_keys). There, the mean over
+    heads is one more head, the last.
     """
-    block, found = model.blocks(lookback), {"mass": [], "entropy": [], "keys": [], "weights": []}
+    block, found = (
+        model.blocks(lookback),
+        {"fidelity": [], "entropy": [], "keys": [], "weights": []},
+    )
     for a in model.attention_maps(idx, lookback):  # (1, H, T, T)
-        found["mass"].append(mass_inside(a, block)[0])
-        found["entropy"].append(entropy(a)[0])
+        found["fidelity"].append(fidelity_of(a, block)[0])
+        found["entropy"].append(entropy_of(a)[0])
         top = torch.cat((a, a.mean(1, keepdim=True)), 1)[0].topk(n_keys)  # (H + 1, T, n_keys)
         found["keys"].append(top.indices)
         found["weights"].append(top.values)
@@ -191,21 +193,25 @@ def look(model, idx, lookback, n_keys):
 
 @torch.no_grad()
 def influence(model, idx, lookback, log_p, sentence, foreign):
-    """What later predictions owe to a sentence: replace it; positions and blocks stay as they are.
+    """How much later predictions depend on a sentence: replace it by K texts, one after another.
 
-    idx, lookback: (1, T); log_p: (T, V), the predictions with the sentence in place, in nats;
-    sentence: its (begin, end); foreign: (K, end - begin) token ids to put there. The first token of
-    the context stays. Returns, for every token after the sentence, KL(p || p with it replaced) in
-    bits, (T - end,), and p with it replaced, (T - end, V), both means over the K. One pass serves
-    all of these tokens.
+    idx: (1, T); log_p: (T, V), the predictions with the sentence in its place, in nats; sentence:
+    its (begin, end); foreign: (K, end - begin) ids to put there; lookback: (1, T), what holds while
+    they are there. Positions stay as they are, and so does the first token. The model is in eval
+    mode, and all is on its device.
+    Returns, for every token after the sentence, KL(p || p with it replaced) in bits, (K, T - end),
+    and p with it replaced, mean over the K, (T - end, V). One pass serves all of these tokens.
     """
-    begin, end = sentence
-    replaced = idx.repeat(len(foreign), 1)  # (K, T)
-    replaced[:, max(begin, 1) : end] = foreign[:, max(begin, 1) - begin :]
-    logits = model(replaced, lookback.expand_as(replaced))[0][:, end:]  # (K, T - end, V)
-    log_q, log_p = logits.log_softmax(-1), log_p[end:]
-    nats = (log_p.exp() * (log_p - log_q)).sum(-1)  # (K, T - end)
-    return nats.mean(0).clamp(min=0) / math.log(2), log_q.exp().mean(0)
+    begin, end = max(sentence[0], 1), sentence[1]
+    bits, mean_p = [], 0.0
+    for text in foreign:
+        replaced = idx.clone()
+        replaced[0, begin:end] = text[begin - end :]
+        log_q = model(replaced, lookback)[0][0, end:].log_softmax(-1)  # (T - end, V)
+        nats = (log_p[end:].exp() * (log_p[end:] - log_q)).sum(-1)  # (T - end,)
+        bits.append(nats / math.log(2))
+        mean_p = mean_p + log_q.exp() / len(foreign)
+    return torch.stack(bits), mean_p
 
 
 def draw_foreign(tokens, vocabulary, sentences, n):
@@ -214,11 +220,13 @@ def draw_foreign(tokens, vocabulary, sentences, n):
     Each begins where a sentence of `tokens`, (n_tokens,), does, and is as long as it has to be.
     """
     tokens = tokens[:CHUNK].astype(np.int64)  # enough to choose from
-    starts = [block for _, block, _ in walk(tokens, vocabulary, "sentence", 65535)[1]]
-    rng, drawn = np.random.default_rng(0), []
+    starts, rng, drawn = np.array(sentence_starts(tokens, vocabulary)), np.random.default_rng(0), []
     for begin, end in sentences:
-        texts = [tokens[start : start + end - begin] for start in rng.choice(starts, n)]
-        drawn.append(torch.tensor(np.stack([np.resize(text, end - begin) for text in texts])))
+        long_enough = starts[starts <= len(tokens) - (end - begin)]
+        some = long_enough if len(long_enough) else starts
+        chosen = rng.choice(some, n, replace=len(some) < n)
+        texts = [np.resize(tokens[start : start + end - begin], end - begin) for start in chosen]
+        drawn.append(torch.tensor(np.stack(texts)))
     return drawn
 
 
@@ -235,41 +243,43 @@ def two_dials(schedules, fidelities, config, n_layer):
     names, floors = schedules or [config["schedule"]], fidelities or [config["fidelity"]]
     if max(len(names), len(floors)) > 2:
         raise InputError("a page shows two dials: --schedule and --fidelity come twice at most")
-    if len(names) == 1:
+    if len(names) == 1 and len(floors) == 1:
         names = [*names, "quintic" if names[0] == "distributed" else "distributed"]
-    return [(name, f, schedule(name, n_layer, f)) for name, f in zip(names, [*floors, floors[-1]])]
+    pairs = zip([*names, names[-1]], [*floors, floors[-1]][:2])
+    return [(name, f, schedule(name, n_layer, f)) for name, f in pairs]
 
 
-def read(model, page, vocabulary, foreign, dials, n_draws):
-    """All that support/page.html shows, a dict. Turns the model's dial.
+def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
+    """All that support/page.html shows of a model and an Excerpt, a dict. Turns the model's dial.
 
-    page: a Page; foreign: (n,) token ids; dials: as `two_dials` gives them; n_draws: foreign
-    texts to replace each sentence with.
+    foreign: (n,) token ids; dials: as `two_dials` gives them; n_draws: foreign texts to replace
+    each sentence with. Raises InputError.
     """
-    L, H, T = model.config.n_layer, model.config.n_head, len(page.tokens)
+    L, H, T = model.config.n_layer, model.config.n_head, len(excerpt.tokens)
     # 16 keys of each head; up to 32 where that takes less than 2 MB
     n_keys = min(T, max(16, min(32, int(2e6 / (6 * T * L * (H + 1))))))
-    drawn = draw_foreign(foreign, vocabulary, page.sentences[:-1], n_draws)
+    drawn = draw_foreign(foreign, vocabulary, excerpt.sentences[:-1], n_draws)
     facts, arrays = [], {}
-    with tqdm(total=2 * len(page.sentences), desc="reading", leave=False, disable=None) as bar:
+    with tqdm(total=2 * len(excerpt.sentences), desc="reading", leave=False, disable=None) as bar:
         for i, (name, fidelity, lambdas) in enumerate(dials):
             model.set_locality(lambdas)
-            loss, found = read_dial(model, page, drawn, n_keys, bar)
+            loss, found = measure_dial(model, excerpt, drawn, n_keys, bar)
             known = {"locality": lambdas, "loss": loss, "perplexity": math.exp(min(loss, 700))}
             facts.append({"schedule": name, "fidelity": fidelity, **known})
             arrays |= {f"{key}{i}": value for key, value in found.items()}
     # the page numbers the tokens that it names from 0 on
     named = [f"{key}{i}" for key in ("likely", "new") for i in (0, 1)]
-    ids = np.unique(np.concatenate([page.tokens, *(arrays[key][0].flatten() for key in named)]))
+    ids = [excerpt.tokens, *(arrays[key][0].flatten() for key in named)]
+    ids = np.unique(np.concatenate(ids).astype(np.int64))
     arrays |= {key: (np.searchsorted(ids, arrays[key][0]), 1) for key in named}
     return {
-        "shown": page.shown,
-        "text": pieces_of([vocabulary[t] for t in page.tokens]),
-        "tokens": np.searchsorted(ids, page.tokens).tolist(),
+        "shown": visible(excerpt.shown),
+        "text": pieces_of([vocabulary[t] for t in excerpt.tokens]),
+        "tokens": np.searchsorted(ids, excerpt.tokens).tolist(),
         "labels": [label(vocabulary[t]) for t in ids],
-        "lookback": page.lookback.tolist(),
-        "moves": page.moves,
-        "sentences": page.sentences,
+        "lookback": excerpt.lookback.tolist(),
+        "marks": excerpt.marks,
+        "sentences": excerpt.sentences,
         "layers": L,
         "heads": H,
         "anchor": model.config.anchor,
@@ -281,14 +291,14 @@ def read(model, page, vocabulary, foreign, dials, n_draws):
     }
 
 
-def read_dial(model, page, drawn, n_keys, bar):
-    """What a page shows of a model at its dial: the loss of the page, nats per token, and arrays.
+def measure_dial(model, excerpt, drawn, n_keys, bar):
+    """What a page shows of a model at its dial: the excerpt's loss, nats per token, and arrays.
 
     drawn: as `draw_foreign` gives it; bar: counts the passes. The arrays are {name: (values,
     scale)}, as support.page.pack takes them; the tokens in them are ids. Raises InputError.
     """
-    device = model.wte.weight.device
-    idx, lookback = (torch.tensor(x, device=device)[None] for x in (page.tokens, page.lookback))
+    device, (_, tokens, lookback, _, sentences) = model.wte.weight.device, excerpt
+    idx, lookback = (torch.tensor(x, device=device)[None] for x in (tokens, lookback))  # (1, T)
     with torch.no_grad():
         log_p = model(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
     if not log_p.isfinite().all():
@@ -297,30 +307,29 @@ def read_dial(model, page, drawn, n_keys, bar):
     bar.update()
     true = idx[0].roll(-1)[:, None]  # (T, 1), the next tokens; nothing follows the last
     likely = log_p.topk(min(LIKELIEST, log_p.size(1))).indices
-    watched = torch.cat((likely, true), 1)  # (T, LIKELIEST + 1)
-    nats = -log_p.gather(1, watched)
-    depends = [[nats[:0, 0]] * 4]  # so that there is something to join
-    for sentence, foreign in zip(page.sentences[:-1], drawn):  # nothing follows the last
-        bits, p = influence(model, idx, lookback, log_p, sentence, foreign.to(device))
-        after = p.gather(1, watched[sentence[1] :])
-        depends.append([bits, -after.log2().flatten(), p.argmax(1), -p.amax(1).log2()])
-        bar.update()
-    bits, after, new, new_bits = (torch.cat(values) for values in zip(*depends))
-    loss = nats[:-1, -1].double().mean().item()
+    ranked = torch.cat((likely, true), 1)  # (T, LIKELIEST + 1)
+    log_ranked = log_p.gather(1, ranked)
     arrays = {
-        "mass": (seen["mass"], 65535),
+        "fidelity": (seen["fidelity"], 65535),
         "entropy": (seen["entropy"], 4096),
         "keys": (seen["keys"], 1),
         "roots": (seen["weights"].sqrt(), 255),  # of the weights: finer where these are small
         "likely": (likely, 1),
-        "bits": (nats / math.log(2), 1024),
-        "rank": ((log_p > -nats[:, -1:]).sum(1) + 1, 1),
-        "influence": (bits, 1024),
-        "after": (after, 1024),
-        "new": (new.long(), 1),
-        "new_bits": (new_bits, 1024),
+        "bits": (-log_ranked / math.log(2), 1024),
+        "rank": ((log_p > log_ranked[:, -1:]).sum(1) + 1, 1),
     }
-    return loss, {name: (values.cpu().numpy(), scale) for name, (values, scale) in arrays.items()}
+    arrays = {name: (values.cpu().numpy(), scale) for name, (values, scale) in arrays.items()}
+    replaced = {"influence": [], "after": [], "new": [], "new_bits": []}  # of all sentences
+    for (begin, end), foreign in zip(sentences[:-1], drawn):  # nothing follows the last
+        bits, p = influence(model, idx, lookback, log_p, (begin, end), foreign.to(device))
+        best = p.max(1)
+        values = bits.mean(0), -p.gather(1, ranked[end:]).log2(), best.indices, -best.values.log2()
+        for name, value in zip(replaced, values):
+            replaced[name].append(value.flatten().cpu().numpy())
+        bar.update()
+    for name, values in replaced.items():
+        arrays[name] = np.concatenate([[], *values]), 1 if name == "new" else 1024
+    return -log_ranked[:-1, -1].cpu().double().mean().item(), arrays
 
 
 def main():
@@ -335,7 +344,11 @@ def main():
     add("--schedule", action="append", help="another schedule than the run's; or two of them")
     add("--fidelity", type=float, action="append", help="another fidelity; or one for each")
     add("--draws", type=int, default=2, help="texts to replace each sentence with (default: 2)")
-    add("--out", type=Path, help="the file to write (default: page.html, in the run's folder)")
+    add(
+        "--out",
+        type=Path,
+        help="the file to write (default: page.html, in the run's folder or here)",
+    )
     add("--device", default="auto")
     args = parser.parse_args()
     out = check_arguments(args)
@@ -343,12 +356,18 @@ def main():
     device = pick_device(args.device)
     model, config = load_model(args.run, device)
     dials = two_dials(args.schedule, args.fidelity, config, model.config.n_layer)
-    page, vocabulary, foreign = choose_page(args, config, model.config.block_size)
-    data = read(model, page, vocabulary, foreign, dials, args.draws)
-    data |= {"run": args.run, "partition": config["partition"]}
+    T = args.tokens or min(TOKENS, model.config.block_size)
+    if not 2 <= T <= model.config.block_size:
+        raise InputError(f"this model reads {model.config.block_size} tokens at most, not {T}")
+    name, tokens, start, background, foreign = find_text(args, config, T)
+    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+    how = config["partition"], config["max_lookback"], background
+    excerpt = cut(name, tokens, start, T, vocabulary, *how)
+    data = measure(model, excerpt, vocabulary, foreign, dials, args.draws)
+    data |= {"run": visible(args.run), "partition": config["partition"]}
     data |= {"max_lookback": config["max_lookback"], **provenance(device, config["seed"])}
     write_text(out, fill(data))
-    print(f"{page.shown}; {' and '.join(dial[0] for dial in dials)}")
+    print(f"{excerpt.shown}; {' and '.join(name for name, _, _ in dials)}")
     print(f"page: {out} ({out.stat().st_size / 1e6:.1f} MB), for any browser")
 
 
@@ -356,6 +375,8 @@ def check_arguments(args):
     """Where to write the page, a Path. Raises InputError for what could only fail later."""
     run = args.run not in PRETRAINED and is_run(args.run)
     out = args.out or Path(args.run if run else "", "page.html")
+    if out.suffix != ".html":  # and so no text, no weights are overwritten
+        raise InputError(f"{out}: a page ends in .html")
     check_writable(out)
     other = args.text or args.prompt is not None
     if args.text and args.prompt is not None:

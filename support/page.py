@@ -21,6 +21,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 # characters that turn the direction of what follows them
 TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+ENDS = ".,;:!?…—-\"')]”’"
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
@@ -54,7 +55,8 @@ def pieces_of(tokens):
     for i, c in enumerate(text):
         if c == "\n":
             after = text[i + 1] if i + 1 < len(text) else "\n"
-            if i - begin > 50 and not after.isspace():
+            verse = text[i - 1] in ENDS and not after.islower()
+            if i - begin > 50 and not after.isspace() and not verse:
                 text[i] = " "
             begin = i + 1
     shown = iter(text)
@@ -93,4 +95,4 @@ def fill(data):
         hashes.append(f"{kind}-src 'sha256-{digest}'")
     html = html.replace("@HASHES@", "; ".join(hashes))
     # JSON's own way to write "<": so no text can end the element that holds it
-    return html.replace("@DATA@", json.dumps(data).replace("<", "\\u003c"))
+    return html.replace("@DATA@", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))

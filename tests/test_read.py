@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+import read
+from conftest import ROOT, script_here
 from eval import evaluate, load_run, read_text
-from locality import Partitioner, background, schedule
+from locality import ChangePoints, Partitioner, background, partition, schedule
 from model import GPT, GPTConfig
-from read import Page, cut_sentences, find_words, influence, read, two_dials, walk
+from prepare_data import block_starts, liveliest
+from read import Excerpt, cut, draw_foreign, find_words, influence, join_short, measure, two_dials
 from support.files import InputError
 from support.page import TURNS, fill, label, pack, pieces_of
 
@@ -80,15 +83,15 @@ def test_the_page_shows_what_eval_and_the_model_say(place, read_page):
         model.set_locality(schedule(dial["schedule"], L, dial["fidelity"]))
         assert dial["locality"] == model.locality
         shaped = {name[:-1]: values for name, values in arrays.items() if name.endswith(str(i))}
-        mass, entropy = (shaped[name].reshape(L, H, T) for name in ("mass", "entropy"))
+        fidelity, entropy = (shaped[name].reshape(L, H, T) for name in ("fidelity", "entropy"))
         floors = np.rint(65535 * np.array(dial["locality"])) / 65535
-        assert (mass >= floors[:, None, None] - 1.1 / 65535).all()
+        assert (fidelity >= floors[:, None, None] - 1.1 / 65535).all()
         # eval scores T - 1 predictions
         results = evaluate(model, tokens, lookback, vocabulary)
         assert dial["perplexity"] == pytest.approx(results["perplexity"], rel=1e-5)
-        means = mass[:, :, :-1].mean((1, 2)), entropy[:, :, :-1].mean((1, 2))
-        for layer, fidelity, bits in zip(results["layers"], *means):
-            assert fidelity == pytest.approx(layer["fidelity"], abs=1e-5)
+        means = fidelity[:, :, :-1].mean((1, 2)), entropy[:, :, :-1].mean((1, 2))
+        for layer, share, bits in zip(results["layers"], *means):
+            assert share == pytest.approx(layer["fidelity"], abs=1e-5)
             assert bits == pytest.approx(layer["entropy"], abs=2e-4)
         # every key that is drawn, and no stronger one left out
         keys = shaped["keys"].reshape(L, H + 1, T, K).astype(int)
@@ -122,18 +125,15 @@ def small_model(**more):
     return model
 
 
-def by_definition(model, x, lookback, sentence, foreign, i):
-    """KL in bits between p_i and p_i with a sentence replaced: two passes for each foreign text."""
-    bits = []
-    for text in foreign:
-        other = x.clone()
-        for position in range(max(sentence[0], 1), sentence[1]):
-            other[0, position] = text[position - sentence[0]]
-        with torch.no_grad():
-            p, q = (model(context, lookback)[0][0, i].double() for context in (x, other))
-        nats = kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum")
-        bits.append(nats.item() / math.log(2))
-    return sum(bits) / len(bits)
+def by_definition(model, x, lookback, sentence, text, i):
+    """KL in bits between p_i and p_i with a sentence replaced by a text, and the latter."""
+    other = x.clone()
+    for position in range(max(sentence[0], 1), sentence[1]):
+        other[0, position] = text[position - sentence[0]]
+    with torch.no_grad():
+        p, q = (model(context, lookback)[0][0, i].double() for context in (x, other))
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return kl_div(q, p, log_target=True, reduction="sum").item() / math.log(2), q.exp()
 
 
 @pytest.mark.parametrize("anchor", [False, True])
@@ -148,13 +148,13 @@ def test_influence_in_one_pass_is_the_definition_in_two(anchor):
         begin, end = sentence
         foreign = torch.randint(256, (3, end - begin))
         bits, p = influence(model, x, lookback, log_p, sentence, foreign)
-        assert bits.shape == (40 - end,) and p.shape == (40 - end, 256)
+        assert bits.shape == (3, 40 - end) and p.shape == (40 - end, 256)
         for i in range(end, 40):
-            expected = by_definition(model, x, lookback, sentence, foreign, i)
-            assert bits[i - end].item() == pytest.approx(expected, rel=1e-3, abs=1e-5)
-        torch.testing.assert_close(p.sum(-1), torch.ones(40 - end))
+            expected = [by_definition(model, x, lookback, sentence, text, i) for text in foreign]
+            assert bits[:, i - end].tolist() == pytest.approx([e[0] for e in expected], 1e-3, 1e-5)
+            torch.testing.assert_close(p[i - end].double(), sum(e[1] for e in expected) / 3)
         same = x[:, begin:end].repeat(2, 1)
-        assert influence(model, x, lookback, log_p, sentence, same)[0].max() < 1e-6
+        assert influence(model, x, lookback, log_p, sentence, same)[0].abs().max() < 1e-6
 
 
 def test_a_sentence_that_no_layer_can_reach_has_no_influence_and_one_in_reach_has():
@@ -171,35 +171,136 @@ def test_a_sentence_that_no_layer_can_reach_has_no_influence_and_one_in_reach_ha
     with torch.no_grad():
         log_p = model(x, lookback)[0][0].log_softmax(-1)
     bits, _ = influence(model, x, lookback, log_p, (10, 15), foreign[:, :5])
-    assert bits[:5].min() > 1e-4 and bits[5:].max() < 1e-9  # its own block, 10 … 19, alone
+    assert bits[:, :5].min() > 1e-4 and bits[:, 5:].max() < 1e-9  # its own block, 10 … 19, alone
 
 
-def test_the_evidence_is_that_of_the_partitioner_as_it_reads(place):
-    """Bits only where a block was recognised, and the same ones however the text arrives."""
-    _, config = load_run(place / "runs" / "tiny")
-    text = (place / "data" / "sample.txt").read_bytes()[:9000]
+@pytest.fixture(scope="module")
+def a_page():
+    """A model with an anchor and three heads, and what a page shows of it: (model, excerpt, drawn,
+    dials, data)."""
+    model = small_model(anchor=True, n_head=3, n_embd=48, max_lookback=20)
+    tokens = np.random.default_rng(4).integers(97, 103, 60)
+    tokens[[9, 10, 23, 24, 35, 36, 48, 49]] = list(b". " * 4)
+    tokens[[11, 25, 37, 50]] = list(b"ABCD")
+    excerpt = cut("it", tokens, 0, 60, BYTES, "sentence", 20)
+    assert len(excerpt.sentences) == 5
+    dials = two_dials(["quintic", "localist"], [0.8, 0.3], {"fidelity": 1.0}, 3)
+    foreign = np.array(list(b"One. And another, longer. More. And so on and on it goes. " * 5))
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = draw_foreign(foreign, BYTES, excerpt.sentences[:-1], 3)
+        patch.setattr(read, "draw_foreign", lambda *_: drawn)
+        data = measure(model, excerpt, BYTES, foreign, dials, 3)
+    data |= {"run": "a <run>", "partition": "sentence", "max_lookback": 20, "seed": None}
+    data |= {"command": "c", "commit": "c", "date": "d", "device": "cpu", "torch": "t"}
+    return model, excerpt, drawn, dials, data
+
+
+def test_the_page_shows_the_influence_of_its_sentences(a_page):
+    model, excerpt, drawn, dials, data = a_page
+    _, arrays = data_of(fill(data))
+    x, lookback = (torch.tensor(a)[None] for a in (excerpt.tokens, excerpt.lookback))
+    names = [label(byte) for byte in BYTES]
+    for dial, (_, _, lambdas) in enumerate(dials):
+        model.set_locality(lambdas)
+        at = 0
+        for (begin, end), texts in zip(excerpt.sentences[:-1], drawn):
+            for i in (end, 59):
+                found = [by_definition(model, x, lookback, (begin, end), t, i) for t in texts]
+                bits, p = sum(f[0] for f in found) / 3, sum(f[1] for f in found).numpy() / 3
+                slot = at + i - end
+                assert arrays[f"influence{dial}"][slot] == pytest.approx(bits, abs=2e-3)
+                assert arrays[f"new_bits{dial}"][slot] == pytest.approx(-np.log2(p.max()), abs=2e-3)
+                assert data["labels"][int(arrays[f"new{dial}"][slot])] == names[p.argmax()]
+                likely = arrays[f"likely{dial}"].reshape(60, -1)[i].astype(int)
+                ids = [names.index(data["labels"][k]) for k in likely]
+                ids += excerpt.tokens[i + 1 : i + 2].tolist()
+                after = arrays[f"after{dial}"].reshape(-1, data["likeliest"] + 1)[slot]
+                np.testing.assert_allclose(after[: len(ids)], -np.log2(p[ids]), atol=2e-3)
+            at += 60 - end
+        assert at == len(arrays[f"influence{dial}"])
+
+
+def test_evidence_is_the_odds_of_the_change_point_model_and_the_cap_has_none():
+    text = (ROOT / "data" / "sample.txt").read_bytes()[:9000]
     tokens = np.frombuffer(text, np.uint8)
     words = background(tokens, BYTES)
+    chances = []
+    chance_later = ChangePoints.chance_later
+
+    def noted(self, *where):
+        chances.append(chance_later(self, *where))
+        return chances[-1]
+
     for method, cap in (("semantic", 65535), ("semantic", 200), ("sentence", 65535)):
-        lookback, moves = walk(tokens, BYTES, method, cap, words)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ChangePoints, "chance_later", noted)
+            lookback, moves = read.walk(tokens, BYTES, method, cap, words)
         stream, streamed = Partitioner(BYTES, method, cap, words), []
         for token in tokens:
             stream.push([token])
-            streamed += [move for move in stream.moves if move[1:] != (stream.moves[0][1], None)]
-        assert [m for m in moves[1:] if m[2] is not None] == [
-            m for m in streamed if m[2] is not None
-        ]
+            streamed += stream.moves[1:]
+        known = [move for move in moves if move[2] is not None]
+        assert known == [move for move in streamed if move[2] is not None]
         block = 0
-        for (token, start, bits), (until, _, _) in zip(
-            moves[1:], [*moves[2:], (len(tokens), 0, 0)]
-        ):
-            assert start > block and (bits is None or bits > math.log2(0.6 / 0.4))
+        for (token, start, bits), (until, _, _) in zip(moves, [*moves[1:], (len(tokens), 0, 0)]):
+            assert start > block
+            if bits is not None:
+                assert token - block <= cap  # else the cap has decided
+                likely = 2**bits / (1 + 2**bits)
+                assert likely > 0.6 and min(abs(np.array(chances) - likely)) < 1e-9
             block = start
             inside = np.arange(token, until)
             assert (inside - lookback[token:until] == np.maximum(start, inside - cap)).all()
-        evidence = [bits is not None for _, _, bits in moves[1:]]
-        assert any(evidence) == (method == "semantic")
-        assert all(evidence) == (method == "semantic" and cap == 65535)
+        assert bool(known) == (method == "semantic")
+        assert (len(known) == len(moves)) == (method == "semantic" and cap == 65535)
+
+
+@pytest.mark.parametrize("method", ["semantic", "sentence", "window:30", "block:64"])
+def test_an_excerpt_has_the_blocks_that_were_prepared(method):
+    """From the middle of a text of several documents too."""
+    vocabulary, text = [*BYTES, b"<|endoftext|>"], (ROOT / "data" / "sample.txt").read_bytes()
+    documents = [list(text[a:b]) for a, b in ((0, 5000), (9000, 12000), (3000, 8000))]
+    tokens = np.array([*documents[0], 256, *documents[1], 256, *documents[2]])
+    words = background(tokens, vocabulary)
+    lookback = partition(tokens, vocabulary, method, 300, words)
+    for start in (0, 4900, 7000, len(tokens) - 400):
+        excerpt = cut("it", tokens, start, 300, vocabulary, method, 300, words)
+        assert excerpt.tokens.tolist() == tokens[start : start + 300].tolist()
+        expected = np.minimum(lookback[start : start + 300], np.arange(300))
+        assert excerpt.lookback.tolist() == expected.tolist()
+        for token, block, said in excerpt.marks:
+            assert method == "semantic" and 0 <= block <= token < 300
+            assert token - excerpt.lookback[token] == block  # from here on it is so
+            assert said == "cap" or re.fullmatch(r"(\d+\.\d|> 40) bits", said)
+            assert lookback[start + token] != lookback[start + token - 1] + 1  # not before
+
+
+def test_the_liveliest_place_shows_the_most_blocks():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        n, T = rng.integers(2, 300), int(rng.integers(2, 100))
+        block = np.maximum.accumulate(np.where(rng.random(n) < 0.05, np.arange(n) - 3, 0)).clip(0)
+        lookback = (np.arange(n) - block).astype(np.uint16)
+
+        at = liveliest(lookback, T)
+        fits = [start for start in block_starts(lookback) if start <= max(n - T, 0)]
+        seen = {}
+        for start in fits:
+            shown = lookback[start : start + T]
+            seen[start] = len(block_starts(np.minimum(shown, np.arange(len(shown)))))
+        assert seen[at] == max(seen.values())
+
+
+def test_foreign_texts_begin_with_a_sentence_and_are_not_the_same_twice():
+    foreign = np.array(list(b"One thing. Two things. Three things. Four things. Five things."))
+    starts = [bytes(foreign[i:].tolist()) for i in read.sentence_starts(foreign, BYTES)]
+    assert len(starts) == 5
+    for texts, length in zip(draw_foreign(foreign, BYTES, [(0, 7), (7, 20)], 3), (7, 13)):
+        said = [bytes(text.tolist()) for text in texts]
+        assert texts.shape == (3, length) and len(set(said)) == 3
+        assert all(any(start.startswith(text) for start in starts) for text in said)
+    longer = draw_foreign(foreign, BYTES, [(0, 200)], 7)[0]  # than there is: it begins again
+    assert longer.shape == (7, 200)
 
 
 def test_words_are_found_at_the_token_where_they_begin():
@@ -234,19 +335,21 @@ def test_two_dials():
     weights = {"schedule": "distributed", "fidelity": 1.0}
     assert shown(of=weights) == [("distributed", 1.0), ("quintic", 1.0)]
     assert two_dials(None, None, config, 3)[0][2] == schedule("quintic", 3, 0.5)
+    assert shown(None, [1.0, 0.2]) == [("quintic", 1.0), ("quintic", 0.2)]
     with pytest.raises(InputError, match="two dials"):
         two_dials(["linear"] * 3, None, config, 3)
 
 
-def test_sentences_cover_the_page_and_are_not_too_short():
+def test_sentences_cover_the_excerpt_and_are_not_too_short():
     rng = random.Random(5)
     for _ in range(300):
         T = rng.randrange(2, 700)
-        starts = sorted(rng.sample(range(-50, 750), rng.randrange(0, 300)))
-        cut = cut_sentences(starts, T)
-        assert [begin for begin, _ in cut] == [0, *(end for _, end in cut[:-1])]
-        assert cut[-1][1] == T and {begin for begin, _ in cut[1:]} <= set(starts)
-        assert all(end - begin >= max(T // 32, 2) for begin, end in cut[:-1]) and len(cut) <= 33
+        starts = [0, *sorted(rng.sample(range(1, T), rng.randrange(0, min(T, 300))))]
+        found = join_short(starts, T)
+        assert [begin for begin, _ in found] == [0, *(end for _, end in found[:-1])]
+        assert found[-1][1] == T and {begin for begin, _ in found} <= set(starts)
+        assert all(end - begin >= max(T / 32, 2) for begin, end in found[:-1])
+        assert len(found) <= 33 and (len(found) > 1 or starts[-1] < T / 32 + 2)
 
 
 @pytest.mark.parametrize("layers, heads, most", [(8, 6, 3e6), (12, 12, 8e6)])
@@ -261,9 +364,9 @@ def test_the_size_of_a_page(layers, heads, most):
     rng = np.random.default_rng(0)
     tokens, foreign = rng.integers(97, 123, (2, 512))
     lookback = np.minimum(np.arange(512), np.arange(512) % 100)
-    page = Page("", tokens, lookback, [], cut_sentences(range(0, 512, 16), 512))
+    excerpt = Excerpt("", tokens, lookback, [], join_short(range(0, 512, 16), 512))
     dials = two_dials(None, None, {"schedule": "quintic", "fidelity": 1.0}, layers)
-    data = read(model, page, BYTES, np.append(foreign, list(b". And. Or. ")), dials, 1)
+    data = measure(model, excerpt, BYTES, foreign, dials, 1)
     assert (
         data["keys"] >= 16
         and 1e6 < len(fill({**data, "run": "x", "partition": "block:100"})) < most
@@ -303,8 +406,9 @@ def test_pieces_are_the_text_and_a_character_stands_with_its_last_token():
 def test_a_text_cut_into_lines_is_set_anew_and_verse_is_not():
     prose = b"a line of a book that was cut into lines as long as this one\nand goes on. And on."
     verse = b"A line of verse,\nand one more.\n\nAnother."
+    long_verse = b"A line of verse that is about as long as a line of prose may be,\nAnd one more."
     assert pieces_of([prose])[0].count("\n") == 0
-    assert pieces_of([verse]) == [verse.decode()]
+    assert pieces_of([verse]) == [verse.decode()] and pieces_of([long_verse])[0].count("\n") == 1
     assert pieces_of([prose[:60] + b"\n\n", b"New."])[0].endswith("\n\n")
 
 
@@ -386,8 +490,8 @@ def test_weights_are_read_with_a_text_of_the_users(place, run, read_page, tmp_pa
     [
         (["--from", "no such words"], "are not there"),
         (["--from", " "], "are not there"),
-        (["--prompt", "a"], "at least 2 tokens, and here is 1"),
-        (["--prompt", ""], "at least 2 tokens, and here is 0"),
+        (["--prompt", "a"], "at least 2 tokens are needed, and here is 1"),
+        (["--prompt", ""], "at least 2 tokens are needed, and here is 0"),
         (["--text", "nothing.txt"], "nothing.txt: cannot be read"),
         (["--text", "runs/tiny/best.pt"], "best.pt"),
         (["--text", "data/sample.txt", "--prompt", "x"], "not both"),
@@ -399,7 +503,7 @@ def test_weights_are_read_with_a_text_of_the_users(place, run, read_page, tmp_pa
         (["--fidelity", 2], "fidelity"),
         (["--schedule", "linear"] * 3, "two dials"),
         (["--out", "no/such/folder.html"], "cannot be written"),
-        (["--out", "runs"], "cannot be written"),
+        (["--out", "runs/tiny/best.pt"], "ends in .html"),
         (["--device", "abacus"], "abacus"),
     ],
 )
@@ -462,8 +566,6 @@ def hostile(place, tmp_path_factory):
     (folder / "text.txt").write_text(HOSTILE, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        from conftest import script_here
-
         out = folder / "page.html"
         assert script_here("read.py", "runs/tiny", "--text", folder / "text.txt", "--out", out) == 0
     return out
@@ -504,7 +606,7 @@ def test_no_script_runs_but_the_page_s_own(hostile, browser):
 
 def test_clicks_and_keys_move_and_a_link_comes_back(hostile, opened):
     data, arrays = data_of(hostile.read_text())
-    T, K, L, H = len(data["text"]), data["keys"], data["layers"], data["heads"]
+    T, L, H = len(data["text"]), data["layers"], data["heads"]
     tab = opened(hostile)
     tab.locator(SHOWN + " .text span").nth(150).click()
     assert chosen(tab) == 150 and "t=150" in tab.url
@@ -519,13 +621,9 @@ def test_clicks_and_keys_move_and_a_link_comes_back(hostile, opened):
     tab.locator(SHOWN + " .text span").nth(180).click()
     tab.select_option("#layer", index=0)
     tab.select_option("#head", index=1)
-    mass = arrays["mass0"].reshape(L, H, T)[0, 1, 180]
-    assert tab.evaluate("measure('mass', 0, 0, 1, 180)") == pytest.approx(mass)
+    share = arrays["fidelity0"].reshape(L, H, T)[0, 1, 180]
     title = tab.locator(SHOWN + " .cell.on").get_attribute("title")
-    assert title == f"layer 1, head 2: {mass:.3f} in the block, floor 0.000"
-    keys = arrays["keys0"].reshape(L, H + 1, T, K)[0, 1, 180].astype(int)
-    drawn = tab.locator(SHOWN + " .text span").nth(int(keys[0]))
-    assert float(drawn.evaluate("node => node.style.getPropertyValue('--w')")) > 0
+    assert title == f"layer 1, head 2: {share:.3f} in the block, floor 0.000"
     # a sentence
     before = tab.locator(SHOWN + " .likely").text_content()
     tab.locator(SHOWN + " .owed button").first.click()
@@ -543,6 +641,104 @@ def test_clicks_and_keys_move_and_a_link_comes_back(hostile, opened):
     other.wait_for_function("state.t === 7")
     odd = opened(hostile, link="#t=99999&d=x&l=-1&h=%00&s=1e9")
     assert odd.evaluate("state.layer") == L - 1 and 0 <= chosen(odd) < T
+
+
+def test_what_a_browser_reads_is_what_was_measured(a_page, opened, tmp_path):
+    """Every number that the page can show, of every token, layer, head, sentence and dial."""
+    _, excerpt, _, _, data = a_page
+    (tmp_path / "page.html").write_text(fill(data), encoding="utf-8")
+    tab, (_, arrays) = opened(tmp_path / "page.html"), data_of(fill(data))
+    T, L, H, K, N = 60, 3, 3, data["keys"], data["likeliest"]
+    ends = [end for _, end in excerpt.sentences[:-1]]
+    for dial in (0, 1):
+        of = {name[:-1]: values for name, values in arrays.items() if name.endswith(str(dial))}
+        for name in ("fidelity", "entropy"):
+            shaped = of[name].reshape(L, H, T)
+            shaped = np.concatenate((shaped, shaped.mean(1, keepdims=True)), 1)
+            every = f"[...Array({L * (H + 1) * T}).keys()].map(i => measure('{name}', {dial}, "
+            every += f"Math.floor(i / {(H + 1) * T}), Math.floor(i / {T}) % {H + 1}, i % {T}))"
+            np.testing.assert_allclose(tab.evaluate(every), shaped.flatten())
+        keys, roots = (of[name].reshape(L, H + 1, T, K) for name in ("keys", "roots"))
+        for layer, head, t in ((0, 0, 0), (1, 2, 30), (2, 3, 59)):
+            found = tab.evaluate(f"strongest({dial}, {layer}, {head}, {t})")
+            wanted = zip(keys[layer, head, t], roots[layer, head, t] ** 2)
+            np.testing.assert_allclose(found, [pair for pair in wanted if pair[1]])
+        for t in range(T):
+            before = [s for s, end in enumerate(ends) if end <= t]
+            offset = [sum(T - end for end in ends[:s]) + t - ends[s] for s in before]
+            found = tab.evaluate(f"influences({dial}, {t})")
+            assert found == [[s, of["influence"][at]] for s, at in zip(before, offset)]
+            for s, at in [(-1, None), *zip(before, offset)][-2:]:
+                rows = tab.evaluate(f"nextTokens({dial}, {t}, {s})")
+                ids = of["likely"][t * N : (t + 1) * N].astype(int).tolist()
+                assert [row["id"] for row in rows[:N]] == ids
+                true = [row["id"] for row in rows if row["isTrue"]]
+                assert true == (data["tokens"][t + 1 : t + 2])
+                p = 2 ** -of["bits"].reshape(T, N + 1)[t]
+                assert [row["p"] for row in rows[:N]] == pytest.approx(p[:N].tolist())
+                after = [row["after"] for row in rows]
+                if at is None:
+                    assert set(after) == {None}
+                else:
+                    wanted = 2 ** -of["after"].reshape(-1, N + 1)[at]
+                    assert after[:N] == pytest.approx(wanted[:N].tolist())
+                    assert of["new"][at] in [row["id"] for row in rows]
+        assert tab.evaluate(f"numbers.rank{dial}") is not None
+    # what the words say
+    tab.evaluate("pick({ t: 55, dial: 0, sentence: -1 })")
+    panel = tab.locator(SHOWN + " .panel").text_content()
+    assert "token 55. Its block: " in panel and "and the first token" in panel  # the anchor
+    assert f"rank {arrays['rank0'][55]:.0f}" in panel
+    start = 55 - excerpt.lookback[55]
+    said = tab.locator(SHOWN + " .owed .words").all_text_contents()
+    ranked = sorted(tab.evaluate("influences(0, 55)"), key=lambda pair: -pair[1])
+    for (s, _), words in zip(ranked, said):
+        begin, end = excerpt.sentences[s]
+        where = "outside" if end <= start else "partly in" if begin < start else "in"
+        assert words.startswith(f"{where} the block: ")
+    names = tab.evaluate("[...views[0].tokens].map(node => node.className)")
+    for i, name in enumerate(names):
+        assert ("mine" in name.split()) == (start <= i <= 55 or i == 0)
+        assert ("later" in name.split()) == (i > 55)
+    bars = [i for i, name in enumerate(names) if "start" in name.split()]
+    assert bars == block_starts(excerpt.lookback)[1:].tolist()
+
+
+def test_the_marks_name_the_blocks_and_stand_where_they_were_noticed(place, read_page, opened):
+    data, _, html = read_page("runs/tiny")
+    path = place / "marks.html"
+    path.write_text(html, encoding="utf-8")
+    tab = opened(path)
+    found = tab.evaluate("""[...views[0].text.querySelectorAll(".mark")].map(mark => {
+        let next = mark;
+        while (!next.dataset.t) next = next.nextElementSibling;
+        return [+next.dataset.t, mark.textContent] })""")
+    starts = [0, *block_starts(np.array(data["lookback"]))[1:].tolist()]
+    wanted = [[start, str(n)] for n, start in enumerate(starts, 1)]
+    wanted += [[t, f"{starts.index(start) + 1}: {said}"] for t, start, said in data["marks"]]
+    assert sorted(found) == sorted(wanted) and len(data["marks"]) > 1
+
+
+def test_a_page_does_not_jump_and_the_focus_stays(a_page, opened, tmp_path):
+    """A text that is longer than the screen: only another token may move what is in sight."""
+    data = {**a_page[-1], "text": [piece + "\n\n" for piece in a_page[-1]["text"]]}
+    (tmp_path / "page.html").write_text(fill(data), encoding="utf-8")
+    tab = opened(tmp_path / "page.html")
+    assert tab.evaluate("scrollY") == 0
+    box = tab.evaluate("views[0].tokens[state.t].getBoundingClientRect().bottom")
+    assert box < 800  # the token that is chosen at first is in sight
+    tab.locator(SHOWN + " .text").focus()
+    tab.keyboard.press("End")
+    assert tab.evaluate("scrollY") > 100 and chosen(tab) == 59
+    tab.evaluate("scrollTo(0, 60)")
+    tab.locator(SHOWN + " .cell").first.click()
+    tab.keyboard.press("Escape")
+    button = tab.locator(SHOWN + " .owed button").nth(1)
+    button.evaluate("button => button.focus({ preventScroll: true })")
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("scrollY") == 60 and tab.evaluate("state.sentence") >= 0
+    tab.keyboard.press("Enter")  # the focus is still there
+    assert tab.evaluate("state.sentence") == -1
 
 
 @pytest.mark.parametrize("width", [360, 1280])
