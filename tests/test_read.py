@@ -1,5 +1,6 @@
 """The page shows what was measured, keeps text as text, and works in a browser, from disk alone."""
 
+import argparse
 import base64
 import json
 import math
@@ -263,6 +264,7 @@ def test_an_excerpt_has_the_blocks_that_were_prepared(method):
     tokens = np.array([*documents[0], 256, *documents[1], 256, *documents[2]])
     words = background(tokens, vocabulary)
     lookback = partition(tokens, vocabulary, method, 300, words)
+    moves = {move[:2]: move[2] for move in read.walk(tokens, vocabulary, method, 300, words)[1]}
     for start in (0, 4900, 7000, len(tokens) - 400):
         excerpt = cut("it", tokens, start, 300, vocabulary, method, 300, words)
         assert excerpt.tokens.tolist() == tokens[start : start + 300].tolist()
@@ -271,7 +273,9 @@ def test_an_excerpt_has_the_blocks_that_were_prepared(method):
         for token, block, said in excerpt.marks:
             assert method == "semantic" and 0 <= block <= token < 300
             assert token - excerpt.lookback[token] == block  # from here on it is so
-            assert said == "cap" or re.fullmatch(r"(\d+\.\d|> 40) bits", said)
+            bits = moves[start + token, start + block]
+            sure = "> 40 bits" if bits and bits >= 40 else f"{bits or 0:.1f} bits"
+            assert said == ("cap" if bits is None else sure)
             assert lookback[start + token] != lookback[start + token - 1] + 1  # not before
 
 
@@ -465,6 +469,19 @@ def test_which_text_is_shown(place, read_page, tmp_path):
     assert data["shown"] == "long.txt, tokens 0 … 191 of 10,800"
 
 
+def test_the_foreign_text_is_another_split(place, monkeypatch):
+    monkeypatch.chdir(place)
+    _, config = load_run("runs/tiny")
+    for split, text, elsewhere in (
+        ("test", None, "val"),
+        ("val", None, "test"),
+        (None, "x y", "test"),
+    ):
+        args = argparse.Namespace(split=split, text=None, prompt=text, words=None)
+        foreign = read.find_text(args, config, 50)[-1]
+        assert foreign.tolist() == read_text(config, elsewhere)[0][0].tolist()
+
+
 def test_the_page_lies_in_the_run_and_is_named_last(place, run):
     for _ in range(2):  # a page is replaced
         status, printed, _ = run("read.py", "runs/tiny", "--tokens", 30)
@@ -650,6 +667,8 @@ def test_what_a_browser_reads_is_what_was_measured(a_page, opened, tmp_path):
     tab, (_, arrays) = opened(tmp_path / "page.html"), data_of(fill(data))
     T, L, H, K, N = 60, 3, 3, data["keys"], data["likeliest"]
     ends = [end for _, end in excerpt.sentences[:-1]]
+    depends = {t: max(x for _, x in tab.evaluate(f"influences(0, {t})")) for t in range(29, 59)}
+    assert depends[chosen(tab)] == max(depends.values())  # the page opens at a telling token
     for dial in (0, 1):
         of = {name[:-1]: values for name, values in arrays.items() if name.endswith(str(dial))}
         for name in ("fidelity", "entropy"):
@@ -692,6 +711,8 @@ def test_what_a_browser_reads_is_what_was_measured(a_page, opened, tmp_path):
     start = 55 - excerpt.lookback[55]
     said = tab.locator(SHOWN + " .owed .words").all_text_contents()
     ranked = sorted(tab.evaluate("influences(0, 55)"), key=lambda pair: -pair[1])
+    shown = tab.locator(SHOWN + " .owed button > :nth-child(2)").all_text_contents()
+    assert shown == [f"{x:.{2 if x < 9.995 else 1}f} bits" for _, x in ranked]
     for (s, _), words in zip(ranked, said):
         begin, end = excerpt.sentences[s]
         where = "outside" if end <= start else "partly in" if begin < start else "in"
