@@ -232,7 +232,7 @@ def test_evidence_is_the_odds_of_the_change_point_model_and_the_cap_has_none():
         chances.append(chance_later(self, *where))
         return chances[-1]
 
-    for method, cap in (("semantic", 65535), ("semantic", 200), ("sentence", 65535)):
+    for method, cap in (("semantic", 65535), ("semantic", 190), ("sentence", 65535)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ChangePoints, "chance_later", noted)
             lookback, moves = read.walk(tokens, BYTES, method, cap, words)
