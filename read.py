@@ -34,7 +34,7 @@ from prepare_data import (
     token_bytes,
 )
 from support.files import InputError, check_writable, run_script, write_text
-from support.machine import pick_device, provenance
+from support.machine import keep_memory, pick_device, provenance
 from support.page import fill, label, pack, pieces_of, visible
 from support.run import is_run
 from support.sources import pieces
@@ -359,6 +359,7 @@ def main():
     T = args.tokens or min(TOKENS, model.config.block_size)
     if not 2 <= T <= model.config.block_size:
         raise InputError(f"this model reads {model.config.block_size} tokens at most, not {T}")
+    keep_memory(4 * T * model.config.vocab_size)  # of the logits
     name, tokens, start, background, foreign = find_text(args, config, T)
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     how = config["partition"], config["max_lookback"], background
