@@ -3,8 +3,8 @@
     python read.py runs/quickstart                                     # a page of the test split
     python read.py runs/quickstart --split train --from "In the early"  # from these words on
     python read.py runs/quickstart --prompt "Attention is a habit. It is learned."
-    python read.py runs/quickstart --schedule localist --schedule linear  # two other dials
-    python read.py gpt2 --text my_page.txt                             # weights, never localised
+    python read.py runs/quickstart --schedule localist --schedule linear  # compare these two dials
+    python read.py gpt2 --text my_page.txt                             # weights, without a run
 
 For every token the page shows where each head looks, how much of that stays in the block, and what
 may come next. It also shows what the prediction depends on: each sentence before the token is
@@ -40,12 +40,70 @@ from support.run import is_run
 from support.sources import pieces
 from support.weights import PRETRAINED
 
-TOKENS, MOST = 512, 4096  # of an excerpt: if nothing is said; at most
+TOKENS, MOST = 512, 4096  # of an excerpt: the default, the most
 LIKELIEST = 10  # next tokens that are shown
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
 # --------------------------------------------------------------------------------------------------
 # the text
+
+
+class Text(NamedTuple):
+    """A whole text, and what goes with it."""
+
+    name: str
+    tokens: np.ndarray  # (n,) ids
+    start: int  # the first token to show
+    background: dict | None  # of the partition
+    foreign: np.ndarray  # ids of another text, to replace sentences with
+
+
+def own_text(config, split, T):
+    """A split of a run's text; the other text is another split. T: how many tokens to show.
+
+    Raises InputError.
+    """
+    folder = prepared(config)
+    meta = read_meta(folder)
+    tokens, lookback = read_split(folder, split, meta)
+    foreign = read_split(folder, "val" if split == "test" else "test", meta)[0]
+    start = liveliest(lookback, T)
+    return Text(f"{split} split", tokens, start, meta["background"], foreign)
+
+
+def given_text(config, path, prompt):
+    """The text of a file, or else the prompt, for a run or for weights.
+
+    The other text is the run's test split; for weights, the sample text. Raises InputError.
+    """
+    encoding, background = get_encoding(config["tokenizer"]), None
+    name, text = (path.name, "".join(pieces(path))) if path else ("a prompt", prompt)
+    tokens = np.array(encoding.encode(text, allowed_special="all"), np.int64)
+    if config["source"]:
+        folder = prepared(config)
+        background, foreign = read_meta(folder)["background"], read_split(folder, "test")[0]
+    else:
+        foreign = np.array(encoding.encode("".join(pieces(SAMPLE)), allowed_special="all"))
+    return Text(name, tokens, 0, background, foreign)
+
+
+def find_words(text, vocabulary, words):
+    """The first token of some words in a Text, whatever white space is between them.
+
+    Raises InputError where they are not in it.
+    """
+    chunks = (text.tokens[i : i + CHUNK].tolist() for i in range(0, len(text.tokens), CHUNK))
+    letters = b"".join(b"".join([vocabulary[t] for t in chunk]) for chunk in chunks)
+    letters = letters.translate(bytes.maketrans(b"\t\n\v\f\r", b"     "))
+    letters = np.frombuffer(letters, np.uint8)
+    kept = letters != 32
+    kept[1:] |= letters[:-1] != 32  # of white space, the first character
+    wanted = " ".join(words.split()).encode(errors="surrogateescape")
+    found = letters[kept].tobytes().find(wanted)
+    if found < 0 or not wanted:
+        raise InputError(f"{text.name}: the words {words!r} are not there")
+    ends = np.cumsum(np.array([len(b) for b in vocabulary])[text.tokens])
+    return int(np.searchsorted(ends, np.flatnonzero(kept)[found], side="right"))
 
 
 class Excerpt(NamedTuple):
@@ -58,83 +116,35 @@ class Excerpt(NamedTuple):
     sentences: list  # (begin, end), at least one
 
 
-def find_text(args, config, T):
-    """The text that a command line asks for: (name, tokens, start, background, foreign).
+def cut(text, T, vocabulary, method, max_lookback):
+    """The Excerpt of T tokens of a Text, or of as many as there are from its start on.
 
-    tokens: (n,) ids; start: the first of the T to show; background: of the partition; foreign: ids
-    of another text to replace sentences with, which is another split of the run's own text, or, for
-    weights, the sample text. Raises InputError.
+    method, max_lookback: the partition, which reads the text from its beginning. Raises InputError
+    for fewer than 2 tokens.
     """
-    encoding = get_encoding(config["tokenizer"])
-    split, background = args.split or "test", None
-    if config["source"]:
-        folder = prepared(config)
-        meta = read_meta(folder)
-        background = meta["background"]
-    if args.text or args.prompt is not None:
-        name, text = "a prompt", args.prompt
-        if args.text:
-            name, text = args.text.name, "".join(pieces(args.text))
-        tokens = np.array(encoding.encode(text, allowed_special="all"), np.int64)
-        start, elsewhere = 0, "test"
-    else:
-        tokens, lookback = read_split(folder, split, meta)
-        name, start = f"{split} split", liveliest(lookback, T)
-        elsewhere = "val" if split == "test" else "test"
-    if config["source"]:
-        foreign = read_split(folder, elsewhere, meta)[0]
-    else:
-        foreign = np.array(encoding.encode("".join(pieces(SAMPLE))))
-    if args.words is not None:
-        start = find_words(tokens, token_bytes(encoding), args.words, name)
-    if len(tokens) - start < 2:
-        raise InputError(f"{name}: at least 2 tokens are needed, and here is {len(tokens) - start}")
-    return name, tokens, start, background, foreign
-
-
-def find_words(tokens, vocabulary, words, name):
-    """The first token of some words in a text, whatever white space is between them.
-
-    name: of the text, for the InputError where they are not in it.
-    """
-    chunks = (tokens[i : i + CHUNK].tolist() for i in range(0, len(tokens), CHUNK))
-    text = b"".join(b"".join([vocabulary[t] for t in chunk]) for chunk in chunks)
-    text = np.frombuffer(text.translate(bytes.maketrans(b"\t\n\v\f\r", b"     ")), np.uint8)
-    kept = text != 32
-    kept[1:] |= text[:-1] != 32  # of white space, the first character
-    wanted = " ".join(words.split()).encode(errors="surrogateescape")
-    found = text[kept].tobytes().find(wanted)
-    if found < 0 or not wanted:
-        raise InputError(f"{name}: the words {words!r} are not there")
-    ends = np.cumsum(np.array([len(b) for b in vocabulary])[tokens])
-    return int(np.searchsorted(ends, np.flatnonzero(kept)[found], side="right"))
-
-
-def cut(name, tokens, start, T, vocabulary, method, *how):
-    """The Excerpt of T tokens from `start` on, or of as many as there are.
-
-    name: of the text; method, how: the partition, as Partitioner takes it, which reads the text
-    from its beginning.
-    """
-    end = min(start + T, len(tokens))
-    lookback, moves = walk(tokens[:end], vocabulary, method, *how)
-    which = f"tokens {start:,} … {end - 1:,} of" if end - start < len(tokens) else "all"
+    start, n = text.start, len(text.tokens)
+    end = min(start + T, n)
+    if end - start < 2:
+        raise InputError(f"{text.name}: 2 tokens are needed at least, and here is {end - start}")
+    how = vocabulary, method, max_lookback, text.background
+    lookback, moves = walk(text.tokens[:end], *how)
     marks = [
         (token - start, block - start, "cap" if bits is None else say_bits(bits))
         for token, block, bits in moves
-        if method == "semantic" and block >= start and bits != math.inf
+        if method == "semantic" and block > start and bits != math.inf
     ]
+    which = f"tokens {start:,} … {end - 1:,} of {n:,}" if end - start < n else f"all {n:,} tokens"
     return Excerpt(
-        f"{name}, {which} {len(tokens):,}",
-        tokens[start:end].astype(np.int64),
+        f"{text.name}, {which}",
+        text.tokens[start:end].astype(np.int64),
         np.minimum(lookback[start:], np.arange(end - start)),
         marks,
-        join_short(sentence_starts(tokens[start:end], vocabulary), end - start),
+        join_short(sentence_starts(text.tokens[start:end], vocabulary), end - start),
     )
 
 
 def say_bits(bits):
-    return f"{bits:.1f} bits" if bits < 40 else "> 40 bits"  # more cannot be told
+    return f"{bits:.1f} bits" if bits < 40 else "> 40 bits"  # float64 cannot tell more
 
 
 def walk(tokens, *how):
@@ -178,10 +188,8 @@ def look(model, idx, lookback, n_keys):
     weights: the n_keys keys with the most attention, (L, H + 1, T, n_keys). There, the mean over
     heads is one more head, the last.
     """
-    block, found = (
-        model.blocks(lookback),
-        {"fidelity": [], "entropy": [], "keys": [], "weights": []},
-    )
+    block = model.blocks(lookback)  # (1, 1, T, T)
+    found = {"fidelity": [], "entropy": [], "keys": [], "weights": []}
     for a in model.attention_maps(idx, lookback):  # (1, H, T, T)
         found["fidelity"].append(fidelity_of(a, block)[0])
         found["entropy"].append(entropy_of(a)[0])
@@ -218,6 +226,7 @@ def draw_foreign(tokens, vocabulary, sentences, n):
     """n foreign texts to replace each sentence with: a list of (n, length) int64, always the same.
 
     Each begins where a sentence of `tokens`, (n_tokens,), does, and is as long as it has to be.
+    (In place of the first sentence, `influence` leaves out its first token.)
     """
     tokens = tokens[:CHUNK].astype(np.int64)  # enough to choose from
     starts, rng, drawn = np.array(sentence_starts(tokens, vocabulary)), np.random.default_rng(0), []
@@ -256,15 +265,15 @@ def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
     each sentence with. Raises InputError.
     """
     L, H, T = model.config.n_layer, model.config.n_head, len(excerpt.tokens)
-    # 16 keys of each head; up to 32 where that takes less than 2 MB
-    n_keys = min(T, max(16, min(32, int(2e6 / (6 * T * L * (H + 1))))))
+    # 16 keys of each head; up to 32 where that takes less than 2 MB, at 3 bytes a key
+    n_keys = min(T, max(16, min(32, int(2e6 / (2 * 3 * T * L * (H + 1))))))
     drawn = draw_foreign(foreign, vocabulary, excerpt.sentences[:-1], n_draws)
     facts, arrays = [], {}
     with tqdm(total=2 * len(excerpt.sentences), desc="reading", leave=False, disable=None) as bar:
         for i, (name, fidelity, lambdas) in enumerate(dials):
             model.set_locality(lambdas)
             loss, found = measure_dial(model, excerpt, drawn, n_keys, bar)
-            known = {"locality": lambdas, "loss": loss, "perplexity": math.exp(min(loss, 700))}
+            known = {"locality": lambdas, "perplexity": math.exp(min(loss, 700))}
             facts.append({"schedule": name, "fidelity": fidelity, **known})
             arrays |= {f"{key}{i}": value for key, value in found.items()}
     # the page numbers the tokens that it names from 0 on
@@ -291,16 +300,17 @@ def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
     }
 
 
+@torch.no_grad()
 def measure_dial(model, excerpt, drawn, n_keys, bar):
     """What a page shows of a model at its dial: the excerpt's loss, nats per token, and arrays.
 
     drawn: as `draw_foreign` gives it; bar: counts the passes. The arrays are {name: (values,
     scale)}, as support.page.pack takes them; the tokens in them are ids. Raises InputError.
     """
-    device, (_, tokens, lookback, _, sentences) = model.wte.weight.device, excerpt
-    idx, lookback = (torch.tensor(x, device=device)[None] for x in (tokens, lookback))  # (1, T)
-    with torch.no_grad():
-        log_p = model(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
+    device = model.wte.weight.device
+    idx = torch.tensor(excerpt.tokens, device=device)[None]  # (1, T)
+    lookback = torch.tensor(excerpt.lookback, device=device)[None]  # (1, T)
+    log_p = model(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
     if not log_p.isfinite().all():
         raise InputError("the predictions of this model are not finite numbers")
     seen = look(model, idx, lookback, n_keys)
@@ -319,15 +329,15 @@ def measure_dial(model, excerpt, drawn, n_keys, bar):
         "rank": ((log_p > log_ranked[:, -1:]).sum(1) + 1, 1),
     }
     arrays = {name: (values.cpu().numpy(), scale) for name, (values, scale) in arrays.items()}
-    replaced = {"influence": [], "after": [], "new": [], "new_bits": []}  # of all sentences
-    for (begin, end), foreign in zip(sentences[:-1], drawn):  # nothing follows the last
+    replaced = {"influence": [], "after": [], "new": [], "new_bits": []}
+    for (begin, end), foreign in zip(excerpt.sentences[:-1], drawn):  # nothing follows the last
         bits, p = influence(model, idx, lookback, log_p, (begin, end), foreign.to(device))
         best = p.max(1)
         values = bits.mean(0), -p.gather(1, ranked[end:]).log2(), best.indices, -best.values.log2()
         for name, value in zip(replaced, values):
             replaced[name].append(value.flatten().cpu().numpy())
         bar.update()
-    for name, values in replaced.items():
+    for name, values in replaced.items():  # those of all sentences, one after another
         arrays[name] = np.concatenate([[], *values]), 1 if name == "new" else 1024
     return -log_ranked[:-1, -1].cpu().double().mean().item(), arrays
 
@@ -339,16 +349,12 @@ def main():
     add("--split", choices=SPLITS, help="of the run's text (default: test)")
     add("--text", type=Path, help="another text, a file")
     add("--prompt", help="another text, given here")
-    add("--from", dest="words", help="words to begin with (default: where most blocks begin)")
+    add("--from", dest="words", help="words to begin with (default: where it shows most blocks)")
     add("--tokens", type=int, help=f"how many (default: {TOKENS}, or the model's context)")
-    add("--schedule", action="append", help="another schedule than the run's; or two of them")
-    add("--fidelity", type=float, action="append", help="another fidelity; or one for each")
+    add("--schedule", action="append", help="in place of the run's; twice, to compare two")
+    add("--fidelity", type=float, action="append", help="the floor of the last layer; so, too")
     add("--draws", type=int, default=2, help="texts to replace each sentence with (default: 2)")
-    add(
-        "--out",
-        type=Path,
-        help="the file to write (default: page.html, in the run's folder or here)",
-    )
+    add("--out", type=Path, help="a file (default: page.html, in the run's folder or here)")
     add("--device", default="auto")
     args = parser.parse_args()
     out = check_arguments(args)
@@ -360,15 +366,20 @@ def main():
     if not 2 <= T <= model.config.block_size:
         raise InputError(f"this model reads {model.config.block_size} tokens at most, not {T}")
     keep_memory(4 * T * model.config.vocab_size)  # of the logits
-    name, tokens, start, background, foreign = find_text(args, config, T)
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
-    how = config["partition"], config["max_lookback"], background
-    excerpt = cut(name, tokens, start, T, vocabulary, *how)
-    data = measure(model, excerpt, vocabulary, foreign, dials, args.draws)
+    if args.text or args.prompt is not None:
+        text = given_text(config, args.text, args.prompt)
+    else:
+        text = own_text(config, args.split or "test", T)
+    if args.words is not None:
+        text = text._replace(start=find_words(text, vocabulary, args.words))
+    excerpt = cut(text, T, vocabulary, config["partition"], config["max_lookback"])
+    data = measure(model, excerpt, vocabulary, text.foreign, dials, args.draws)
     data |= {"run": visible(args.run), "partition": config["partition"]}
     data |= {"max_lookback": config["max_lookback"], **provenance(device, config["seed"])}
     write_text(out, fill(data))
-    print(f"{excerpt.shown}; {' and '.join(name for name, _, _ in dials)}")
+    names = [name if name == "distributed" else f"{name} {f:g}" for name, f, _ in dials]
+    print(f"{excerpt.shown}; {' and '.join(names)}")
     print(f"page: {out} ({out.stat().st_size / 1e6:.1f} MB), for any browser")
 
 

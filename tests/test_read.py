@@ -1,6 +1,5 @@
 """The page shows what was measured, keeps text as text, and works in a browser, from disk alone."""
 
-import argparse
 import base64
 import json
 import math
@@ -21,7 +20,19 @@ from eval import evaluate, load_run, read_text
 from locality import ChangePoints, Partitioner, background, partition, schedule
 from model import GPT, GPTConfig
 from prepare_data import block_starts, liveliest
-from read import Excerpt, cut, draw_foreign, find_words, influence, join_short, measure, two_dials
+from read import (
+    Excerpt,
+    Text,
+    cut,
+    draw_foreign,
+    find_words,
+    given_text,
+    influence,
+    join_short,
+    measure,
+    own_text,
+    two_dials,
+)
 from support.files import InputError
 from support.page import TURNS, fill, label, pack, pieces_of
 
@@ -183,7 +194,7 @@ def a_page():
     tokens = np.random.default_rng(4).integers(97, 103, 60)
     tokens[[9, 10, 23, 24, 35, 36, 48, 49]] = list(b". " * 4)
     tokens[[11, 25, 37, 50]] = list(b"ABCD")
-    excerpt = cut("it", tokens, 0, 60, BYTES, "sentence", 20)
+    excerpt = cut(Text("it", tokens, 0, None, None), 60, BYTES, "sentence", 20)
     assert len(excerpt.sentences) == 5
     dials = two_dials(["quintic", "localist"], [0.8, 0.3], {"fidelity": 1.0}, 3)
     foreign = np.array(list(b"One. And another, longer. More. And so on and on it goes. " * 5))
@@ -266,12 +277,12 @@ def test_an_excerpt_has_the_blocks_that_were_prepared(method):
     lookback = partition(tokens, vocabulary, method, 300, words)
     moves = {move[:2]: move[2] for move in read.walk(tokens, vocabulary, method, 300, words)[1]}
     for start in (0, 4900, 7000, len(tokens) - 400):
-        excerpt = cut("it", tokens, start, 300, vocabulary, method, 300, words)
+        excerpt = cut(Text("it", tokens, start, words, None), 300, vocabulary, method, 300)
         assert excerpt.tokens.tolist() == tokens[start : start + 300].tolist()
         expected = np.minimum(lookback[start : start + 300], np.arange(300))
         assert excerpt.lookback.tolist() == expected.tolist()
         for token, block, said in excerpt.marks:
-            assert method == "semantic" and 0 <= block <= token < 300
+            assert method == "semantic" and 0 < block <= token < 300
             assert token - excerpt.lookback[token] == block  # from here on it is so
             bits = moves[start + token, start + block]
             sure = "> 40 bits" if bits and bits >= 40 else f"{bits or 0:.1f} bits"
@@ -317,12 +328,13 @@ def test_words_are_found_at_the_token_where_they_begin():
         ids = np.array([vocabulary.index(token) for token in tokens])
         text = b"".join(tokens).decode()
         begins = [m.start() for m in re.finditer(r"a\s+b", text)]
+        whole = Text("it", ids, 0, None, None)
         if not begins:
             with pytest.raises(InputError, match="not there"):
-                find_words(ids, vocabulary, "a b", "it")
+                find_words(whole, vocabulary, "a b")
         else:
             ends = np.cumsum([len(token) for token in tokens])
-            at = find_words(ids, vocabulary, " a \n b ", "it")
+            at = find_words(whole, vocabulary, " a \n b ")
             assert at == next(i for i, end in enumerate(ends) if end > begins[0])
 
 
@@ -462,7 +474,7 @@ def test_which_text_is_shown(place, read_page, tmp_path):
     at = int(re.search(r"\d[\d,]*", data["shown"])[0].replace(",", ""))
     assert data["lookback"] == np.minimum(lookback[at : at + 50], np.arange(50)).tolist()
     data, _, _ = read_page("runs/tiny", "--prompt", "Two words.")
-    assert data["shown"] == "a prompt, all 10" and "".join(data["text"]) == "Two words."
+    assert data["shown"] == "a prompt, all 10 tokens" and "".join(data["text"]) == "Two words."
     long = tmp_path / "long.txt"
     long.write_text("one line, no end, " * 600)
     data, _, _ = read_page("runs/tiny", "--text", long)
@@ -472,14 +484,13 @@ def test_which_text_is_shown(place, read_page, tmp_path):
 def test_the_foreign_text_is_another_split(place, monkeypatch):
     monkeypatch.chdir(place)
     _, config = load_run("runs/tiny")
-    for split, text, elsewhere in (
-        ("test", None, "val"),
-        ("val", None, "test"),
-        (None, "x y", "test"),
-    ):
-        args = argparse.Namespace(split=split, text=None, prompt=text, words=None)
-        foreign = read.find_text(args, config, 50)[-1]
-        assert foreign.tolist() == read_text(config, elsewhere)[0][0].tolist()
+    other = {"train": "test", "val": "test", "test": "val"}
+    foreign = {split: own_text(config, split, 50).foreign for split in other}
+    foreign["a prompt"] = given_text(config, None, "x y").foreign
+    for split, ids in foreign.items():
+        assert ids.tolist() == read_text(config, other.get(split, "test"))[0][0].tolist()
+    weights = given_text({"tokenizer": "bytes", "source": None}, None, "x y")
+    assert bytes(weights.foreign.tolist()) == (ROOT / "data" / "sample.txt").read_bytes()
 
 
 def test_the_page_lies_in_the_run_and_is_named_last(place, run):
@@ -507,8 +518,8 @@ def test_weights_are_read_with_a_text_of_the_users(place, run, read_page, tmp_pa
     [
         (["--from", "no such words"], "are not there"),
         (["--from", " "], "are not there"),
-        (["--prompt", "a"], "at least 2 tokens are needed, and here is 1"),
-        (["--prompt", ""], "at least 2 tokens are needed, and here is 0"),
+        (["--prompt", "a"], "2 tokens are needed at least, and here is 1"),
+        (["--prompt", ""], "2 tokens are needed at least, and here is 0"),
         (["--text", "nothing.txt"], "nothing.txt: cannot be read"),
         (["--text", "runs/tiny/best.pt"], "best.pt"),
         (["--text", "data/sample.txt", "--prompt", "x"], "not both"),
@@ -706,7 +717,9 @@ def test_what_a_browser_reads_is_what_was_measured(a_page, opened, tmp_path):
     # what the words say
     tab.evaluate("pick({ t: 55, dial: 0, sentence: -1 })")
     panel = tab.locator(SHOWN + " .panel").text_content()
-    assert "token 55. Its block: " in panel and "and the first token" in panel  # the anchor
+    assert (
+        "token 55 of this page. Its block: " in panel and "and the first token" in panel
+    )  # the anchor
     assert f"rank {arrays['rank0'][55]:.0f}" in panel
     start = 55 - excerpt.lookback[55]
     said = tab.locator(SHOWN + " .owed .words").all_text_contents()
@@ -738,6 +751,29 @@ def test_the_marks_name_the_blocks_and_stand_where_they_were_noticed(place, read
     wanted = [[start, str(n)] for n, start in enumerate(starts, 1)]
     wanted += [[t, f"{starts.index(start) + 1}: {said}"] for t, start, said in data["marks"]]
     assert sorted(found) == sorted(wanted) and len(data["marks"]) > 1
+
+
+def test_the_page_begins_with_its_token_in_sight_and_the_line_keeps_up(a_page, opened, tmp_path):
+    """On a phone too, where the text has a box of its own."""
+    data = {**a_page[-1], "text": [piece + "\n\n" for piece in a_page[-1]["text"]]}
+    (tmp_path / "page.html").write_text(fill(data), encoding="utf-8")
+    for width in (390, 1280):
+        tab = opened(tmp_path / "page.html", width)
+        tab.evaluate("$('legend').open = false")
+        inside = """() => { const box = views[0].text.getBoundingClientRect();
+            const at = views[0].tokens[state.t].getBoundingClientRect();
+            return at.top >= box.top && at.bottom <= Math.min(box.bottom, innerHeight + 999) }"""
+        assert tab.evaluate(inside)
+        tab.evaluate("pick({ t: 10 })")
+        tab.locator(SHOWN + " .text span").nth(12).hover()
+        assert tab.locator("#over").text_content().endswith("not read yet")
+        height = tab.locator("#over").bounding_box()["height"]
+        tab.keyboard.press("ArrowRight")
+        assert tab.locator("#over").text_content().startswith("token 11: ")
+        tab.locator(SHOWN + " .text span").nth(12).hover()
+        tab.evaluate("pick({ t: 13 })")
+        assert "not read yet" not in tab.locator("#over").text_content()
+        assert tab.locator("#over").bounding_box()["height"] == height
 
 
 def test_a_page_does_not_jump_and_the_focus_stays(a_page, opened, tmp_path):
