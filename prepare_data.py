@@ -359,33 +359,39 @@ def prepared(config):
 # what the partition found
 
 
-def block_starts(lookback):
-    """The tokens at which blocks begin: (n,) uint16 -> int64, ascending.
+def block_moves(lookback):
+    """Where the block moves on: (n,) integers -> the tokens from which on a new one holds, and the
+    tokens at which it begins, (m,) int64 each, ascending.
 
     Where a block slides at the cap, a token at a time, no new one begins. Reads a memory map
     stretch by stretch.
     """
-    starts = [np.zeros(min(len(lookback), 1), np.int64)]
+    tokens, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for at in range(0, len(lookback), STRETCH):
         before = max(at - 1, 0)
         i = np.arange(before, min(at + STRETCH, len(lookback)))
         start = i - lookback[before : at + STRETCH]
-        starts.append(start[1:][np.diff(start) > 1])
-    return np.concatenate(starts)
+        moved = np.diff(start) > 1
+        tokens.append(i[1:][moved])
+        starts.append(start[1:][moved])
+    return np.concatenate(tokens), np.concatenate(starts)
+
+
+def block_starts(lookback):
+    """The tokens at which blocks begin, the first among them: (n,) integers -> int64, ascending."""
+    return np.append(np.zeros(min(len(lookback), 1), np.int64), block_moves(lookback)[1])
 
 
 def liveliest(lookback, T):
-    """Where to begin T tokens so that the most blocks are seen in them: at the start of a block.
+    """Where to begin T tokens in which the most new blocks begin and are noticed: a block's start.
 
     lookback: (n,) integers. Of several such places, the first.
     """
-    starts, T = block_starts(lookback), min(T, len(lookback))
-    starts = starts[starts <= len(lookback) - T]
-
-    def n_blocks(at):
-        return len(block_starts(lookback[at : at + T].clip(max=np.arange(T))))
-
-    return max(starts.tolist(), key=n_blocks)
+    (tokens, starts), T = block_moves(lookback), min(T, len(lookback))
+    places = np.append(0, starts)
+    places = places[places <= len(lookback) - T]
+    seen = np.searchsorted(tokens, places + T) - np.searchsorted(starts, places, side="right")
+    return int(places[np.argmax(seen)])
 
 
 def statistics(tokens, lookback, vocabulary, method):

@@ -214,7 +214,7 @@ def influence(model, idx, lookback, log_p, sentence, foreign):
     bits, mean_p = [], 0.0
     for text in foreign:
         replaced = idx.clone()
-        replaced[0, begin:end] = text[begin - end :]
+        replaced[0, begin:end] = text[begin - sentence[0] :]
         log_q = model(replaced, lookback)[0][0, end:].log_softmax(-1)  # (T - end, V)
         nats = (log_p[end:].exp() * (log_p[end:] - log_q)).sum(-1)  # (T - end,)
         bits.append(nats / math.log(2))
@@ -351,8 +351,10 @@ def main():
     add("--prompt", help="another text, given here")
     add("--from", dest="words", help="words to begin with (default: where it shows most blocks)")
     add("--tokens", type=int, help=f"how many (default: {TOKENS}, or the model's context)")
-    add("--schedule", action="append", help="in place of the run's; twice, to compare two")
-    add("--fidelity", type=float, action="append", help="the floor of the last layer; so, too")
+    add("--schedule", action="append", help="this, not the run's; twice, to compare two")
+    add(
+        "--fidelity", type=float, action="append", help="the floor of the last layer; once or twice"
+    )
     add("--draws", type=int, default=2, help="texts to replace each sentence with (default: 2)")
     add("--out", type=Path, help="a file (default: page.html, in the run's folder or here)")
     add("--device", default="auto")
