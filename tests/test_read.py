@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import unicodedata
 import zlib
@@ -462,6 +463,14 @@ def test_a_hostile_text_is_data_and_nothing_else(place, read_page, tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # the command line
+
+
+def test_the_examples_work(place, run, tmp_path):
+    lines = re.findall(r"^ +python (read.py runs/quickstart.*)", read.__doc__, re.M)
+    assert len(lines) == 4
+    for line in lines:
+        script, *words = shlex.split(line.replace("quickstart", "tiny"), comments=True)
+        assert run(script, *words, "--out", tmp_path / "page.html")[0] == 0, line
 
 
 def test_which_text_is_shown(place, read_page, tmp_path):
