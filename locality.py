@@ -289,9 +289,9 @@ class ChangePoints:
         return self.later[i, min(n_later, REACH) - 1]
 
     def bits_later(self, i, block):
-        """That chance in bits: log2 of the odds. Float64 cannot tell more than 40."""
-        chance = min(self.chance_later(i, block), 1.0)
-        return math.log2(chance / max(1 - chance, 2**-40))
+        """That chance in bits: log2 of the odds, in -40 … 40. Float64 cannot tell more."""
+        chance = min(max(self.chance_later(i, block), 2**-40), 1 - 2**-40)
+        return math.log2(chance / (1 - chance))
 
     def best(self, i, earliest):
         """The median at row i of the posterior, among the blocks that began at token

@@ -144,7 +144,7 @@ def cut(text, T, vocabulary, method, max_lookback):
 
 
 def say_bits(bits):
-    return f"{bits:.1f} bits" if bits < 40 else "> 40 bits"  # float64 cannot tell more
+    return f"{bits:.1f} bits" if bits < 39.9 else "> 40 bits"  # see ChangePoints.bits_later
 
 
 def walk(tokens, *how):

@@ -268,8 +268,7 @@ def trace(text):
     for token in tokens:
         partitioner.push([token])
         if partitioner.start != start:
-            chance = np.clip(partitioner.blocks.chance_later(-1, block), 1e-9, 1 - 1e-9)
-            bits = np.log2(chance / (1 - chance)) if block < start else -np.inf
+            bits = partitioner.blocks.bits_later(-1, block) if block < start else -np.inf
             moved = partitioner.block > block
             sentences.append(Sentence(start, partitioner.start, partitioner.block, moved, bits))
             start, block = partitioner.start, partitioner.block

@@ -46,7 +46,8 @@ def pieces_of(tokens):
 
     A character of several tokens stands at the last of them; the others show nothing. Bytes that
     are no character stand as \\xe2. A single newline after a long line is a space: such a text was
-    cut into lines, and a page makes lines of its own.
+    cut into lines, and a page makes lines of its own. (It stays where the line ends with one of
+    ENDS and no small letter follows: that may be verse, or a list.)
     """
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     pieces = [decoder.decode(token) for token in tokens]
