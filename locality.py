@@ -312,7 +312,7 @@ class ChangePoints:
 def parse_partition(method):
     """("semantic" or "sentence", None), or ("window" or "block", N). Else raises InputError."""
     name, _, n = str(method).partition(":")
-    if method in ("semantic", "sentence"):
+    if method in ("semantic", "sentence", "document"):
         return name, None
     if name in ("window", "block") and n.isascii() and n.isdigit() and len(n) < 10 and int(n) > 0:
         return name, int(n)
@@ -398,7 +398,7 @@ class Partitioner:
     def take_sentences(self, ended, starts, seen):
         """Move on by some sentences of one document, a list of Ended. The next one after each
         begins at token starts[i], which is known at token seen[i]."""
-        if not ended:
+        if not ended or self.method == "document":
             return
         best = starts.tolist()
         if self.blocks:
@@ -456,7 +456,7 @@ def partition(tokens, token_bytes, method, max_lookback, background=None, out=No
     Partitioner(token_bytes, method, max_lookback, background)  # complains early
     out = np.empty(len(tokens), np.uint16) if out is None else out
     cuts = [0]
-    if method in ("semantic", "sentence") and END_OF_TEXT in token_bytes:
+    if method in ("semantic", "sentence", "document") and END_OF_TEXT in token_bytes:
         end_of_text = token_bytes.index(END_OF_TEXT)
         for i in range(0, len(tokens), CHUNK):
             ends = np.flatnonzero(tokens[i : i + CHUNK] == end_of_text) + i + 1

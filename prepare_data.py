@@ -33,6 +33,7 @@ import locality
 from locality import background, parse_partition, partition
 from support import files, sentences
 from support.files import InputError
+from support.sentences import END_OF_TEXT
 from support.sources import left_out, pieces, slug, source_files
 
 SPLITS = ("train", "val", "test")
@@ -121,9 +122,10 @@ def check_blocks(method, max_lookback, val, test):
         raise InputError(f"val and test are {fractions}, not {val} and {test}")
 
 
-def default_folder(source, tokenizer, method, max_lookback, val, test):
+def default_folder(source, tokenizer, method, max_lookback, val, test, joined=False):
     """A folder under data/ that says what is in it; six digits stand for what it leaves out."""
-    rest = hashlib.sha256(json.dumps([source, val, test]).encode()).hexdigest()[:6]
+    rest = [source, val, test, *["joined"] * joined]
+    rest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:6]
     words = slug(source), tokenizer.replace(":", ""), method.replace(":", ""), max_lookback, rest
     return Path("data") / ".".join(map(str, words))
 
@@ -133,22 +135,25 @@ def prepare(
     out=None,
     tokenizer="gpt2",
     method="semantic",
-    max_lookback=256,
+    max_lookback=512,
     val=0.1,
     test=0.1,
+    joined=False,
     cwd="",
 ):
     """Make the prepared folder, unless it is there and still fits. Returns its Path.
 
     source: a string or a list of strings; val, test: the fractions held out, taken from the end of
-    the text. cwd: where relative paths start from. A folder that was made of something else is
+    the text. joined: a newline takes the place of <|endoftext|>, once the blocks of `document` are
+    found. cwd: where relative paths start from. A folder that was made of something else is
     made again, and the reason printed. Where the text is gone, what was made of it is enough.
     Several processes may ask for one folder: the first makes it, the others wait.
     Raises InputError for a source that is no text or too short, or a full disk; then nothing is
     left behind.
     """
     check_blocks(method, max_lookback, val, test)
-    folder = Path(cwd, out or default_folder(source, tokenizer, method, max_lookback, val, test))
+    how = tokenizer, method, max_lookback, val, test, joined
+    folder = Path(cwd, out or default_folder(source, *how))
     # the code counts too: another partitioner makes other blocks. a schedule makes none
     code = files.digest_code(
         [locality.__file__, sentences.__file__], without=("SCHEDULES", "schedule")
@@ -161,6 +166,7 @@ def prepare(
         "max_lookback": max_lookback,
         "val": val,
         "test": test,
+        "joined": joined,
     }
     try:
         paths = source_files(source, cwd)
@@ -201,7 +207,7 @@ def make(folder, paths, made_from, reason):
         encode(paths, encoding, work / "all.bin")
         if not (work / "all.bin").stat().st_size:
             raise InputError(f"{made_from['source']}: the text is empty")
-        tokens = np.memmap(work / "all.bin", np.uint16, "r")
+        tokens = np.memmap(work / "all.bin", np.uint16, "r+")
         made = split_and_partition(tokens, encoding, work, made_from)
         del tokens
         (work / "all.bin").unlink()
@@ -226,10 +232,11 @@ def split_and_partition(tokens, encoding, work, made_from):
     if min(np.diff([0, *ends])) < 2:
         short = f"the text is too short: {n} tokens cannot be split in three"
         raise InputError(f"{made_from['source']}: {short}")
+    if made_from["joined"] and method != "document":
+        join_documents(tokens, vocabulary)
     words = background(tokens[: ends[0]], vocabulary) if method == "semantic" else None
     counts = {}
     for split, start, end in zip(SPLITS, [0, *ends], ends):
-        tokens[start:end].tofile(work / f"{split}.bin")
         with open(work / f"{split}.lookback.bin", "wb") as f:
             f.truncate(2 * (end - start))
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, in a map a crash
@@ -238,8 +245,24 @@ def split_and_partition(tokens, encoding, work, made_from):
         cap = made_from["max_lookback"]
         partition(tokens[start:end], vocabulary, method, cap, words, out=lookback)
         lookback.flush()
+        if made_from["joined"]:
+            join_documents(tokens[start:end], vocabulary)
+        tokens[start:end].tofile(work / f"{split}.bin")
         counts[split] = statistics(tokens[start:end], lookback, vocabulary, method)
     return {"vocab_size": encoding.n_vocab, "splits": counts, "background": words}
+
+
+def join_documents(tokens, vocabulary):
+    """Put a newline in the place of every <|endoftext|>, in place. tokens: (n,) uint16.
+
+    Raises InputError for a vocabulary (the bytes of each token, a list) that has no such token.
+    """
+    if END_OF_TEXT not in vocabulary:
+        raise InputError("joined needs a tokenizer that has <|endoftext|>: gpt2 or gpt2:N")
+    end_of_text, newline = vocabulary.index(END_OF_TEXT), vocabulary.index(b"\n")
+    for at in range(0, len(tokens), STRETCH):
+        some = tokens[at : at + STRETCH]
+        some[some == end_of_text] = newline
 
 
 def misfit(folder, made_from):
@@ -329,8 +352,9 @@ def prepared(config):
     Raises InputError if the config is of a run, and the text, its tokens or its blocks are not
     those any more that it was trained on. (A run of an earlier version tells the sha256 alone.)
     """
-    source, keys = config["source"], ("tokenizer", "partition", "max_lookback", "val", "test")
-    how, before = [config[key] for key in keys], config.get("source_sha256")
+    source, before = config["source"], config.get("source_sha256")
+    how = [config[key] for key in ("tokenizer", "partition", "max_lookback", "val", "test")]
+    how.append(config["joined"])
     out = config["data"] or default_folder(source, *how)
     since = "has changed since this run was trained on it; put the old text back"
     cwd = config.get("cwd", "")
@@ -455,12 +479,13 @@ def main():
     add("--out", help="folder to write (default: one under data/, named after the source)")
     add("--tokenizer", default="gpt2", help="gpt2, gpt2:N (its first N tokens) or bytes")
     add("--partition", default="semantic", help="semantic, sentence, window:N or block:N")
-    add("--max-lookback", type=int, default=256, help="no block reaches back further, in tokens")
+    add("--max-lookback", type=int, default=512, help="no block reaches back further, in tokens")
     add("--val", type=float, default=0.1, help="fraction of the text for validation")
     add("--test", type=float, default=0.1, help="fraction of the text for the final test")
+    add("--joined", action="store_true", help="a newline in place of <|endoftext|>")
     args = parser.parse_args()
     source = args.source[0] if len(args.source) == 1 else args.source
-    how = args.tokenizer, args.partition, args.max_lookback, args.val, args.test
+    how = args.tokenizer, args.partition, args.max_lookback, args.val, args.test, args.joined
     folder = prepare(source, args.out, *how)
     meta = read_meta(folder)
     describe(folder, meta, *read_split(folder, "train", meta))

@@ -58,9 +58,10 @@ class Config:
     )
     tokenizer: str = key("gpt2", "gpt2, gpt2:N (its first N tokens) or bytes")
     partition: str = key("semantic", "semantic, sentence, window:N or block:N")
-    max_lookback: int = key(256, "no block reaches back further, in tokens", at_least=1)
+    max_lookback: int = key(512, "no block reaches back further, in tokens", at_least=1)
     val: float = key(0.1, "fraction of the text for validation")
     test: float = key(0.1, "fraction of the text for the final test")
+    joined: bool = key(False, "a newline in place of <|endoftext|>: documents run into each other")
     data: str = key("", "prepared folder; empty: one under data/, named after the source")
     # locality
     schedule: str = key(
@@ -211,7 +212,7 @@ class Text:
 
     def __init__(self, folder, config):
         self.meta = meta = read_meta(folder)
-        for name in ("source", "tokenizer", "partition", "max_lookback", "val", "test"):
+        for name in ("source", "tokenizer", "partition", "max_lookback", "val", "test", "joined"):
             if meta[name] != getattr(config, name):
                 other = f"has just been prepared with {name} = {meta[name]!r} by another process"
                 raise InputError(f"{folder} {other}; give each a data folder of its own")

@@ -10,7 +10,7 @@ import torch
 from support.files import InputError, write_json, write_text
 from support.machine import provenance
 from support.plots import draw_sweep, layer_mean, order
-from support.settings import RETIRED
+from support.settings import ADDED, RETIRED
 
 # --------------------------------------------------------------------------------------------------
 # reading
@@ -33,7 +33,7 @@ def read_results(path):
             or not all(isinstance(word, str) for word in words)
         ):
             raise ValueError
-        config = {"max_lookback": None, **RETIRED, **results["config"]}
+        config = {"max_lookback": None, **RETIRED, **ADDED, **results["config"]}
         return {**results, "config": config, "folder": path.parent}
     except (ValueError, KeyError, TypeError, RecursionError):
         mend = "delete it, and the cell is brought to its end again"

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from support.files import InputError, append_line, lock, write_json, write_text
-from support.settings import to_toml
+from support.settings import ADDED, to_toml
 from support.weights import CHECKPOINTS, load, pack, save
 
 RESULTS = ("results.json", "attention.png", "diverged.json", "best.pt", "last.pt")
@@ -56,6 +56,7 @@ def read_checkpoint(path):
     config = state.get("config")
     if not isinstance(config, dict) or not isinstance(state.get("step"), int):
         raise InputError(f"{path}: not a checkpoint of train.py")
+    config = state["config"] = {**ADDED, **config}
     if "cwd" in config:  # it is stored as seen from the run folder
         try:
             cwd = (Path(path).parent.resolve() / config["cwd"]).resolve()

@@ -32,6 +32,8 @@ KINDS = {
 
 # keys of an earlier version, with the only value that still means something; see docs/LOG.md
 RETIRED = {"min_lookback": 0, "dial": "blend"}
+# keys that an earlier version did not have, with the value that means what it did
+ADDED = {"joined": False}
 
 
 def lost(config):
