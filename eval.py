@@ -21,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from locality import SCHEDULES, background, partition, schedule
+from locality import (
+    PARTITIONS,
+    SCHEDULES,
+    SEMANTIC,
+    background,
+    parse_partition,
+    partition,
+    reach,
+    schedule,
+)
 from model import GPT, clamp_lookback
 from prepare_data import (
     SPLITS,
@@ -55,6 +64,7 @@ TEXT_KEYS = {
     "max_lookback": int,
     "val": float,
     "test": float,
+    "joined": bool,
     "seed": int,
 }
 
@@ -98,7 +108,7 @@ def load_weights(name, device="cpu"):
     get_encoding(tokenizer)
     if tokenizer != "gpt2":
         print(f"{name} has {size} tokens; read with the tokenizer {tokenizer}", file=sys.stderr)
-    text = {"source": None, "data": "", "tokenizer": tokenizer}
+    text = {"source": None, "data": "", "tokenizer": tokenizer, "joined": False}
     text |= {"val": 0.1, "test": 0.1, "seed": None}
     blocks = {"partition": "semantic", "max_lookback": model.config.max_lookback}
     dial = {"schedule": "distributed", "fidelity": 1.0}
@@ -157,8 +167,10 @@ def evaluate(
     (dense, slower). limit: at most so many contexts, evenly spread.
     Returns a dict: loss, nats per token; perplexity = exp(loss); bits_per_byte; accuracy (top-1);
     the tokens scored and their bytes; stride and context, tokens; by_position, a list of (tokens of
-    context at least, loss in nats), which falls for as long as the model uses more context; layers,
-    as `attention_measures` has them.
+    context at least, loss in nats), which falls for as long as the model uses more context;
+    by_context, a list of (loss in nats, summed; tokens scored); reach, the median and the most
+    tokens back to the first that can change a prediction (see locality.reach), None where that is
+    the whole context; layers, as `attention_measures` has them.
     Raises InputError for an impossible stride.
     """
     was_training, device = model.training, model.wte.weight.device
@@ -173,7 +185,7 @@ def evaluate(
     if measure:  # keep the dense maps of a batch under about half a gigabyte
         batch_size = max(1, min(batch_size, 2**27 // (model.config.n_head * T * T)))
     n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
-    nats, correct, scored, size, sums = 0.0, 0, 0, 0, 0.0
+    by_context, correct, size, sums = [], 0, 0, 0.0
     nats_at = torch.zeros(T, dtype=torch.double)  # at each position of a context
     batches = range(0, len(contexts), batch_size)
     for at in tqdm(batches, desc="evaluating", leave=False, disable=None if measure else True):
@@ -183,25 +195,41 @@ def evaluate(
         score = torch.arange(T, device=device) >= torch.tensor(firsts, device=device)[:, None]
         logits = model(x, back)[0]  # (B, T, V)
         nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-        nats += nll[score].cpu().double().sum().item()  # not every device has float64
-        nats_at += nll.cpu().double().sum(0)
+        nll = nll.cpu().double()  # not every device has float64
+        nats_at += nll.sum(0)
+        by_context += zip((nll * score.cpu()).sum(1).tolist(), score.sum(1).tolist())
         correct += (logits.argmax(-1) == y)[score].sum().item()
-        scored += score.sum().item()
         size += n_bytes[y[score]].sum().item()
         if measure:
             sums = sums + attention_measures(model, x, back, score)
     model.train(was_training)
+    nats, scored = map(sum, zip(*by_context))
     results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored}
     results |= {"bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored}
     results |= {"tokens": scored, "bytes": size, "stride": stride, "context": T}
     edges = [0, *(2**i for i in range(4, 40) if 2**i < T), T]
     means = [nats_at[a:b].mean().item() / len(contexts) for a, b in zip(edges, edges[1:])]
     results["by_position"] = [(a + 1, mean) for a, mean in zip(edges, means)]
+    results["by_context"] = by_context
+    results["reach"] = reached(model, lookback, contexts, T)
     if measure:
         keys = "fidelity", "pointer_accuracy", "entropy", "first_token"
         rows = zip(model.locality, (sums / scored).tolist())
         results["layers"] = [{"locality": x, **dict(zip(keys, row))} for x, row in rows]
     return results
+
+
+def reached(model, lookback, contexts, T):
+    """How many tokens back is the first that can change a prediction? {"median", "most"} over the
+    predictions that contexts, as `windows` gives them, score; None if it is the whole context."""
+    if min(model.locality) < 1 or model.config.anchor:
+        return None
+    tokens, found = np.arange(T), []
+    for start, first in contexts:
+        back = np.minimum(lookback[start : start + T], model.config.max_lookback)
+        found.append((tokens - reach(back, model.locality))[first:])
+    found = np.concatenate(found)
+    return {"median": float(np.median(found)), "most": int(found.max())}
 
 
 def attention_measures(model, idx, lookback, score):
@@ -270,7 +298,19 @@ def table(results):
     )
     losses = ", ".join(f"from {n} {nats:.3f}" for n, nats in results["by_position"])
     lines.append(f"loss, nats, by tokens of context: {losses}")
+    lines.append(say_reach(results["reach"]))
     return "\n".join(lines)
+
+
+def say_reach(found):
+    """In words, what `reached` found."""
+    if found is None:
+        return (
+            "reach: the whole context (a layer with a dial below 1, or an anchor, sees all of it)"
+        )
+    median, most = found["median"], found["most"]
+    held = "no earlier token can change a prediction, whatever the weights"
+    return f"reach, certified: {median:.0f} tokens (median), {most} at most; {held}"
 
 
 def dial_table(rows):
@@ -323,7 +363,7 @@ def main():
     add("--split", default="test", choices=SPLITS)
     add("--schedule", help="another schedule than the one it was trained with")
     add("--fidelity", type=float, help="another fidelity, in (0, 1]")
-    add("--partition", help="other blocks: semantic, sentence, window:N or block:N")
+    add("--partition", help=f"other blocks: {PARTITIONS}")
     add("--dial-sweep", action="store_true", help="every schedule at four fidelities")
     add("--contexts", type=int, help="at most so many contexts, evenly spread (default: all)")
     add("--stride", type=int, help="tokens between two contexts (default: half a context)")
@@ -388,7 +428,9 @@ def read_text(config, split, method=None):
     if method != config["partition"]:
         check_blocks(method, config["max_lookback"], config["val"], config["test"])
         words = meta["background"]
-        if words is None and method == "semantic":
+        if config["joined"] and method == "document":
+            raise InputError(f"{folder} is joined: it does not say where a document ends")
+        if words is None and parse_partition(method)[0] in SEMANTIC:
             words = background(read_split(folder, "train")[0], vocabulary)
         lookback = partition(tokens, vocabulary, method, config["max_lookback"], words)
     return (tokens, lookback), method, vocabulary

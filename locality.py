@@ -309,15 +309,52 @@ class ChangePoints:
 # partitioners
 
 
+FOLLOW_TEXT = ("semantic", "semantic:closed", "sentence", "document")
+TAKE_LENGTH = ("window", "block", "aligned", "shifted")
+SEMANTIC = ("semantic", "semantic:closed", "shifted")  # these know the words of the training split
+PARTITIONS = ", ".join([*FOLLOW_TEXT, *(f"{name}:N" for name in TAKE_LENGTH)])
+
+
 def parse_partition(method):
-    """("semantic" or "sentence", None), or ("window" or "block", N). Else raises InputError."""
+    """(name, N), N in tokens; None for a name that takes no N. Raises InputError for another name.
+
+    semantic       blocks about one thing. Token i is in the block, but that it began there may
+                   have become known later (`ChangePoints`)
+    semantic:closed  the same, cut at the token where it became known: no token of a block has
+                   looked further back than the block does
+    sentence       the sentence. It begins where it is known to have begun, as a rule at once
+    document       since the last <|endoftext|>
+    window:N       the last N tokens
+    block:N        tokens 0 … N - 1, N … 2 N - 1, …: cut by a ruler
+    aligned:N      a block begins with the first sentence after N tokens: aligned with sentences as
+                   semantic blocks are, blind to meaning
+    shifted:N      the semantic blocks of the text N tokens before: right lengths, wrong places
+    """
     name, _, n = str(method).partition(":")
-    if method in ("semantic", "sentence", "document"):
-        return name, None
-    if name in ("window", "block") and n.isascii() and n.isdigit() and len(n) < 10 and int(n) > 0:
+    if method in FOLLOW_TEXT:
+        return method, None
+    if name in TAKE_LENGTH and n.isascii() and n.isdigit() and len(n) < 10 and int(n) > 0:
         return name, int(n)
-    known = "semantic, sentence, window:N or block:N with N > 0 tokens"
-    raise InputError(f"partition must be {known}, not {method!r}")
+    raise InputError(f"partition must be one of {PARTITIONS} (N > 0 tokens), not {method!r}")
+
+
+def reach(lookback, lambdas, anchor=False):
+    """The earliest token that can reach the output at each token, through all layers.
+
+    lookback: (n,) integers of one context; lambdas: the dial of every layer; anchor: token 0 is in
+    every block. Returns (n,) int64.
+    A layer at 1 lets a token read from the start of its block on. A token in there has read, one
+    layer below, from the start of its own block on; and so down to the first layer. A layer below 1
+    reads the whole context, and so does an anchor. Whatever the weights, no token before this one
+    can change the output by one bit (as long as the blocks stay the same).
+    """
+    tokens = np.arange(len(lookback))
+    if anchor or min(lambdas) < 1:
+        return np.zeros_like(tokens)
+    start, earliest = tokens - np.minimum(lookback, tokens), tokens
+    for _ in lambdas:
+        earliest = start[earliest]
+    return earliest
 
 
 class Partitioner:
@@ -327,10 +364,11 @@ class Partitioner:
     max_lookback: tokens, 1 ... 65535. background: what `background` made of a training split, or
     None. Raises InputError.
 
-    moves: what the last push found in a `semantic` or `sentence` partition, a list of (token,
-    block, bits): from that token on, the block begins at token `block`. The first entry says where
-    it began before. bits: how sure the change-point model was that a new block had begun, log2 of
-    the odds; None where the cap decided, or there is no such model; inf where a document begins.
+    moves: what the last push found in a partition that follows sentences or documents, a list of
+    (token, block, bits): from that token on, the block begins at token `block`. The first entry
+    says where it began before. bits: how sure the change-point model was that a new block had
+    begun, log2 of the odds; None where the cap decided, or there is no such model; inf where a
+    document begins.
     """
 
     def __init__(self, token_bytes, method, max_lookback, background=None):
@@ -343,7 +381,10 @@ class Partitioner:
         self.n_bytes = np.array([len(b) for b in token_bytes], np.int64)
         self.bytes_at = np.cumsum(self.n_bytes) - self.n_bytes  # in `vocabulary`, each token's
         self.sentences, self.stems = Sentences(), Stems()
-        self.blocks = ChangePoints(background) if self.method == "semantic" else None
+        # no token of a closed block has looked further back than the block does
+        self.closed = self.method in ("semantic:closed", "sentence", "aligned")
+        self.blocks = ChangePoints(background) if self.method in SEMANTIC else None
+        self.late = np.zeros(0, np.uint16)  # lookback of the last N tokens, for shifted:N
         self.n_tokens = 0  # tokens so far
         self.n_read = 0  # bytes so far
         self.ends = np.zeros(0, np.int64)  # byte at which each of the last tokens ends
@@ -368,7 +409,15 @@ class Partitioner:
             return np.minimum(i % self.size, self.cap).astype(np.uint16)
         since, block, _ = zip(*self.find_blocks(tokens))
         block = np.repeat(block, np.diff([*since, self.n_tokens]))
-        return np.minimum(i - block, self.cap).astype(np.uint16)
+        lookback = np.minimum(i - block, self.cap).astype(np.uint16)
+        return self.shift(lookback) if self.method == "shifted" else lookback
+
+    def shift(self, lookback):
+        """The lookback of `size` tokens before; of the first `size` tokens, their own."""
+        known = np.concatenate([self.late, lookback])
+        early = max(self.size - len(self.late), 0)  # so many of them have none before
+        self.late = known[-self.size :]
+        return np.concatenate([lookback[:early], known[: max(len(lookback) - early, 0)]])
 
     def find_blocks(self, tokens):
         """`moves`, for new tokens."""
@@ -407,16 +456,20 @@ class Partitioner:
             paragraphs = np.array([e.paragraph for e in ended])
             leaning = np.array([carries_on(text) for text in texts])
             words = self.stems.of(texts)
-            best = self.blocks.observe(*words, begun, seen - self.cap, paragraphs, leaning)
+            earliest = np.zeros_like(seen) if self.closed else seen - self.cap
+            best = self.blocks.observe(*words, begun, earliest, paragraphs, leaning)
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), best)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
-            sure = not self.blocks or self.blocks.chance_later(i + 1, self.block) > SURE
+            if self.blocks:
+                sure = self.blocks.chance_later(i + 1, self.block) > SURE
+            else:
+                sure = block >= self.block + (self.size or 0)  # aligned:N
             if block > self.block and sure:
                 capped = self.block + self.cap < known  # the block before was out of the question
                 bits = self.blocks.bits_later(i + 1, self.block) if self.blocks else None
-                self.block = block
-                self.moves.append((known, block, None if capped else bits))
+                self.block = known if self.closed else block
+                self.moves.append((known, self.block, None if capped else bits))
 
     def begin_document(self, seen, start):
         """A document has ended, which token `seen` told; the next one begins at token `start`."""
@@ -428,9 +481,13 @@ class Partitioner:
 
     def keep_within_reach(self, i, until):
         """Where the block after sentence i outgrows the cap before token `until`, move on to the
-        next best start within reach."""
+        next best start within reach. A closed block is cut there."""
         while self.block + self.cap < until - 1:
             token = max(self.known, self.block + self.cap + 1)
+            if self.closed:
+                self.block += self.cap + 1
+                self.moves.append((self.block, self.block, None))
+                continue
             best = self.blocks.best(i, token - self.cap) if self.blocks else None
             if best is None:
                 best = self.start
@@ -456,7 +513,8 @@ def partition(tokens, token_bytes, method, max_lookback, background=None, out=No
     Partitioner(token_bytes, method, max_lookback, background)  # complains early
     out = np.empty(len(tokens), np.uint16) if out is None else out
     cuts = [0]
-    if method in ("semantic", "sentence", "document") and END_OF_TEXT in token_bytes:
+    name, _ = parse_partition(method)
+    if name in (*FOLLOW_TEXT, "aligned") and END_OF_TEXT in token_bytes:
         end_of_text = token_bytes.index(END_OF_TEXT)
         for i in range(0, len(tokens), CHUNK):
             ends = np.flatnonzero(tokens[i : i + CHUNK] == end_of_text) + i + 1

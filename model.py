@@ -41,7 +41,7 @@ class GPTConfig:
     n_head: int = key(12, "attention heads per layer", at_least=1)
     n_embd: int = key(768, "width of the model", at_least=1)
     dropout: float = key(0.0, "share of activations dropped in training", at_least=0, below=1)
-    max_lookback: int = key(256, "no block reaches back further, in tokens", at_least=1)
+    max_lookback: int = key(512, "no block reaches back further, in tokens", at_least=1)
     anchor: bool = key(False, "the first token of the context belongs to every block")
 
     def __post_init__(self):

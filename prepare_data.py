@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import locality
-from locality import background, parse_partition, partition
+from locality import PARTITIONS, SEMANTIC, background, parse_partition, partition
 from support import files, sentences
 from support.files import InputError
 from support.sentences import END_OF_TEXT
@@ -38,6 +38,7 @@ from support.sources import left_out, pieces, slug, source_files
 
 SPLITS = ("train", "val", "test")
 STRETCH = 1 << 22  # tokens in memory at a time
+MOST_FORCED = 0.2  # of the starts; above this, blocks follow max_lookback more than the text
 
 # --------------------------------------------------------------------------------------------------
 # tokens
@@ -114,9 +115,9 @@ def check_blocks(method, max_lookback, val, test):
     name, n = parse_partition(method)
     if not 1 <= max_lookback <= 65535:
         raise InputError(f"max_lookback must be in 1 … 65535, not {max_lookback}")
-    if n and n - 1 > max_lookback:
-        reach = f"{method} reaches {n - 1} tokens back, max_lookback allows {max_lookback}"
-        raise InputError(f"{reach}: raise max_lookback or use {name}:{max_lookback + 1}")
+    if n and n - 1 > max_lookback and name != "shifted":
+        reaches = f"{method} reaches {n - 1} tokens back, max_lookback allows {max_lookback}"
+        raise InputError(f"{reaches}: raise max_lookback or use {name}:{max_lookback + 1}")
     if not (val > 0 and test > 0 and val + test < 1):
         fractions = "fractions of the text, above 0 and together below 1"
         raise InputError(f"val and test are {fractions}, not {val} and {test}")
@@ -234,7 +235,8 @@ def split_and_partition(tokens, encoding, work, made_from):
         raise InputError(f"{made_from['source']}: {short}")
     if made_from["joined"] and method != "document":
         join_documents(tokens, vocabulary)
-    words = background(tokens[: ends[0]], vocabulary) if method == "semantic" else None
+    semantic = parse_partition(method)[0] in SEMANTIC
+    words = background(tokens[: ends[0]], vocabulary) if semantic else None
     counts = {}
     for split, start, end in zip(SPLITS, [0, *ends], ends):
         with open(work / f"{split}.lookback.bin", "wb") as f:
@@ -248,7 +250,7 @@ def split_and_partition(tokens, encoding, work, made_from):
         if made_from["joined"]:
             join_documents(tokens[start:end], vocabulary)
         tokens[start:end].tofile(work / f"{split}.bin")
-        counts[split] = statistics(tokens[start:end], lookback, vocabulary, method)
+        counts[split] = statistics(tokens[start:end], lookback, vocabulary, method, cap)
     return {"vocab_size": encoding.n_vocab, "splits": counts, "background": words}
 
 
@@ -418,17 +420,29 @@ def liveliest(lookback, T):
     return int(places[np.argmax(seen)])
 
 
-def statistics(tokens, lookback, vocabulary, method):
-    """What meta.json counts of a split: tokens, bytes, blocks and their lengths in tokens."""
+def statistics(tokens, lookback, vocabulary, method, cap):
+    """What meta.json counts of a split, a dict.
+
+    Tokens, bytes and the mean lookback; for blocks, how many, and the quartiles of their lengths in
+    tokens. For blocks that follow the text also `lag`, the median of the tokens from where a block
+    begins to where that is known; and `forced`, the share of all starts that moved because the
+    block had come to `cap` tokens, max_lookback.
+    """
     length, n_bytes = np.array([len(b) for b in vocabulary]), 0
     for at in range(0, len(tokens), STRETCH):
         n_bytes += int(length[tokens[at : at + STRETCH]].sum())
     mean = float(lookback.sum(dtype=np.int64)) / len(tokens)
     counts = {"tokens": len(tokens), "bytes": n_bytes, "mean_lookback": round(mean, 2)}
-    if not method.startswith("window"):
-        starts = block_starts(lookback)
-        quartiles = np.percentile(np.diff(starts, append=len(tokens)), (25, 50, 75)).tolist()
-        counts |= {"blocks": len(starts), "block_length_quartiles": quartiles}
+    name, _ = parse_partition(method)
+    if name == "window":
+        return counts
+    known, begun = block_moves(lookback)
+    starts = np.append(0, begun)
+    quartiles = np.percentile(np.diff(starts, append=len(tokens)), (25, 50, 75)).tolist()
+    counts |= {"blocks": len(starts), "block_length_quartiles": quartiles}
+    if name != "block" and len(begun):
+        counts["lag"] = float(np.median(known - begun))
+        counts["forced"] = round(float((lookback[known - 1] == cap).mean()), 3)
     return counts
 
 
@@ -455,9 +469,14 @@ def describe(folder, meta, tokens, lookback):
         return
     q1, median, q3 = train["block_length_quartiles"]
     lengths = f"median length {median:.0f} tokens (quartiles {q1:.0f} and {q3:.0f})"
-    print(
-        f"{method}: {train['blocks']:,} blocks in train, {lengths}, {mean}; three of them begin at"
-    )
+    print(f"{method}: {train['blocks']:,} blocks in train, {lengths}, {mean}")
+    cap, forced = meta["max_lookback"], train.get("forced")
+    if forced is not None:
+        lag = f"a new block is known {train['lag']:.0f} tokens after it began (median)"
+        print(f"{lag}; {100 * forced:.0f} % of the starts were forced by max_lookback ({cap})")
+        if forced > MOST_FORCED:
+            print(f"max_lookback cuts many blocks that would go on: raise it above {cap}")
+    print("three of the blocks begin at")
     tokens, lookback = tokens[:STRETCH], lookback[:STRETCH]
     starts = block_starts(lookback)[1:]
     if len(starts) > 3:
@@ -478,7 +497,7 @@ def main():
     add("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
     add("--out", help="folder to write (default: one under data/, named after the source)")
     add("--tokenizer", default="gpt2", help="gpt2, gpt2:N (its first N tokens) or bytes")
-    add("--partition", default="semantic", help="semantic, sentence, window:N or block:N")
+    add("--partition", default="semantic", help=PARTITIONS)
     add("--max-lookback", type=int, default=512, help="no block reaches back further, in tokens")
     add("--val", type=float, default=0.1, help="fraction of the text for validation")
     add("--test", type=float, default=0.1, help="fraction of the text for the final test")

@@ -37,6 +37,7 @@ from support.files import InputError, check_writable, run_script, write_text
 from support.machine import keep_memory, pick_device, provenance
 from support.page import fill, label, pack, pieces_of, visible
 from support.run import is_run
+from support.sentences import Sentences
 from support.sources import pieces
 from support.weights import PRETRAINED
 
@@ -56,6 +57,7 @@ class Text(NamedTuple):
     start: int  # the first token to show
     background: dict | None  # of the partition
     foreign: np.ndarray  # ids of another text, to replace sentences with
+    lookback: np.ndarray | None = None  # (n,), where it was prepared
 
 
 def own_text(config, split, T):
@@ -68,7 +70,7 @@ def own_text(config, split, T):
     tokens, lookback = read_split(folder, split, meta)
     foreign = read_split(folder, "val" if split == "test" else "test", meta)[0]
     start = liveliest(lookback, T)
-    return Text(f"{split} split", tokens, start, meta["background"], foreign)
+    return Text(f"{split} split", tokens, start, meta["background"], foreign, lookback)
 
 
 def given_text(config, path, prompt):
@@ -128,10 +130,12 @@ def cut(text, T, vocabulary, method, max_lookback):
         raise InputError(f"{text.name}: 2 tokens are needed at least, and here is {end - start}")
     how = vocabulary, method, max_lookback, text.background
     lookback, moves = walk(text.tokens[:end], *how)
+    if text.lookback is not None:  # a joined text no longer says where a document ends
+        lookback = text.lookback[:end].astype(np.int64)
     marks = [
         (token - start, block - start, "cap" if bits is None else say_bits(bits))
         for token, block, bits in moves
-        if method == "semantic" and block > start and bits != math.inf
+        if method in ("semantic", "semantic:closed") and block > start and bits != math.inf
     ]
     which = f"tokens {start:,} … {end - 1:,} of {n:,}" if end - start < n else f"all {n:,} tokens"
     return Excerpt(
@@ -161,7 +165,10 @@ def walk(tokens, *how):
 
 def sentence_starts(tokens, vocabulary):
     """The first token of each sentence of a text, a list that begins with 0."""
-    return [0, *(block for _, block, _ in walk(tokens, vocabulary, "sentence", 65535)[1])]
+    text = [vocabulary[t] for t in tokens]
+    begins = [end.next for end in Sentences().push(b"".join(text))]
+    begins = np.searchsorted(np.cumsum([len(b) for b in text]), begins, side="right")  # in tokens
+    return np.unique([0, *begins[begins < len(text)]]).tolist()
 
 
 def join_short(starts, T):

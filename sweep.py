@@ -7,14 +7,16 @@
 
 A sweep is a config of train.py with one or more tables [[sweep]] of lists: each stands for all
 combinations of its lists. Finished cells are not run again, half-run ones go on where they stopped,
-broken ones are reported at the end. window:matched and block:matched become the N that reaches back
-as far on average as the semantic blocks of the same text. The report is table.md, table.json and
-four figures.
+broken ones are reported at the end. window:matched, block:matched and aligned:matched become the N
+that reaches back as far on average, in the same text, as the semantic or semantic:closed blocks of
+the same table. The report is table.md, table.json and four figures.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
+import bisect
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -25,7 +27,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from prepare_data import prepared, read_split
+from locality import partition
+from prepare_data import get_encoding, prepared, read_meta, read_split, token_bytes
 from support.files import InputError, alone, run_script, write_text
 from support.machine import pick_device, stop_signals
 from support.report import read_results, report
@@ -54,8 +57,10 @@ def read_cells(values):
                 raise InputError(f"[[sweep]]: {key} must be a list of one or more values")
     cells = {}
     for table in tables:
+        names = [*table.get("partition", ()), values.get("partition"), "semantic"]
+        like = next(name for name in names if name in ("semantic", "semantic:closed"))
         for choice in itertools.product(*table.values()):
-            cell = resolve({**values, **dict(zip(table, choice))})
+            cell = resolve({**values, **dict(zip(table, choice))}, like)
             others = (asdict(other) for other in cells.values())
             if any(asdict(cell) == {**other, "out": cell.out} for other in others):
                 continue  # another table has it too
@@ -77,23 +82,39 @@ def name_of(cell, keys):
     return "".join(c for c in ".".join(words) if c.isalnum() or c in "_.+-")
 
 
-def resolve(values):
-    """The Config of one cell, with the N of window:matched or block:matched worked out.
+def resolve(values, like):
+    """The Config of one cell, with the N of `:matched` worked out: see `matched`.
 
-    A window of N tokens reaches back N - 1, a block of N tokens (N - 1) / 2 on average. Prepares
-    the cell's data, so that cells which run side by side find it. Raises InputError.
+    Prepares the cell's data, so that cells which run side by side find it. Raises InputError.
     """
     kind, _, n = str(values.get("partition", "")).partition(":")
-    if n == "matched" and kind in ("window", "block"):
-        config = Config(**{**values, "partition": "semantic"})
-        _, lookback = read_split(prepared(asdict(config)), "train")
-        mean = round(float(lookback.mean(dtype=float)))
-        n = mean + 1 if kind == "window" else 2 * mean + 1
+    if n == "matched" and kind in ("window", "block", "aligned"):
+        config = Config(**{**values, "partition": like})
+        n = matched(kind, prepared(asdict(config)))
         cap = max(config.max_lookback, n - 1)
         values = {**values, "partition": f"{kind}:{n}", "max_lookback": cap}
     config = Config(**values)
     prepared(asdict(config))
     return config
+
+
+def matched(kind, folder):
+    """The N with which kind:N reaches back as far, on average, as the blocks of a prepared folder.
+
+    A window of N tokens reaches back N - 1, a block of N tokens (N - 1) / 2. An aligned block is
+    longer than N by part of a sentence: there the N is searched, in the first million tokens.
+    """
+    meta = read_meta(folder)
+    tokens, lookback = read_split(folder, "train", meta)
+    mean = float(lookback.mean(dtype=float))
+    if kind != "aligned":
+        return round(mean) + 1 if kind == "window" else 2 * round(mean) + 1
+    vocabulary, some = token_bytes(get_encoding(meta["tokenizer"])), tokens[: 1 << 20]
+
+    def too_long(n):
+        return partition(some, vocabulary, f"aligned:{n}", 65535).mean(dtype=float) >= mean
+
+    return 1 + bisect.bisect_left(range(1, 2 * math.ceil(mean) + 2), True, key=too_long)
 
 
 # --------------------------------------------------------------------------------------------------

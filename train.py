@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from eval import evaluate, figure, table
-from locality import Partitioner, schedule
+from locality import PARTITIONS, Partitioner, schedule
 from model import GPT, GPTConfig
 from prepare_data import (
     SPLITS,
@@ -57,7 +57,7 @@ class Config:
         "data/sample.txt", "file, folder, http(s) address, gutenberg:NUMBER, or a list of these"
     )
     tokenizer: str = key("gpt2", "gpt2, gpt2:N (its first N tokens) or bytes")
-    partition: str = key("semantic", "semantic, sentence, window:N or block:N")
+    partition: str = key("semantic", PARTITIONS)
     max_lookback: int = key(512, "no block reaches back further, in tokens", at_least=1)
     val: float = key(0.1, "fraction of the text for validation")
     test: float = key(0.1, "fraction of the text for the final test")
@@ -401,7 +401,7 @@ def finish(run, config, model, text, here):
     best_step, val_loss = run.load_best()
     batch_size = max(1, config.batch_size // here.world)
     results = {name: getattr(config, name) for name in ("schedule", "fidelity", "partition")}
-    results["split"] = "test"
+    results |= {"split": "test", "blocks": text.meta["splits"]["train"]}
     results |= evaluate(model, *text.test, text.vocabulary, batch_size=batch_size)
     results |= {"val_loss": val_loss, "best_step": best_step, "steps": run.step}
     results["seconds"] = round(run.elapsed(), 1)

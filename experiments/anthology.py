@@ -22,11 +22,11 @@ HEADING = re.compile(r"\s*=.*=\s*")
 
 
 def passages(text, rng, shortest, longest):
-    """Yield the passages of a text, strings: whole paragraphs, together at least as long as a length
-    drawn for each (log-uniform between shortest and longest, characters).
+    """Yield the passages of a text, strings.
 
-    What is left before a heading, or at the end, is a passage if it has `shortest` characters.
-    rng: a random.Random.
+    Each is a few whole paragraphs, together at least as long as a length drawn for it: log-uniform
+    between shortest and longest, in characters. What is left before a heading, or at the end, is a
+    passage if it has `shortest` characters. rng: a random.Random.
     """
 
     def draw():

@@ -117,9 +117,31 @@ def paired(a, b):
     }
 
 
+def over_text(a, b):
+    """The 95 % interval of a ratio of perplexities, had the test text been another of its kind.
+
+    a, b: runs, as `read_results` gives them; the seeds that both have are averaged. The contexts of
+    the text are drawn anew, 10,000 times. Returns (low, high), None where the runs did not keep
+    their losses context by context, or not of the same contexts.
+    """
+    a, b = ({r["seed"]: np.array(r.get("by_context", [])) for r in runs} for runs in (a, b))
+    seeds = sorted(a.keys() & b.keys())
+    found = [of[seed] for seed in seeds for of in (a, b)]  # (contexts, 2): nats, tokens
+    if any(x.shape != found[0].shape or len(x) < 8 or (x != found[0])[:, 1].any() for x in found):
+        return None
+    d = np.mean([a[seed][:, 0] - b[seed][:, 0] for seed in seeds], axis=0)  # (contexts,)
+    n = len(d)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000)  # (10000, contexts)
+    ratios = np.exp(drawn @ d / (drawn @ found[0][:, 1]))
+    return tuple(np.percentile(ratios, (2.5, 97.5)).tolist())
+
+
 # --------------------------------------------------------------------------------------------------
 # groups: cells that differ in the seed alone
 
+# what blocks are compared with; two of them do not reach back as far on average
+RIVALS = "window", "block", "aligned", "shifted", "document", "semantic:closed"
+UNMATCHED = "document", "semantic:closed"
 # what a distributed run does not depend on
 LOCAL = ("schedule", "partition", "fidelity", "max_lookback", "anchor", *RETIRED)
 
@@ -135,13 +157,14 @@ def collect(folder):
         raise InputError(f"{folder}: no finished cell here; run the sweep first")
     for r in results:  # a cap that never binds tells nothing apart
         r["cap"] = r["config"]["max_lookback"]
-        if r["config"]["partition"].startswith(("window", "block")):
+        if kind(r) in ("window", "block", "aligned"):
             r["config"]["max_lookback"] = None
     keys = differing([r["config"] for r in results])
     groups = {}
     for r in results:
         values = tuple(str(r["config"].get(key)) for key in keys)
-        new = {"config": r["config"], "cap": r["cap"], "runs": []}
+        found = r.get("blocks") or {}
+        new = {"config": r["config"], "cap": r["cap"], "blocks_found": found, "runs": []}
         groups.setdefault(values, new)["runs"].append(r)
     groups = list(groups.values())
     name_groups(groups, keys)
@@ -158,6 +181,12 @@ def collect(folder):
         group["ratio"] = paired(group["loss"], base[0]) if base else None
     groups.sort(key=lambda g: (g["blocks"] != "", g["blocks"], order(g["schedule"])))
     return groups, keys
+
+
+def kind(group):
+    """The partition of a group, or of a cell, without the N: a string."""
+    name, _, n = group["config"]["partition"].partition(":")
+    return name if n.isdigit() else group["config"]["partition"]
 
 
 def differing(configs):
@@ -198,8 +227,9 @@ def comparisons(groups, keys):
     Returns a list of dicts with `first`, `second` and what `paired` gives.
     """
     rows = []
-    for rival in ("window", "block"):
-        rows += compare(groups, keys, "partition", "semantic", rival)
+    for blocks in ("semantic", "semantic:closed"):
+        for rival in RIVALS:
+            rows += compare(groups, keys, "partition", blocks, rival)
     rows += compare(groups, keys, "schedule", "quintic", "localist")
     rows += compare(groups, keys, "schedule", "quintic", "reversed")
     for g in groups:
@@ -211,12 +241,20 @@ def comparisons(groups, keys):
 def compare(groups, keys, key, first, second):
     """Compare all groups that differ in one key alone, `first` there against `second`.
 
-    Where there are several pairs of blocks, their mean is compared too, seed by seed.
+    key: "schedule" or "partition", there without its N. Where there are several pairs of blocks,
+    their mean is compared too, seed by seed.
     """
     caps = {g["config"]["max_lookback"] for g in groups} - {None}
     same = [k for k in keys if k not in (key, "max_lookback")]
 
-    def fits(a, b):  # a window or fixed blocks were matched to the blocks of their own cap
+    def value(group):
+        return kind(group) if key == "partition" else group["schedule"]
+
+    def fits(a, b):
+        """Were they matched to each other? Else one has more in sight than the other."""
+        means = a["blocks_found"].get("mean_lookback"), b["blocks_found"].get("mean_lookback")
+        if key == "partition" and None not in means:
+            return second in UNMATCHED or math.isclose(*means, rel_tol=0.05)
         one_sided = None in (a["config"]["max_lookback"], b["config"]["max_lookback"])
         return a["cap"] == b["cap"] or len(caps) < 2 and one_sided
 
@@ -224,8 +262,7 @@ def compare(groups, keys, key, first, second):
     for a in groups:
         for b in groups:
             if (
-                str(a["config"][key]).startswith(first)
-                and str(b["config"][key]).startswith(second)
+                (value(a), value(b)) == (first, second)
                 and "distributed" not in (a["schedule"], b["schedule"])
                 and fits(a, b)
                 and all(a["config"].get(k) == b["config"].get(k) for k in same)
@@ -233,7 +270,13 @@ def compare(groups, keys, key, first, second):
             ):
                 pairs.append((a, b))
     rows = [
-        {"first": a["name"], "second": b["name"], **paired(a["loss"], b["loss"])} for a, b in pairs
+        {
+            "first": a["name"],
+            "second": b["name"],
+            **paired(a["loss"], b["loss"]),
+            "text": over_text(a["runs"], b["runs"]),
+        }
+        for a, b in pairs
     ]
     if key == "schedule" or len(pairs) < 2:
         return rows
@@ -249,15 +292,19 @@ def compare(groups, keys, key, first, second):
 # tables
 
 COLUMNS = """configuration | seeds | perplexity | 95 % interval | ratio to distributed [95 %] |
+mean lookback, tokens | starts forced by the cap, % |
 accuracy, % | bits per byte | fidelity: last layer | mean | entropy, bits: last layer | mean"""
-PAIRS = "first | second | seeds | perplexity, first to second [95 %] | p, exact | least p possible"
+PAIRS = """first | second | seeds | perplexity, first to second [95 %] | p, exact |
+least p possible | 95 % over the text"""
 NOTE = """± is the standard deviation over seeds. Ratios and differences are paired by seed; their
 intervals are Student's t on the logarithms. A seed changes the order of the training data (and the
 weights, from scratch); the test text is the same for all, so nothing here speaks for another book.
+Lookback and starts are of the training split.
 """
 NOTE_P = """p: exact two-sided permutation test, all ways to flip the signs of the paired
-differences. It cannot fall below the last column, however large the effect. No correction for the
-number of comparisons.
+differences. It cannot fall below the next column, however large the effect. No correction for the
+number of comparisons. Over the text: the mean of the seeds, with the contexts of the test text
+drawn anew (10,000 times).
 """
 
 
@@ -288,6 +335,9 @@ def markdown(groups, rows, about):
         mean, _, half = interval(perplexity)
         width = f"{mean - half:.3f} … {mean + half:.3f}" if half is not None else "–"
         cells = [g["name"], len(runs), plus_minus(perplexity, 3), width, with_interval(g["ratio"])]
+        found = g["blocks_found"] if g["blocks"] else {}  # a distributed run does not use them
+        cells.append(f"{found['mean_lookback']:.0f}" if "mean_lookback" in found else "–")
+        cells.append(f"{100 * found['forced']:.0f}" if "forced" in found else "–")
         cells.append(plus_minus([100 * r["accuracy"] for r in runs], 2))
         cells.append(plus_minus([r["bits_per_byte"] for r in runs], 4))
         for key, digits in (("fidelity", 3), ("entropy", 2)):
@@ -296,10 +346,13 @@ def markdown(groups, rows, about):
         lines.append(line(cells))
     lines += ["", NOTE]
     if rows:
-        lines += [f"| {PAIRS} |", "| --- " * (PAIRS.count("|") + 1) + "|"]
+        columns = PAIRS.replace("\n", " ")
+        lines += [f"| {columns} |", "| --- " * (columns.count("|") + 1) + "|"]
         for row in rows:
             cells = [row["first"], row["second"], row["seeds"], with_interval(row)]
-            lines.append(line([*cells, f"{row['p']:.3g}", f"{row['p_least']:.3g}"]))
+            cells += [f"{row['p']:.3g}", f"{row['p_least']:.3g}"]
+            text = row.get("text")
+            lines.append(line([*cells, f"{text[0]:.4f} … {text[1]:.4f}" if text else "–"]))
         lines += ["", NOTE_P]
     lines.append("; ".join(f"{key} {value}" for key, value in about.items()))
     return "\n".join(lines) + "\n"
@@ -324,7 +377,7 @@ def report(folder):
     configurations = []
     for g in groups:
         kept = [{k: v for k, v in r.items() if k not in ("folder", "config")} for r in g["runs"]]
-        found = {key: g[key] for key in ("name", "ratio", "config")}
+        found = {key: g[key] for key in ("name", "ratio", "config", "blocks_found")}
         configurations.append({**found, "runs": kept})
     table = {"about": about, "configurations": configurations, "comparisons": rows}
     text = markdown(groups, rows, about)

@@ -8,9 +8,11 @@ import pytest
 
 from locality import SCHEDULES, Partitioner, background, parse_partition, partition, schedule
 from support.files import InputError
+from support.sentences import Sentences
 
 BYTES = [bytes([i]) for i in range(256)]
-METHODS = ["semantic", "sentence", "window:7", "block:5"]
+METHODS = ["semantic", "semantic:closed", "sentence", "document", "window:7", "block:5"]
+METHODS += ["aligned:40", "shifted:30"]
 
 # pieces that, put together at random, make every kind of sentence end there is, and many that only
 # look like one
@@ -72,12 +74,10 @@ def as_bytes(text):
     )
 
 
-def starts(text, method="sentence", max_lookback=65535):
-    """The pieces of `text` that begin where the partition lets a block begin."""
-    tokens = as_bytes(text)
-    first = np.arange(len(tokens)) - partition(tokens, BYTES, method, max_lookback)
-    cuts = sorted(set(first.tolist())) + [len(tokens)]
-    raw = tokens.astype(np.uint8).tobytes()
+def sentences_of(text):
+    """The sentences of a text, without the white space around them."""
+    raw = text.encode()
+    cuts = [0, *(end.next for end in Sentences().push(raw)), len(raw)]
     return [raw[a:b].decode(errors="replace").strip() for a, b in zip(cuts, cuts[1:])]
 
 
@@ -340,14 +340,14 @@ def test_background_does_not_depend_on_the_tokens():
     ],
 )
 def test_sentences(sentences):
-    assert starts(" ".join(sentences)) == sentences
+    assert sentences_of(" ".join(sentences)) == sentences
 
 
 @pytest.mark.parametrize(
     "text", ["我们走进森林。树很高！「你好。」他说？是", "クジラは海にいる。船が来た！本当？はい"]
 )
 def test_sentences_without_spaces(text):
-    assert starts(text) == [
+    assert sentences_of(text) == [
         s
         for s in text.replace("。", "。|")
         .replace("！", "！|")
@@ -359,12 +359,12 @@ def test_sentences_without_spaces(text):
 
 
 def test_paragraphs_lists_headings():
-    assert starts("CHAPTER ONE\n\nIt was late\nand dark\n\nThe next day") == [
+    assert sentences_of("CHAPTER ONE\n\nIt was late\nand dark\n\nThe next day") == [
         "CHAPTER ONE",
         "It was late\nand dark",
         "The next day",
     ]
-    assert starts("We need:\n- eggs\n- flour\n2. milk\n* tea\n# Title\n\nEnd") == [
+    assert sentences_of("We need:\n- eggs\n- flour\n2. milk\n* tea\n# Title\n\nEnd") == [
         "We need:",
         "- eggs",
         "- flour",
@@ -384,7 +384,7 @@ def test_one_sentence_a_line():
         "another",
         "and so on",
     ]
-    assert starts("\n".join(lines)) == lines
+    assert sentences_of("\n".join(lines)) == lines
 
 
 def test_sentence_start_is_known_at_its_first_token():
@@ -398,12 +398,13 @@ def test_sentence_start_is_known_at_its_first_token():
 
 def test_no_punctuation_at_all():
     """Text that never ends a sentence still has blocks, cut at white space."""
-    tokens = as_bytes("all work and no play makes it a dull day indeed " * 200)
-    for method in ("sentence", "semantic"):
-        lookback = partition(tokens, BYTES, method, 5000)
-        first = np.unique(np.arange(len(tokens)) - lookback.astype(int))
-        assert len(first) > (3 if method == "sentence" else 1)
-        assert all(f == 0 or tokens[f - 1] == 32 for f in first)
+    text = "all work and no play makes it a dull day indeed " * 200
+    tokens = as_bytes(text)
+    lookback = partition(tokens, BYTES, "semantic", 5000)
+    first = np.unique(np.arange(len(tokens)) - lookback.astype(int))
+    assert len(first) > 1 and all(f == 0 or tokens[f - 1] == 32 for f in first)
+    first = np.cumsum([len(sentence) + 1 for sentence in sentences_of(text)])[:-1]
+    assert len(first) > 3 and all(tokens[f - 1] == 32 for f in first)
 
 
 # --------------------------------------------------------------------------------------------------

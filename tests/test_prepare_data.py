@@ -119,10 +119,9 @@ def test_data_is_made_again_when_the_code_of_blocks_has_changed_and_only_then(
 
 
 def test_where_a_block_slides_at_the_cap_no_new_one_is_counted():
-    write(
-        "book.txt", ("Here " + "are words " * 8 + "and then some. ") * 50
-    )  # sentences of 100 bytes
-    folder = prepare("book.txt", "out", "bytes", "sentence", max_lookback=20)
+    # documents of 100 bytes
+    write("book.txt", ("Here " + "are words " * 8 + "so<|endoftext|>") * 50)
+    folder = prepare("book.txt", "out", "bytes", "document", max_lookback=20)
     for split, blocks in (("train", 40), ("val", 5), ("test", 5)):
         counts = read_meta(folder)["splits"][split]
         assert counts["blocks"] == blocks and counts["block_length_quartiles"] == [100, 100, 100]
