@@ -391,6 +391,7 @@ class Partitioner:
         self.start = 0  # first token of the running sentence
         self.known = 0  # token that told of it
         self.block = 0  # first token of the running block
+        self.topic = 0  # the same, had a closed block not been cut
         self.moves = []
 
     def push(self, tokens):
@@ -438,7 +439,7 @@ class Partitioner:
             if stop < len(ended):
                 # a new document begins with the next token, or with this one if it goes on after
                 seen = int(at[stop, 1])
-                self.begin_document(seen, seen + int(self.ends[seen - origin] == ended[stop].next))
+                self.begin_document(seen + int(self.ends[seen - origin] == ended[stop].next))
             begin = stop + 1
         self.keep_within_reach(-1, self.n_tokens)
         self.ends = self.ends[np.searchsorted(self.ends, self.sentences.begin, side="right") :]
@@ -462,19 +463,21 @@ class Partitioner:
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
             if self.blocks:
-                sure = self.blocks.chance_later(i + 1, self.block) > SURE
+                sure = self.blocks.chance_later(i + 1, self.topic) > SURE
             else:
                 sure = block >= self.block + (self.size or 0)  # aligned:N
-            if block > self.block and sure:
+            if block > self.topic and sure:
                 capped = self.block + self.cap < known  # the block before was out of the question
-                bits = self.blocks.bits_later(i + 1, self.block) if self.blocks else None
-                self.block = known if self.closed else block
-                self.moves.append((known, self.block, None if capped else bits))
+                bits = self.blocks.bits_later(i + 1, self.topic) if self.blocks else None
+                self.topic = block
+                if block > self.block:  # a closed block may begin later already
+                    self.block = known if self.closed else block
+                    self.moves.append((known, self.block, None if capped else bits))
 
-    def begin_document(self, seen, start):
-        """A document has ended, which token `seen` told; the next one begins at token `start`."""
-        self.keep_within_reach(-1, seen)
-        self.start = self.block = self.known = start
+    def begin_document(self, start):
+        """A document has ended; the next one begins at token `start`."""
+        self.keep_within_reach(-1, start)
+        self.start = self.block = self.topic = self.known = start
         self.moves.append((start, start, math.inf))
         if self.blocks:
             self.blocks.reset()
@@ -493,7 +496,7 @@ class Partitioner:
                 best = self.start
             if best <= self.block:
                 return  # one sentence longer than the cap: the window slides
-            self.block = best
+            self.block = self.topic = best
             self.moves.append((token, best, None))
 
 

@@ -6,7 +6,16 @@ import random
 import numpy as np
 import pytest
 
-from locality import SCHEDULES, Partitioner, background, parse_partition, partition, schedule
+from conftest import ROOT
+from locality import (
+    SCHEDULES,
+    Partitioner,
+    background,
+    parse_partition,
+    partition,
+    reach,
+    schedule,
+)
 from support.files import InputError
 from support.sentences import Sentences
 
@@ -145,6 +154,11 @@ def test_schedule_names_the_nearest():
         "window:" + "9" * 5000,
         "block:x",
         "sentence:3",
+        "semantic:open",
+        "sentence:closed",
+        "aligned",
+        "aligned:0",
+        "shifted:matched",
         None,
         3,
     ],
@@ -212,6 +226,82 @@ def test_streaming_agrees_and_nothing_leaks(method, seed):
             np.uint16
         )
         assert (partition(other, vocabulary, method, max_lookback, known)[:at] == whole[:at]).all()
+
+
+def block_starts_of(tokens, vocabulary, method, max_lookback, known=None):
+    """The token at which each token's block begins, and the lookback, (n,) int64 each."""
+    lookback = partition(tokens, vocabulary, method, max_lookback, known).astype(int)
+    return np.arange(len(tokens)) - lookback, lookback
+
+
+@pytest.mark.parametrize("method", ["semantic:closed", "sentence", "block:9", "aligned:40"])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_token_of_a_closed_block_looks_further_back_than_the_block(method, seed):
+    known = [None, SOME_BACKGROUND][seed % 2]
+    for max_lookback in (8, 40, 150, 3000):
+        tokens, vocabulary = random_tokens(seed, random_text(seed, 900))
+        start, lookback = block_starts_of(tokens, vocabulary, method, max_lookback, known)
+        assert (start[start] == start).all()  # a block's first token looks at itself alone
+        assert len(np.unique(start)) > 3 and lookback.max() <= max_lookback
+        # the cap cuts: the next block begins when the one before is full, or earlier
+        assert (np.diff(np.append(np.unique(start), len(tokens))) <= max_lookback + 1).all()
+
+
+def test_semantic_blocks_are_not_closed_and_closed_ones_lie_within_them():
+    text = (ROOT / "data" / "sample.txt").read_bytes()[:30_000]
+    tokens, known = as_bytes(text), background(as_bytes(text), BYTES)
+    start, _ = block_starts_of(tokens, BYTES, "semantic", 65535, known)
+    closed, _ = block_starts_of(tokens, BYTES, "semantic:closed", 65535, known)
+    assert len(np.unique(closed)) > 10 and (start[start] < start).any()
+    assert (closed >= start).all()
+    moved = {int(t) for t in np.flatnonzero(np.diff(start)) + 1}
+    assert {int(t) for t in np.unique(closed)} - {0} <= moved  # cut where a block was noticed
+
+
+def test_aligned_blocks_begin_with_the_first_sentence_after_n_tokens():
+    text = "".join(f"Here are {'so many ' * (i % 7)}words. " for i in range(200))
+    begins = np.cumsum([len(s) + 1 for s in sentences_of(text)])[:-1]
+    start, _ = block_starts_of(as_bytes(text), BYTES, "aligned:90", 65535)
+    expected = [0]
+    for begin in begins.tolist():
+        if begin - expected[-1] >= 90:
+            expected.append(begin)
+    assert np.unique(start).tolist() == expected and len(expected) > 20
+
+
+def test_shifted_blocks_have_the_right_lengths_in_the_wrong_places():
+    tokens = as_bytes((ROOT / "data" / "sample.txt").read_bytes()[:20_000])
+    lookback = partition(tokens, BYTES, "semantic", 900)
+    shifted = partition(tokens, BYTES, "shifted:1500", 900)
+    assert (shifted[:1500] == lookback[:1500]).all()
+    assert (shifted[1500:] == lookback[:-1500]).all() and (shifted != lookback).any()
+
+
+def test_documents_are_blocks():
+    text = b"one. Two<|endoftext|>three. Four!<|endoftext|><|endoftext|>five"
+    start, _ = block_starts_of(as_bytes(text), BYTES, "document", 1000)
+    assert np.unique(start).tolist() == [0, 21, 46, 59]
+    # a document that outgrows the cap slides
+    start, lookback = block_starts_of(as_bytes(text), BYTES, "document", 10)
+    assert lookback.max() == 10 and start[20] == 10 and start[21] == 21
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reach_is_what_the_layers_hand_on(seed):
+    """Against a product of the layers' matrices: who sees whom."""
+    rng = np.random.default_rng(seed)
+    n = 60
+    for lookback in (rng.integers(0, 20, n), np.full(n, 7), np.arange(n) % 13, np.arange(n)):
+        i = np.arange(n)
+        start = np.maximum.accumulate(np.maximum(i - lookback, 0))  # blocks never go back
+        sees = (i[None] >= start[:, None]) & (i[None] <= i[:, None])  # query, key
+        for lambdas in ([1.0], [1.0] * 4, [1.0, 0.5, 1.0], [0.0, 1.0]):
+            through = np.eye(n, dtype=bool)
+            for x in lambdas:
+                through = through @ (sees if x == 1 else np.tri(n, dtype=bool))
+            for anchor in (False, True):
+                earliest = np.zeros(n) if anchor else through.argmax(1)
+                assert (reach(i - start, lambdas, anchor) == earliest).all()
 
 
 @pytest.mark.parametrize("method", ["semantic", "sentence"])

@@ -9,11 +9,13 @@ import math
 import pickle
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from locality import Partitioner, partition, schedule
+from conftest import ROOT
+from locality import Partitioner, partition, reach, schedule
 from model import (
     GPT,
     GPTConfig,
@@ -267,6 +269,67 @@ def test_dial_one_gives_exactly_nothing_outside_the_block():
     far[i - int(r[0, i]) : i + 1] = False
     k[:, :, far], v[:, :, far] = 1e3, 1e3
     assert torch.equal(local_attention(q, k, v, block_mask(r, 8))[:, :, i], before)
+
+
+TOKENS = np.frombuffer((ROOT / "data" / "sample.txt").read_bytes()[:9000], np.uint8).astype(int)
+BYTES = [bytes([i]) for i in range(256)]
+
+
+def localist(seed, lookback):
+    """A random model, every layer at 1, and what it makes of 300 tokens in the given blocks."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(256, 300, 6, 2, 16, max_lookback=250)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    model.set_locality([1.0] * 6)
+    lookback = torch.from_numpy(lookback)[None]
+    return lambda idx: model(torch.from_numpy(idx)[None], lookback)[0][0]
+
+
+@pytest.mark.parametrize("method", ["semantic:closed", "sentence", "block:80", "aligned:60"])
+@torch.no_grad()
+def test_closed_blocks_are_blind_to_what_lies_before_them_to_the_bit(method):
+    """A certificate from end to end: whatever the text before the block, and whatever the weights,
+    with every layer at 1 the output is the same."""
+    found = partition(TOKENS, BYTES, method, 250).astype(int)
+    checked = 0
+    for seed, at in enumerate((1000, 4200, 7700)):
+        rng = np.random.default_rng(seed)
+        idx = TOKENS[at : at + 300]
+        lookback = np.minimum(found[at : at + 300], np.arange(300))
+        start, run = np.arange(300) - lookback, localist(seed, lookback)
+        logits = run(idx)
+        assert (reach(lookback, [1.0] * 6) == start).all()
+        for begin in np.unique(start)[1:]:
+            mine = start == begin
+            other = np.append(rng.integers(0, 256, begin), idx[begin:])
+            assert (other != idx).any() and torch.equal(run(other)[mine], logits[mine])
+            checked += 1
+    assert checked > 2
+
+
+@torch.no_grad()
+def test_semantic_blocks_are_not_and_what_can_reach_a_token_does():
+    """The reach is attained: the earliest token that may change an output does change it, and no
+    earlier one does."""
+    found = partition(TOKENS, BYTES, "semantic", 60).astype(int)
+    inside = further = 0
+    for seed, at in enumerate((1000, 4200)):
+        idx = TOKENS[at : at + 300]
+        lookback = np.minimum(found[at : at + 300], np.arange(300))
+        run, earliest = localist(seed, lookback), reach(lookback, [1.0] * 6)
+        logits = run(idx)
+        for token in range(20, 300, 20):
+            first = earliest[token]
+            further += first < token - lookback[token]
+            other = idx.copy()
+            other[first] = (other[first] + 1) % 256
+            assert not torch.equal(run(other)[token], logits[token])
+            if first > 0:
+                other = np.append((idx[:first] + 1) % 256, idx[first:])
+                assert torch.equal(run(other)[token], logits[token])
+                inside += 1
+    assert inside > 3 and further > 10
 
 
 def test_fidelity_is_certified_and_entropy_bounded_whatever_the_weights():

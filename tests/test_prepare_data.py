@@ -80,7 +80,7 @@ def test_a_prepared_folder_is_made_again_only_when_something_changed():
 
 CODE = {
     "a constant": (locality, "SURE = 0.6", "SURE = 0.7"),
-    "a line of the partitioner": (locality, "if block > self.block and sure:", "if sure:"),
+    "a line of the partitioner": (locality, "if block > self.topic and sure:", "if sure:"),
     "a pattern": (sentences, r"\d{1,3}[.)]", r"\d{1,2}[.)]"),
     "a word list": (sentences, "furthermore instead", "furthermore"),
 }
