@@ -37,7 +37,7 @@ from support.files import InputError, check_writable, run_script, write_text
 from support.machine import keep_memory, pick_device, provenance
 from support.page import fill, label, pack, pieces_of, visible
 from support.run import is_run
-from support.sentences import Sentences
+from support.sentences import first_bytes
 from support.sources import pieces
 from support.weights import PRETRAINED
 
@@ -166,9 +166,9 @@ def walk(tokens, *how):
 def sentence_starts(tokens, vocabulary):
     """The first token of each sentence of a text, a list that begins with 0."""
     text = [vocabulary[t] for t in tokens]
-    begins = [end.next for end in Sentences().push(b"".join(text))]
-    begins = np.searchsorted(np.cumsum([len(b) for b in text]), begins, side="right")  # in tokens
-    return np.unique([0, *begins[begins < len(text)]]).tolist()
+    ends = np.cumsum([len(b) for b in text])
+    starts = np.unique(np.searchsorted(ends, first_bytes(b"".join(text)), side="right"))
+    return starts[starts < len(text)].tolist()
 
 
 def join_short(starts, T):

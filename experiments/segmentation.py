@@ -1,6 +1,7 @@
 """How good are the semantic blocks? Against known topic shifts, on a page of text, in lengths.
 
     python -m experiments.segmentation --books BOOKS.txt [--first] [--seeds N] [--json FILE]
+    python -m experiments.segmentation --haste --books BOOKS.txt [--seeds N] [--json FILE]
     python -m experiments.segmentation --page data/sample.txt [--from WORDS] [--figure FILE]
     python -m experiments.segmentation --lengths BOOK.txt BOOK.txt BOOK.txt [--figure FILE]
 
@@ -9,6 +10,10 @@ independent linear text segmentation"). A document is ten pieces. Each piece is 
 a row from another text. Where does one piece end and the next begin? BOOKS.txt holds the texts,
 with <|endoftext|> or a title of WikiText between them. With --first a piece is the first sentences
 of its text, as Choi had it. Without, it comes from anywhere in it, which suits few and long texts.
+
+--haste asks what it costs to decide sooner. A block start is taken when the odds for a new block
+are good enough (SURE in locality.py); with lower odds it is known sooner, and it is wrong more
+often.
 
 Texts count from 0. The documents are made of the texts 2, 5, 8 ... The background words come from
 the texts 0, 3, 6 ... The constants in locality.py were chosen on the texts 1, 4, 7 ... of 48 books,
@@ -25,11 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+import locality
 from locality import Partitioner, background, partition
-from prepare_data import get_encoding, token_bytes
+from prepare_data import block_moves, get_encoding, token_bytes
 from support.files import InputError, check_writable, run_script, write_json
 from support.plots import COLOURS, bare, check_suffix, pyplot, save_figure
-from support.sentences import END_OF_TEXT, PERSONS, STOP_WORDS, Stems
+from support.sentences import END_OF_TEXT, PERSONS, STOP_WORDS, Stems, first_bytes
 
 PIECES = 10  # of a document
 SETS = {"3-11": (3, 11), "3-5": (3, 5), "6-8": (6, 8), "9-11": (9, 11)}  # sentences of a piece
@@ -37,6 +43,7 @@ BREAK = re.compile(rb"<\|endoftext\|>|^ = [^=\n]+ = $", re.M)  # between texts
 HEADING = re.compile(rb"^ = = .*$", re.M)
 BYTES = [bytes([i]) for i in range(256)]
 MAX_LOOKBACK = 2048  # tokens
+SURES = 0.5, 0.6, 0.8, 0.9, 0.95, 0.99  # for --haste
 ANY_LENGTH = 65535  # bytes: a lookback that cuts no block
 
 
@@ -53,10 +60,15 @@ def read(path):
     return data
 
 
-def cut(text, method, known=None):
-    """The blocks of a text (bytes), a list of bytes."""
+def semantic_blocks(text, known):
+    """The semantic blocks of a text (bytes), a list of bytes."""
     tokens = np.frombuffer(text, np.uint8)
-    starts = np.unique(np.arange(len(tokens)) - partition(tokens, BYTES, method, ANY_LENGTH, known))
+    lookback = partition(tokens, BYTES, "semantic", ANY_LENGTH, known)
+    return pieces_at(text, np.unique(np.arange(len(tokens)) - lookback))
+
+
+def pieces_at(text, starts):
+    """A text (bytes), cut where each piece starts: a list of bytes."""
     return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]
 
 
@@ -66,7 +78,8 @@ def cut(text, method, known=None):
 
 def sentences_of(book):
     """The sentences of a book (bytes) of at least four words, each on one line."""
-    words = [sentence.split() for sentence in cut(HEADING.sub(b"", book), "sentence")]
+    text = HEADING.sub(b"", book)
+    words = [sentence.split() for sentence in pieces_at(text, first_bytes(text))]
     return [b" ".join(w) for w in words if len(w) >= 4]
 
 
@@ -198,8 +211,9 @@ def rivals(encoding, known):
     return found
 
 
-def quality(path, tokenizer, seeds, n, use_background, first):
-    """The tables: {title: {rival: {set: (Pk, WindowDiff)}}}, means over `seeds` x n documents."""
+def read_books(path, use_background, first):
+    """The sentences of every third text of a file, a list of lists; and the background words of
+    others, or None. Raises InputError for too few texts."""
     books = BREAK.split(read(path))
     if len(books) < 3:
         needed = f"at least 3 are needed, with {END_OF_TEXT.decode()} between them"
@@ -211,6 +225,12 @@ def quality(path, tokenizer, seeds, n, use_background, first):
     known = None
     if use_background:
         known = background(np.frombuffer(END_OF_TEXT.join(books[0::3]), np.uint8), BYTES)
+    return sources, known
+
+
+def quality(path, tokenizer, seeds, n, use_background, first):
+    """The tables: {title: {rival: {set: (Pk, WindowDiff)}}}, means over `seeds` x n documents."""
+    sources, known = read_books(path, use_background, first)
     contest = rivals(get_encoding(tokenizer), known)
     groups_of = {"ten books": [sources], "ten places of one book": [places(s) for s in sources]}
     if first:
@@ -229,6 +249,54 @@ def quality(path, tokenizer, seeds, n, use_background, first):
                 scores = [(p_k(*g), window_diff(*g)) for g in got]
                 table[rival][name] = np.mean(scores, axis=0).tolist()
     return tables
+
+
+def haste(path, tokenizer, seeds, n, use_background, first):
+    """What it costs to decide sooner: a list of dicts, one for each value of SURE.
+
+    sure; Pk and WindowDiff; lag, the median of the tokens from where a block begins to where that
+    is known; mean lookback, tokens, of the blocks and of the same blocks closed. Means over `seeds`
+    x n documents of pieces of 3 to 11 sentences.
+    """
+    sources, known = read_books(path, use_background, first)
+    encoding, rows, usual = get_encoding(tokenizer), [], locality.SURE
+    vocabulary = token_bytes(encoding)
+    documents = []
+    for seed in range(seeds):
+        rng = random.Random(f"{seed} 3-11")
+        documents += [choi_document(sources, *SETS["3-11"], rng, first) for _ in range(n)]
+    texts = [encoding.encode_to_numpy(b" ".join(s).decode()) for s, _ in documents]
+    try:
+        for sure in SURES:
+            locality.SURE = sure
+            got = [(semantic(encoding, known)(*document), document[1]) for document in documents]
+            scores = np.mean([(p_k(*g), window_diff(*g)) for g in got], axis=0).tolist()
+            lags, means = [], []
+            for tokens in texts:
+                how = MAX_LOOKBACK, known
+                open_, closed = (
+                    partition(tokens, vocabulary, method, *how)
+                    for method in ("semantic", "semantic:closed")
+                )
+                lags.append(np.subtract(*block_moves(open_)))
+                means.append((open_.mean(dtype=float), closed.mean(dtype=float)))
+            row = {"sure": sure, "Pk": scores[0], "WindowDiff": scores[1]}
+            row |= {"lag": float(np.median(np.concatenate(lags)))}
+            row |= dict(zip(("mean lookback", "closed"), np.mean(means, axis=0).tolist()))
+            rows.append(row)
+    finally:
+        locality.SURE = usual
+    return rows
+
+
+def print_haste(rows):
+    print("how sure      Pk    WD   lag, tokens   mean lookback   the same, closed")
+    for row in rows:
+        usual = "  (as it is)" if row["sure"] == locality.SURE else ""
+        print(
+            f"{row['sure']:8.2f}{row['Pk']:8.3f}{row['WindowDiff']:6.3f}{row['lag']:14.0f}"
+            f"{row['mean lookback']:16.0f}{row['closed']:19.0f}{usual}"
+        )
 
 
 def print_tables(tables):
@@ -361,7 +429,7 @@ def draw_lengths(paths, figure):
     for path, colour, line in zip(paths, cycle(COLOURS), cycle(("-", "--", ":"))):
         text, name = read(path), Path(path).stem
         known = background(np.frombuffer(text, np.uint8), BYTES)
-        words = np.array([len(block.split()) for block in cut(text, "semantic", known)])
+        words = np.array([len(block.split()) for block in semantic_blocks(text, known)])
         low, middle, high = np.percentile(words, [25, 50, 75])
         print(
             f"{name}: {len(words)} blocks, of {middle:.0f} words at the median, "
@@ -399,6 +467,7 @@ def main():
     add("--page", metavar="FILE", help="draw a page of this text in the colours of its blocks")
     add("--lengths", metavar="FILE", nargs="+", help="draw how long the blocks of texts are")
     add = parser.add_argument
+    add("--haste", action="store_true", help="with --books: what it costs to decide sooner")
     add("--first", action="store_true", help="pieces are the first sentences of their texts")
     add("--tokenizer", choices=["gpt2", "bytes"], default="bytes", help="(default: bytes)")
     add("--no-background", action="store_true", help="do without the words of other books")
@@ -420,8 +489,8 @@ def main():
         draw_lengths(args.lengths, args.figure)
     else:
         how = args.tokenizer, args.seeds, args.documents, not args.no_background, args.first
-        tables = quality(args.books, *how)
-        print_tables(tables)
+        tables = haste(args.books, *how) if args.haste else quality(args.books, *how)
+        (print_haste if args.haste else print_tables)(tables)
         if args.json:
             write_json(args.json, tables)
 

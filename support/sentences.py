@@ -164,6 +164,11 @@ class Sentences:
             self.long_lines = self.paragraph = False
 
 
+def first_bytes(text):
+    """Where each sentence of a text (bytes) begins, a list; the first begins at 0."""
+    return [0, *(end.next for end in Sentences().push(text))]
+
+
 # --------------------------------------------------------------------------------------------------
 # words
 
