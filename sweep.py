@@ -90,8 +90,8 @@ def resolve(values, like):
     kind, _, n = str(values.get("partition", "")).partition(":")
     if n == "matched" and kind in ("window", "block", "aligned"):
         config = Config(**{**values, "partition": like})
-        n = matched(kind, prepared(asdict(config)))
-        cap = max(config.max_lookback, n - 1)
+        n, furthest = matched(kind, prepared(asdict(config)))
+        cap = max(config.max_lookback, furthest)
         values = {**values, "partition": f"{kind}:{n}", "max_lookback": cap}
     config = Config(**values)
     prepared(asdict(config))
@@ -99,7 +99,8 @@ def resolve(values, like):
 
 
 def matched(kind, folder):
-    """The N with which kind:N reaches back as far, on average, as the blocks of a prepared folder.
+    """The N with which kind:N reaches back as far, on average, as the blocks of a prepared folder;
+    and how far it reaches back at most, in tokens.
 
     A window of N tokens reaches back N - 1, a block of N tokens (N - 1) / 2. An aligned block is
     longer than N by part of a sentence: there the N is searched, in the first million tokens.
@@ -108,13 +109,16 @@ def matched(kind, folder):
     tokens, lookback = read_split(folder, "train", meta)
     mean = float(lookback.mean(dtype=float))
     if kind != "aligned":
-        return round(mean) + 1 if kind == "window" else 2 * round(mean) + 1
+        n = round(mean) + 1 if kind == "window" else 2 * round(mean) + 1
+        return n, n - 1
     vocabulary, some = token_bytes(get_encoding(meta["tokenizer"])), tokens[: 1 << 20]
 
-    def too_long(n):
-        return partition(some, vocabulary, f"aligned:{n}", 65535).mean(dtype=float) >= mean
+    def aligned(n):
+        return partition(some, vocabulary, f"aligned:{n}", 65535)
 
-    return 1 + bisect.bisect_left(range(1, 2 * math.ceil(mean) + 2), True, key=too_long)
+    sizes = range(1, 2 * math.ceil(mean) + 2)
+    n = sizes[bisect.bisect_left(sizes[:-1], mean, key=lambda n: aligned(n).mean(dtype=float))]
+    return n, int(aligned(n).max())
 
 
 # --------------------------------------------------------------------------------------------------

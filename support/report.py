@@ -127,7 +127,9 @@ def over_text(a, b):
     a, b = ({r["seed"]: np.array(r.get("by_context", [])) for r in runs} for runs in (a, b))
     seeds = sorted(a.keys() & b.keys())
     found = [of[seed] for seed in seeds for of in (a, b)]  # (contexts, 2): nats, tokens
-    if any(x.shape != found[0].shape or len(x) < 8 or (x != found[0])[:, 1].any() for x in found):
+    if not seeds or any(
+        x.shape != found[0].shape or len(x) < 8 or (x != found[0])[:, 1].any() for x in found
+    ):
         return None
     d = np.mean([a[seed][:, 0] - b[seed][:, 0] for seed in seeds], axis=0)  # (contexts,)
     n = len(d)
@@ -229,7 +231,8 @@ def comparisons(groups, keys):
     rows = []
     for blocks in ("semantic", "semantic:closed"):
         for rival in RIVALS:
-            rows += compare(groups, keys, "partition", blocks, rival)
+            if rival != blocks:
+                rows += compare(groups, keys, "partition", blocks, rival)
     rows += compare(groups, keys, "schedule", "quintic", "localist")
     rows += compare(groups, keys, "schedule", "quintic", "reversed")
     for g in groups:

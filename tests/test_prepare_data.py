@@ -25,7 +25,7 @@ from support import sentences, sources
 from support.files import InputError
 from support.sources import pieces
 
-PARTITIONS = ["semantic", "sentence", "window:20", "block:20"]
+PARTITIONS = ["semantic", "semantic:closed", "sentence", "window:20", "block:20", "shifted:200"]
 TEXT = (ROOT / "data" / "sample.txt").read_text(encoding="utf-8")
 
 
@@ -125,6 +125,71 @@ def test_where_a_block_slides_at_the_cap_no_new_one_is_counted():
     for split, blocks in (("train", 40), ("val", 5), ("test", 5)):
         counts = read_meta(folder)["splits"][split]
         assert counts["blocks"] == blocks and counts["block_length_quartiles"] == [100, 100, 100]
+
+
+@pytest.fixture
+def bytes_and_end_of_text(monkeypatch):
+    """The 256 bytes and <|endoftext|>, in the place of a tokenizer that would be downloaded."""
+    tokens = [bytes([i]) for i in range(256)]
+    encoding = prepare_data.encoding_of("b", "(?s:.)", tokens, {"<|endoftext|>": 256})
+    monkeypatch.setattr(prepare_data, "get_encoding", lambda name: encoding)
+    return "gpt2:257"
+
+
+def test_documents_that_are_joined_show_no_seam_and_are_known_to_the_oracle_alone(
+    bytes_and_end_of_text,
+):
+    texts = TEXT[:4000], TEXT[4000:9000], TEXT[9000:12000]
+    write("book.txt", "<|endoftext|>".join(texts))
+    write("seamless.txt", "\n".join(texts))
+    how = {"tokenizer": bytes_and_end_of_text, "max_lookback": 2000}
+    for method in ("document", "semantic", "sentence", "window:99"):
+        folder = prepare("book.txt", f"{method[:4]}-1", method=method, joined=True, **how)
+        seamless = prepare("seamless.txt", f"{method[:4]}-2", method=method, **how)
+        for split in ("train", "val", "test"):
+            tokens, lookback = read_split(folder, split)
+            same, other = read_split(seamless, split)
+            assert np.array_equal(tokens, same)
+            assert np.array_equal(lookback, other) == (method != "document" or split != "train")
+    tokens, lookback = read_split(
+        prepare("book.txt", "docu-1", method="document", joined=True, **how), "train"
+    )
+    starts = np.arange(len(tokens)) - lookback
+    assert starts[4001] == 4001 and starts[9001 + 300] == 9001 + 1 - 1 + 1
+    # documents that are not joined stay apart for all
+    tokens, _ = read_split(prepare("book.txt", "apart", method="sentence", **how), "train")
+    assert (tokens == 256).sum() == 2
+
+
+def test_joined_needs_a_token_that_ends_a_document():
+    write("book.txt", TEXT)
+    with pytest.raises(InputError, match="joined needs a tokenizer"):
+        prepare("book.txt", tokenizer="bytes", joined=True)
+    assert not list(Path("data").glob("*/meta.json"))
+
+
+def test_the_cap_says_how_much_it_decides(capsys):
+    """A start is forced where the block before had come to the cap."""
+    write("book.txt", TEXT)
+    vocabulary, shares = token_bytes(get_encoding("bytes")), []
+    for cap in (300, 500, 900, 4000):
+        folder = prepare("book.txt", f"cap{cap}", "bytes", "semantic", cap)
+        meta = read_meta(folder)
+        tokens, _ = read_split(folder, "train")
+        partitioner = Partitioner(vocabulary, "semantic", cap, meta["background"])
+        partitioner.push(tokens)
+        bits = [bits for _, _, bits in partitioner.moves[1:]]
+        train = meta["splits"]["train"]
+        assert train["forced"] == pytest.approx(bits.count(None) / len(bits), abs=0.002)
+        lags = [token - block for token, block, _ in partitioner.moves[1:]]
+        assert train["lag"] == np.median(lags)
+        shares.append(train["forced"])
+        capsys.readouterr()
+        prepare_data.describe(folder, meta, *read_split(folder, "train"))
+        told = capsys.readouterr().out
+        assert f"{100 * train['forced']:.0f} % of the starts were forced" in told
+        assert ("raise it above" in told) == (train["forced"] > 0.2)
+    assert shares[0] > 0.5 and shares[-1] == 0 and shares == sorted(shares, reverse=True)
 
 
 def test_a_folder_of_someone_elses_is_left_alone(tmp_path):

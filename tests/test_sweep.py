@@ -19,7 +19,7 @@ from conftest import ROOT, script_here
 from forks import children, started
 from prepare_data import read_meta
 from support.files import InputError
-from support.report import collect, comparisons, interval, paired, sign_flip_p
+from support.report import collect, comparisons, interval, over_text, paired, sign_flip_p
 from support.settings import RETIRED, to_toml
 from sweep import read_cells, run_cell
 from train import Config, read_values
@@ -75,6 +75,28 @@ def test_pairs_share_their_seeds():
     assert same["low"] == same["ratio"] == same["high"] == 1
 
 
+def test_the_interval_over_the_text_holds_the_truth_as_often_as_it_says():
+    """Contexts are drawn; the true ratio is e ** 0.02."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        tokens = rng.integers(100, 400, 60)
+        nats = rng.normal(3, 0.5, 60) * tokens
+        more = (0.02 + rng.normal(0, 0.05, 60)) * tokens
+        a, b = (
+            [
+                {"seed": s, "by_context": list(zip((n + rng.normal(0, 1, 60)), tokens))}
+                for s in (1, 2)
+            ]
+            for n in (nats + more, nats)
+        )
+        low, high = over_text(a, b)
+        held += low <= math.exp(0.02) <= high
+    assert 180 <= held < 200
+    b[1]["by_context"] = b[1]["by_context"][:-1]  # another text
+    assert over_text(a, b) is None
+    assert over_text(a[:1], b[1:]) is None and over_text([{"seed": 1}], [{"seed": 1}]) is None
+
+
 @pytest.mark.parametrize("old", [0, 1, 2])
 def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, old):
     """`old`: seeds up to this one are of commit 2c59031, whose configs had two keys more."""
@@ -99,6 +121,29 @@ def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, ol
         ("localist, semantic, max_lookback 64", "localist, window:30"),
         ("semantic, mean of 2", "window, the same"),
     ]
+
+
+def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
+    """Semantic and closed blocks in one sweep, each with rivals of its own mean lookback."""
+    means = {"semantic": 60, "window:61": 60, "aligned:118": 61, "shifted:400": 60, "document": 90}
+    means |= {"semantic:closed": 40, "window:41": 40, "block:81": 40}
+    for number, (partition, mean) in enumerate(means.items()):
+        how = {"partition": partition, "schedule": "localist", "max_lookback": 200}
+        config = Config(**{**TINY, **how})
+        layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
+        results = {"seed": 1, "layers": [layer], "config": asdict(config), "loss": 1 + number}
+        results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
+        results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
+        results["blocks"] = {"mean_lookback": mean}
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "results.json").write_text(json.dumps(results))
+    rows = {(row["first"], row["second"]) for row in comparisons(*collect(tmp_path))}
+    rows = {tuple(name.removeprefix("localist, ") for name in row) for row in rows}
+    assert rows == {
+        *(("semantic", rival) for rival in ("window:61", "aligned:118", "shifted:400", "document")),
+        *(("semantic:closed", rival) for rival in ("window:41", "block:81", "document")),
+        ("semantic", "semantic:closed"),
+    }
 
 
 def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
@@ -138,15 +183,20 @@ def test_a_cell_that_cannot_be_started_is_broken_and_the_others_go_on(tmp_path):
 
 def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rivals = [{"partition": ["semantic", "window:matched", "block:matched"]}]
-    reach = []
-    for cell in read_cells({**TINY, "sweep": rivals}).values():
-        name = f"*.{cell.partition.replace(':', '')}.{cell.max_lookback}.*"
-        (folder,) = Path("data").glob(name)
-        reach.append(np.fromfile(folder / "train.lookback.bin", np.uint16).mean())
-        assert read_meta(folder)["partition"] == cell.partition
-    assert len(reach) == 3 and reach[1:] == pytest.approx([reach[0]] * 2, abs=0.8)
-    assert reach[0] > 5
+    matched = ["window:matched", "block:matched", "aligned:matched"]
+    found = []
+    for like in ("semantic", "semantic:closed"):
+        reach = []
+        values = {**TINY, "max_lookback": 400, "sweep": [{"partition": [like, *matched]}]}
+        for cell in read_cells(values).values():
+            name = f"*.{cell.partition.replace(':', '')}.{cell.max_lookback}.*"
+            (folder,) = Path("data").glob(name)
+            reach.append(np.fromfile(folder / "train.lookback.bin", np.uint16).mean())
+            assert read_meta(folder)["partition"] == cell.partition
+        assert len(reach) == 4 and reach[1:3] == pytest.approx([reach[0]] * 2, abs=0.8)
+        assert reach[3] == pytest.approx(reach[0], rel=0.05)
+        found.append(reach[0])
+    assert found[0] > found[1] + 4 > 20
 
 
 @pytest.mark.parametrize(

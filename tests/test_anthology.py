@@ -1,0 +1,67 @@
+"""Passages are whole paragraphs of the text, none lost but headings and rests, in random order."""
+
+import random
+import re
+
+import pytest
+
+from conftest import ROOT
+from experiments.anthology import anthology, main, passages
+from support.files import run_script
+
+SAMPLE = ROOT / "data" / "sample.txt"
+WIKI = " = One = \n\n A first line .\n A second .\n\n = = Part = = \n\n Third .\n\n"
+WIKI += " = Two = \n\n Fourth .\n"
+
+
+def test_passages_are_whole_paragraphs_of_about_the_length_asked_for():
+    text = SAMPLE.read_text()
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text)]
+    found = list(passages(text, random.Random(0), 400, 1600))
+    whole = "\n\n".join(paragraphs)
+    assert whole.startswith("\n\n".join(found)) and len("\n\n".join(found)) > len(whole) - 1600
+    lengths = [len(passage) for passage in found]
+    assert min(lengths) >= 400 and len(set(lengths)) > 10
+    assert 400 < sum(lengths) / len(lengths) < 1600 + max(map(len, paragraphs))
+
+
+def test_headings_and_documents_end_a_passage_and_are_left_out():
+    found = list(passages(WIKI + "<|endoftext|>Fifth .", random.Random(0), 1, 9999))
+    assert found == ["A first line .\n A second .", "Third .", "Fourth .", "Fifth ."]
+    assert list(passages(WIKI, random.Random(0), 9, 9999)) == ["A first line .\n A second ."]
+
+
+def test_the_order_is_random_and_always_the_same(tmp_path):
+    (tmp_path / "two.txt").write_text(SAMPLE.read_text().upper())
+    paths = [SAMPLE, tmp_path / "two.txt"]
+    one, again, other = (anthology(paths, 300, 900, seed) for seed in (1, 1, 2))
+    assert one == again != other
+    assert {p.isupper() for p in one[:12]} == {True, False}  # the texts are mixed
+
+
+def test_the_script_writes_passages_with_an_end_of_text_between_them(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "passages.txt"
+    monkeypatch.setattr("sys.argv", ["anthology", str(out), str(SAMPLE), "--longest", "900"])
+    run_script(main)
+    told = capsys.readouterr().out
+    found = out.read_text().split("\n<|endoftext|>")
+    assert f"{len(found)} passages" in told and len(found) > 20
+    assert all(p.strip() in SAMPLE.read_text() for p in found)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["nowhere.txt"], "nowhere.txt"),
+        ([str(SAMPLE), "--shortest", "0"], "--shortest"),
+        ([str(SAMPLE), "--shortest", "4000"], "--shortest"),
+        ([str(SAMPLE), "--shortest", "90000", "--longest", "90000"], "too few"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, says, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["anthology", str(tmp_path / "out.txt"), *options])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "out.txt").exists()
