@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div
 import read
 from conftest import ROOT, script_here
 from eval import evaluate, load_run, read_text
-from locality import ChangePoints, Partitioner, background, partition, schedule
+from locality import ChangePoints, Partitioner, background, partition, reach, schedule
 from model import GPT, GPTConfig
 from prepare_data import block_moves, block_starts, liveliest
 from read import (
@@ -733,6 +733,7 @@ def test_what_a_browser_reads_is_what_was_measured(a_page, opened, tmp_path):
                     assert after[:N] == pytest.approx(wanted[:N].tolist())
                     assert of["new"][at] in [row["id"] for row in rows]
         assert tab.evaluate(f"[...numbers.rank{dial}]") == of["rank"].tolist()
+        assert not tab.evaluate(f"[...Array({T}).keys()].some(t => reach({dial}, t))")  # an anchor
     # what the words say
     tab.evaluate("pick({ t: 55, dial: 0, sentence: -1 })")
     panel = tab.locator(SHOWN + " .panel").text_content()
@@ -755,6 +756,33 @@ def test_what_a_browser_reads_is_what_was_measured(a_page, opened, tmp_path):
         assert ("later" in name.split()) == (i > 55)
     bars = [i for i, name in enumerate(names) if "start" in name.split()]
     assert bars == block_starts(excerpt.lookback)[1:].tolist()
+
+
+def test_the_page_tells_the_reach(opened, tmp_path):
+    """The first token that can change a prediction, where every layer is at 1."""
+    model, text = small_model(max_lookback=300), (ROOT / "data" / "sample.txt").read_bytes()
+    tokens = np.frombuffer(text, np.uint8).astype(int)
+    known = background(tokens, BYTES)
+    for method, window in (("semantic:closed", False), ("semantic", False), ("window:9", True)):
+        excerpt = cut(Text("it", tokens, 4000, known, None), 60, BYTES, method, 300)
+        lookback = np.arange(60) - np.maximum.accumulate(np.array([0, 7, 19, 33, 50]).repeat(12))
+        excerpt = excerpt if window else excerpt._replace(lookback=lookback, marks=[])
+        dials = two_dials(["localist", "quintic"], [1.0], {"fidelity": 1.0}, 3)
+        data = measure(model, excerpt, BYTES, tokens, dials, 1)
+        data |= {"run": "a", "partition": method, "max_lookback": 300, "seed": None}
+        data |= {"command": "c", "commit": "c", "date": "d", "device": "cpu", "torch": "t"}
+        (tmp_path / "page.html").write_text(fill(data), encoding="utf-8")
+        tab = opened(tmp_path / "page.html")
+        found = tab.evaluate("[...Array(60).keys()].map(t => reach(0, t))")
+        assert found == reach(excerpt.lookback, [1.0] * 3).tolist() and max(found) > 30
+        tab.evaluate("pick({ t: 55, dial: 0 })")
+        panel = tab.locator(SHOWN + " .panel")
+        said = f"nothing before token {found[55]}, {55 - found[55]} tokens back, can change it"
+        assert said in panel.text_content()
+        tab.evaluate("pick({ t: 55, dial: 1 })")
+        assert "the whole text before it can change it" in panel.text_content()
+        shown = tab.locator("#kind").text_content()
+        assert ("was noticed" in shown) == (method == "semantic:closed")
 
 
 def test_the_marks_name_the_blocks_and_stand_where_they_were_noticed(place, read_page, opened):

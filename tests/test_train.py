@@ -518,7 +518,8 @@ def test_evaluate_equals_counting_by_hand():
     vocabulary = [b"a", b"bc", b"def", b"ghij", b"klmno"]  # tokens of several bytes
     lookback = partition(tokens, vocabulary, "block:6", 8)
     nats, correct, layers, at = 0.0, 0, np.zeros((2, 4)), []
-    for start, first in windows(130, 20, 5):
+    contexts = windows(130, 20, 5)
+    for start, first in contexts:
         rows = (a[start : start + 20] for a in (tokens, lookback, tokens[1:]))
         x, r, y = (torch.from_numpy(row.astype(np.int64))[None] for row in rows)
         with torch.no_grad():
@@ -552,6 +553,21 @@ def test_evaluate_equals_counting_by_hand():
             found = [layer[key] for key in keys]
             assert found == pytest.approx(expected, rel=1e-5)
         assert [layer["locality"] for layer in results["layers"]] == [0.3, 1]
+        by_context = [(sum(x[first:]), 20 - first) for x, (_, first) in zip(at, contexts)]
+        assert np.array(results["by_context"]) == pytest.approx(np.array(by_context), rel=1e-5)
+        assert results["reach"] is None  # a layer below 1 sees all
+    model.set_locality([1.0, 1.0])
+    lookback = np.minimum(np.random.default_rng(1).integers(0, 12, 130), np.arange(130) // 2)
+    lookback = np.arange(130) - np.maximum.accumulate(np.arange(130) - lookback)  # never goes back
+    found = evaluate(model, tokens, lookback, vocabulary, stride=5)["reach"]
+    back = []
+    for start, first in contexts:
+        for i in range(first, 20):
+            j = i
+            for _ in range(2):  # two layers
+                j -= min(int(lookback[start + j]), 8, j)
+            back.append(i - j)
+    assert found == {"median": np.median(back), "most": max(back)}
 
 
 def test_a_figure_is_drawn_without_dropout(tmp_path, monkeypatch):
