@@ -54,6 +54,7 @@ from support.machine import compiles, keep_memory, peak_flops, pick_device, prec
 from train import Config, build_optimizers, random_batch
 
 W = 128  # max_lookback of all but `data`
+WIDER = 256, 512, 768  # what local attention costs at other ones, in the shortest context
 DIALS = ("distributed", "quintic", "localist")
 SMALL = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512}
 CPU = torch.device("cpu")
@@ -191,7 +192,7 @@ def free(device):
 # attention
 
 
-def attention_turn(name, T, device, heads=12, dtype=torch.float32):
+def attention_turn(name, T, device, heads=12, dtype=torch.float32, cap=W):
     """One layer's attention over T tokens, forward and backward: a function to call."""
     q, k, v = (
         torch.randn(1, T, heads, 64, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -199,7 +200,7 @@ def attention_turn(name, T, device, heads=12, dtype=torch.float32):
     )
     lookback = random_lookback(1, T).to(device)
     if name == "local":
-        attend = partial(local_attention, mask=block_mask(lookback, W))
+        attend = partial(local_attention, mask=block_mask(lookback, cap))
     elif name == "dense mask":
         attend = partial(F.scaled_dot_product_attention, attn_mask=in_block(lookback)[:, None])
     else:
@@ -225,11 +226,15 @@ def bench_attention(args):
         # longer contexts take the others too long, or too much memory
         names = ["local"] + ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096)
         how = {name: (name, T, args.device, 12, dtype) for name in names}
+        if T == lengths[0]:  # blocks that reach back further
+            wider = {f"local, {cap} back": cap for cap in WIDER}
+            how |= {name: ("local", T, args.device, 12, dtype, cap) for name, cap in wider.items()}
+            names = [*names, *wider]
         times = race({n: attention_turn(*how[n]) for n in names}, args.device, args.rounds)
         found = {}
         for name in [*names[1:], "local"]:
             peak = peak_of(attention_turn, *how[name], device=args.device)
-            against = found.get("causal") if name == "local" else None
+            against = found.get("causal") if name.startswith("local") else None
             title = f"{name}, T = {T}"
             found[name] = row("attention", title, times[name], against=against, peak_mb=peak)
         rows += found.values()

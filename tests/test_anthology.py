@@ -27,15 +27,20 @@ def test_passages_are_whole_paragraphs_of_about_the_length_asked_for():
 
 def test_headings_and_documents_end_a_passage_and_are_left_out():
     found = list(passages(WIKI + "<|endoftext|>Fifth .", random.Random(0), 1, 9999))
-    assert found == ["A first line .\n A second .", "Third .", "Fourth .", "Fifth ."]
-    assert list(passages(WIKI, random.Random(0), 9, 9999)) == ["A first line .\n A second ."]
+    assert found == ["A first line .\n\nA second .", "Third .", "Fourth .", "Fifth ."]
+    assert list(passages(WIKI, random.Random(0), 9, 9999)) == ["A first line .\n\nA second ."]
 
 
 def test_the_order_is_random_and_always_the_same(tmp_path):
     (tmp_path / "two.txt").write_text(SAMPLE.read_text().upper())
     paths = [SAMPLE, tmp_path / "two.txt"]
-    one, again, other = (anthology(paths, 300, 900, seed) for seed in (1, 1, 2))
+    one, again, other = (anthology(paths, 300, 900, 0, seed) for seed in (1, 1, 2))
     assert one == again != other
+    echoed = anthology(paths, 300, 2500, 0.5, 1)
+    twice = [p for p in echoed if p[: len(p) // 2 - 1] == p[len(p) // 2 + 1 :]]
+    short = [p for p in echoed if len(p) <= 1500 and p not in twice]
+    assert 0.3 < len(twice) / len(twice + short) < 0.7 and max(map(len, twice)) <= 2 * 1500 + 2
+    assert any(len(p) > 1500 and p not in twice for p in echoed)
     assert {p.isupper() for p in one[:12]} == {True, False}  # the texts are mixed
 
 
@@ -55,6 +60,7 @@ def test_the_script_writes_passages_with_an_end_of_text_between_them(monkeypatch
         (["nowhere.txt"], "nowhere.txt"),
         ([str(SAMPLE), "--shortest", "0"], "--shortest"),
         ([str(SAMPLE), "--shortest", "4000"], "--shortest"),
+        ([str(SAMPLE), "--echo", "2"], "--echo"),
         ([str(SAMPLE), "--shortest", "90000", "--longest", "90000"], "too few"),
     ],
 )
