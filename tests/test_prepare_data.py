@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 
+import eval
 import locality
 import prepare_data
 from conftest import ROOT, flags, script_here
@@ -132,7 +133,8 @@ def bytes_and_end_of_text(monkeypatch):
     """The 256 bytes and <|endoftext|>, in the place of a tokenizer that would be downloaded."""
     tokens = [bytes([i]) for i in range(256)]
     encoding = prepare_data.encoding_of("b", "(?s:.)", tokens, {"<|endoftext|>": 256})
-    monkeypatch.setattr(prepare_data, "get_encoding", lambda name: encoding)
+    for module in (prepare_data, eval):
+        monkeypatch.setattr(module, "get_encoding", lambda name: encoding)
     return "gpt2:257"
 
 
@@ -142,7 +144,7 @@ def test_documents_that_are_joined_show_no_seam_and_are_known_to_the_oracle_alon
     texts = TEXT[:4000], TEXT[4000:9000], TEXT[9000:12000]
     write("book.txt", "<|endoftext|>".join(texts))
     write("seamless.txt", "\n".join(texts))
-    how = {"tokenizer": bytes_and_end_of_text, "max_lookback": 2000}
+    how = {"tokenizer": bytes_and_end_of_text, "max_lookback": 6000}
     for method in ("document", "semantic", "sentence", "window:99"):
         folder = prepare("book.txt", f"{method[:4]}-1", method=method, joined=True, **how)
         seamless = prepare("seamless.txt", f"{method[:4]}-2", method=method, **how)
@@ -151,11 +153,15 @@ def test_documents_that_are_joined_show_no_seam_and_are_known_to_the_oracle_alon
             same, other = read_split(seamless, split)
             assert np.array_equal(tokens, same)
             assert np.array_equal(lookback, other) == (method != "document" or split != "train")
-    tokens, lookback = read_split(
-        prepare("book.txt", "docu-1", method="document", joined=True, **how), "train"
-    )
-    starts = np.arange(len(tokens)) - lookback
-    assert starts[4001] == 4001 and starts[9001 + 300] == 9001 + 1 - 1 + 1
+    folder = prepare("book.txt", "docu-1", method="document", joined=True, **how)
+    tokens, lookback = read_split(folder, "train")
+    assert np.unique(np.arange(len(tokens)) - lookback).tolist() == [0, 4001, 9002]
+    # and the oracle is not asked about a text that has no seams any more
+    config = {**how, "source": "book.txt", "data": "semaj", "val": 0.1, "test": 0.1}
+    config |= {"joined": True, "partition": "semantic"}
+    eval.read_text(config, "train", "sentence")
+    with pytest.raises(InputError, match="is joined"):
+        eval.read_text(config, "train", "document")
     # documents that are not joined stay apart for all
     tokens, _ = read_split(prepare("book.txt", "apart", method="sentence", **how), "train")
     assert (tokens == 256).sum() == 2
