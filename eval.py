@@ -168,9 +168,8 @@ def evaluate(
     Returns a dict: loss, nats per token; perplexity = exp(loss); bits_per_byte; accuracy (top-1);
     the tokens scored and their bytes; stride and context, tokens; by_position, a list of (tokens of
     context at least, loss in nats), which falls for as long as the model uses more context;
-    by_context, a list of (loss in nats, summed; tokens scored); reach, the median and the most
-    tokens back to the first that can change a prediction (see locality.reach), None where that is
-    the whole context; layers, as `attention_measures` has them.
+    by_context, a list of (loss in nats, summed; tokens scored); reach, as `reached` has it; layers,
+    as `attention_measures` has them.
     Raises InputError for an impossible stride.
     """
     was_training, device = model.training, model.wte.weight.device
@@ -220,8 +219,11 @@ def evaluate(
 
 
 def reached(model, lookback, contexts, T):
-    """How many tokens back is the first that can change a prediction? {"median", "most"} over the
-    predictions that contexts, as `windows` gives them, score; None if it is the whole context."""
+    """How many tokens back is the first that can change a prediction? See locality.reach.
+
+    {"median", "most"} over the predictions that contexts, as `windows` gives them, score; None
+    where it is the whole context.
+    """
     if min(model.locality) < 1 or model.config.anchor:
         return None
     tokens, found = np.arange(T), []
@@ -309,7 +311,7 @@ def say_reach(found):
             "reach: the whole context (a layer with a dial below 1, or an anchor, sees all of it)"
         )
     median, most = found["median"], found["most"]
-    held = "no earlier token can change a prediction, whatever the weights"
+    held = "no earlier token can change a prediction while the blocks stay, whatever the weights"
     return f"reach, certified: {median:.0f} tokens (median), {most} at most; {held}"
 
 

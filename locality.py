@@ -318,17 +318,15 @@ PARTITIONS = ", ".join([*FOLLOW_TEXT, *(f"{name}:N" for name in TAKE_LENGTH)])
 def parse_partition(method):
     """(name, N), N in tokens; None for a name that takes no N. Raises InputError for another name.
 
-    semantic       blocks about one thing. Token i is in the block, but that it began there may
-                   have become known later (`ChangePoints`)
-    semantic:closed  the same, cut at the token where it became known: no token of a block has
-                   looked further back than the block does
-    sentence       the sentence. It begins where it is known to have begun, as a rule at once
-    document       since the last <|endoftext|>
-    window:N       the last N tokens
-    block:N        tokens 0 … N - 1, N … 2 N - 1, …: cut by a ruler
-    aligned:N      a block begins with the first sentence after N tokens: aligned with sentences as
-                   semantic blocks are, blind to meaning
-    shifted:N      the semantic blocks of the text N tokens before: right lengths, wrong places
+    semantic         blocks about one thing. Where one began is known only later: `ChangePoints`
+    semantic:closed  the same, but a block begins at the token where it became known
+    sentence         the sentence; it begins where that is known, as a rule at its first token
+    document         everything since the last <|endoftext|>
+    window:N         the last N tokens
+    block:N          tokens 0 … N - 1, N … 2 N - 1, …: cut by a ruler
+    aligned:N        a block begins with the first sentence after N tokens: aligned with sentences,
+                     as semantic blocks are, and blind to meaning
+    shifted:N        the semantic blocks of the text N tokens before: right lengths, wrong places
     """
     name, _, n = str(method).partition(":")
     if method in FOLLOW_TEXT:
@@ -414,7 +412,8 @@ class Partitioner:
         return self.shift(lookback) if self.method == "shifted" else lookback
 
     def shift(self, lookback):
-        """The lookback of `size` tokens before; of the first `size` tokens, their own."""
+        """For shifted:N: each token gets the lookback of the token N before; the first N tokens
+        keep their own."""
         known = np.concatenate([self.late, lookback])
         early = max(self.size - len(self.late), 0)  # so many of them have none before
         self.late = known[-self.size :]
@@ -486,11 +485,11 @@ class Partitioner:
         """Where the block after sentence i outgrows the cap before token `until`, move on to the
         next best start within reach. A closed block is cut there."""
         while self.block + self.cap < until - 1:
-            token = max(self.known, self.block + self.cap + 1)
             if self.closed:
                 self.block += self.cap + 1
                 self.moves.append((self.block, self.block, None))
                 continue
+            token = max(self.known, self.block + self.cap + 1)
             best = self.blocks.best(i, token - self.cap) if self.blocks else None
             if best is None:
                 best = self.start

@@ -34,6 +34,7 @@ from locality import PARTITIONS, SEMANTIC, background, parse_partition, partitio
 from support import files, sentences
 from support.files import InputError
 from support.sentences import END_OF_TEXT
+from support.settings import ADDED
 from support.sources import left_out, pieces, slug, source_files
 
 SPLITS = ("train", "val", "test")
@@ -233,10 +234,13 @@ def split_and_partition(tokens, encoding, work, made_from):
     if min(np.diff([0, *ends])) < 2:
         short = f"the text is too short: {n} tokens cannot be split in three"
         raise InputError(f"{made_from['source']}: {short}")
+    name, late = parse_partition(method)
+    if name == "shifted" and late > min(np.diff([0, *ends])) / 4:
+        short = f"{method} begins after {late} tokens, more than a quarter of a split"
+        raise InputError(f"{made_from['source']}: {short}; take a smaller N")
     if made_from["joined"] and method != "document":
         join_documents(tokens, vocabulary)
-    semantic = parse_partition(method)[0] in SEMANTIC
-    words = background(tokens[: ends[0]], vocabulary) if semantic else None
+    words = background(tokens[: ends[0]], vocabulary) if name in SEMANTIC else None
     counts = {}
     for split, start, end in zip(SPLITS, [0, *ends], ends):
         with open(work / f"{split}.lookback.bin", "wb") as f:
@@ -276,6 +280,7 @@ def misfit(folder, made_from):
     except (InputError, OSError) as e:
         return str(e)
     names = {"source_sha256": "text", "code_sha256": "version of the code that decides blocks"}
+    meta = {**ADDED, **meta}
     other = [names.get(k, k) for k, value in made_from.items() if meta.get(k) != value]
     if other:
         return f"it was made with another {', '.join(other)}"
@@ -424,9 +429,9 @@ def statistics(tokens, lookback, vocabulary, method, cap):
     """What meta.json counts of a split, a dict.
 
     Tokens, bytes and the mean lookback; for blocks, how many, and the quartiles of their lengths in
-    tokens. For blocks that follow the text also `lag`, the median of the tokens from where a block
-    begins to where that is known; and `forced`, the share of all starts that moved because the
-    block had come to `cap` tokens, max_lookback.
+    tokens. For blocks that follow sentences also `lag`, the median of the tokens from where a block
+    begins to where that is known; and `forced`, the share of the starts that moved when the block
+    had come to `cap` tokens, max_lookback.
     """
     length, n_bytes = np.array([len(b) for b in vocabulary]), 0
     for at in range(0, len(tokens), STRETCH):
@@ -440,7 +445,7 @@ def statistics(tokens, lookback, vocabulary, method, cap):
     starts = np.append(0, begun)
     quartiles = np.percentile(np.diff(starts, append=len(tokens)), (25, 50, 75)).tolist()
     counts |= {"blocks": len(starts), "block_length_quartiles": quartiles}
-    if name != "block" and len(begun):
+    if name not in ("block", "document") and len(begun):
         counts["lag"] = float(np.median(known - begun))
         counts["forced"] = round(float((lookback[known - 1] == cap).mean()), 3)
     return counts
@@ -476,11 +481,12 @@ def describe(folder, meta, tokens, lookback):
         print(f"{lag}; {100 * forced:.0f} % of the starts were forced by max_lookback ({cap})")
         if forced > MOST_FORCED:
             print(f"max_lookback cuts many blocks that would go on: raise it above {cap}")
-    print("three of the blocks begin at")
     tokens, lookback = tokens[:STRETCH], lookback[:STRETCH]
     starts = block_starts(lookback)[1:]
     if len(starts) > 3:
         starts = starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]]
+    if len(starts):
+        print("some of the blocks begin at")
     width = round(60 / ratio)  # 60 bytes
     for start in starts:
         sides = tokens[max(start - width, 0) : start], tokens[start : start + width]

@@ -9,7 +9,8 @@ A sweep is a config of train.py with one or more tables [[sweep]] of lists: each
 combinations of its lists. Finished cells are not run again, half-run ones go on where they stopped,
 broken ones are reported at the end. window:matched, block:matched and aligned:matched become the N
 that reaches back as far on average, in the same text, as the semantic or semantic:closed blocks of
-the same table. The report is table.md, table.json and four figures.
+the same table (of the config, where the table has neither). The report is table.md, table.json and
+four figures.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -57,8 +58,7 @@ def read_cells(values):
                 raise InputError(f"[[sweep]]: {key} must be a list of one or more values")
     cells = {}
     for table in tables:
-        names = [*table.get("partition", ()), values.get("partition"), "semantic"]
-        like = next(name for name in names if name in ("semantic", "semantic:closed"))
+        like = what_to_match(table.get("partition", ()), values.get("partition"))
         for choice in itertools.product(*table.values()):
             cell = resolve({**values, **dict(zip(table, choice))}, like)
             others = (asdict(other) for other in cells.values())
@@ -73,6 +73,18 @@ def read_cells(values):
     return cells
 
 
+def what_to_match(partitions, otherwise):
+    """Which blocks the `:matched` of a table are matched to: its own semantic or semantic:closed
+    ones, else those of the config (`otherwise`), else semantic. Raises InputError for both."""
+    found = [name for name in ("semantic", "semantic:closed") if name in partitions]
+    if len(found) == 2 and any(str(name).endswith(":matched") for name in partitions):
+        two = "semantic and semantic:closed reach back differently"
+        raise InputError(f"[[sweep]]: {two}; give each a table, with rivals matched to it")
+    return (
+        found[0] if found else "semantic:closed" if otherwise == "semantic:closed" else "semantic"
+    )
+
+
 def name_of(cell, keys):
     """The name of a cell, from the keys in which cells differ: schedule and blocks first."""
     order = {"schedule": 0, "partition": 1, "seed": 3}
@@ -85,14 +97,14 @@ def name_of(cell, keys):
 def resolve(values, like):
     """The Config of one cell, with the N of `:matched` worked out: see `matched`.
 
-    Prepares the cell's data, so that cells which run side by side find it. Raises InputError.
+    like: semantic or semantic:closed, what it is matched to. Prepares the cell's data, so that
+    cells which run side by side find it. Raises InputError.
     """
     kind, _, n = str(values.get("partition", "")).partition(":")
     if n == "matched" and kind in ("window", "block", "aligned"):
         config = Config(**{**values, "partition": like})
-        n, furthest = matched(kind, prepared(asdict(config)))
-        cap = max(config.max_lookback, furthest)
-        values = {**values, "partition": f"{kind}:{n}", "max_lookback": cap}
+        n, cap = matched(kind, prepared(asdict(config)))
+        values |= {"partition": f"{kind}:{n}", "max_lookback": max(config.max_lookback, cap)}
     config = Config(**values)
     prepared(asdict(config))
     return config
@@ -100,10 +112,11 @@ def resolve(values, like):
 
 def matched(kind, folder):
     """The N with which kind:N reaches back as far, on average, as the blocks of a prepared folder;
-    and how far it reaches back at most, in tokens.
+    and a cap that does not cut it, in tokens.
 
     A window of N tokens reaches back N - 1, a block of N tokens (N - 1) / 2. An aligned block is
     longer than N by part of a sentence: there the N is searched, in the first million tokens.
+    Raises InputError where no N comes near.
     """
     meta = read_meta(folder)
     tokens, lookback = read_split(folder, "train", meta)
@@ -118,7 +131,12 @@ def matched(kind, folder):
 
     sizes = range(1, 2 * math.ceil(mean) + 2)
     n = sizes[bisect.bisect_left(sizes[:-1], mean, key=lambda n: aligned(n).mean(dtype=float))]
-    return n, int(aligned(n).max())
+    blocks = aligned(n)
+    if abs(blocks.mean(dtype=float) - mean) > max(0.05 * mean, 1):
+        near = f"aligned:{n} reaches back {blocks.mean(dtype=float):.0f}"
+        far = "the sentences of this text are too long for aligned:matched; leave it out"
+        raise InputError(f"semantic blocks reach back {mean:.0f} tokens on average, {near}: {far}")
+    return n, int(blocks.max()) + 1  # so that the cap never cuts
 
 
 # --------------------------------------------------------------------------------------------------

@@ -67,8 +67,10 @@ def main():
     add = parser.add_argument
     add("out", type=Path, help="the text file to write")
     add("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
-    add("--shortest", type=int, default=500, help="characters of a passage, at least about")
-    add("--longest", type=int, default=3000, help="characters of a passage, at most about")
+    add("--shortest", type=int, default=500, help="least characters of a passage")
+    add(
+        "--longest", type=int, default=3000, help="a passage ends with the paragraph that gets here"
+    )
     add("--echo", type=float, default=0.0, help="share of the short passages printed twice")
     add("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -76,6 +78,8 @@ def main():
         raise InputError(f"--shortest must be in 1 … --longest ({args.longest})")
     if not 0 <= args.echo <= 1:
         raise InputError(f"--echo is a share, 0 … 1, not {args.echo}")
+    if args.echo and args.shortest > SHORT:
+        raise InputError(f"--echo is for passages of at most {SHORT} characters; lower --shortest")
     how = args.shortest, args.longest, args.echo, args.seed
     found = anthology(source_files(args.source), *how)
     if len(found) < 2:

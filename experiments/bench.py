@@ -54,7 +54,7 @@ from support.machine import compiles, keep_memory, peak_flops, pick_device, prec
 from train import Config, build_optimizers, random_batch
 
 W = 128  # max_lookback of all but `data`
-WIDER = 256, 512, 768  # what local attention costs at other ones, in the shortest context
+WIDER = 256, 512, 768  # larger ones, for local attention in the shortest context
 DIALS = ("distributed", "quintic", "localist")
 SMALL = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512}
 CPU = torch.device("cpu")

@@ -479,6 +479,8 @@ def main():
     args = parser.parse_args()
     if args.seeds < 1 or args.documents < 1:
         raise InputError("--seeds and --documents must be at least 1")
+    if args.haste and not args.books:
+        raise InputError("--haste goes with --books")
     if args.figure:
         check_suffix(args.figure)
     if args.json:

@@ -26,8 +26,11 @@ def read_results(path):
             numbers += [layer[key] for key in ("locality", "fidelity", "entropy")]
         keys = "schedule", "partition", "init_from"
         words = [results["date"], *(results["config"][key] for key in keys)]
+        contexts = np.array(results.get("by_context", np.zeros((0, 2))), float)
         if (
             not results["layers"]
+            or contexts.shape[1:] != (2,)
+            or not isinstance(results.get("blocks", {}), dict)
             or not {"commit", "device", "torch"} <= results.keys()
             or not all(isinstance(n, (int, float)) for n in numbers)
             or not all(isinstance(word, str) for word in words)
@@ -118,22 +121,22 @@ def paired(a, b):
 
 
 def over_text(a, b):
-    """The 95 % interval of a ratio of perplexities, had the test text been another of its kind.
+    """The 95 % interval of a ratio of perplexities, if the test text had other contexts like these.
 
     a, b: runs, as `read_results` gives them; the seeds that both have are averaged. The contexts of
-    the text are drawn anew, 10,000 times. Returns (low, high), None where the runs did not keep
-    their losses context by context, or not of the same contexts.
+    the text are drawn anew, 2,000 times, as if they did not depend on each other. Returns (low,
+    high); None where there are fewer than 20, or the runs were not measured on the same ones.
     """
     a, b = ({r["seed"]: np.array(r.get("by_context", [])) for r in runs} for runs in (a, b))
     seeds = sorted(a.keys() & b.keys())
     found = [of[seed] for seed in seeds for of in (a, b)]  # (contexts, 2): nats, tokens
-    if not seeds or any(
-        x.shape != found[0].shape or len(x) < 8 or (x != found[0])[:, 1].any() for x in found
-    ):
+    if not seeds or len(found[0]) < 20:
+        return None
+    if any(x.shape != found[0].shape or (x != found[0])[:, 1].any() for x in found):
         return None
     d = np.mean([a[seed][:, 0] - b[seed][:, 0] for seed in seeds], axis=0)  # (contexts,)
     n = len(d)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000)  # (10000, contexts)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000)  # (2000, contexts)
     ratios = np.exp(drawn @ d / (drawn @ found[0][:, 1]))
     return tuple(np.percentile(ratios, (2.5, 97.5)).tolist())
 
@@ -141,9 +144,12 @@ def over_text(a, b):
 # --------------------------------------------------------------------------------------------------
 # groups: cells that differ in the seed alone
 
-# what blocks are compared with; two of them do not reach back as far on average
-RIVALS = "window", "block", "aligned", "shifted", "document", "semantic:closed"
-UNMATCHED = "document", "semantic:closed"
+# what blocks are compared with: those that were matched to them, and those of the same cap
+MATCHED = "window", "block", "aligned"
+RIVALS = {
+    "semantic": (*MATCHED, "shifted", "document", "semantic:closed"),
+    "semantic:closed": (*MATCHED, "document"),
+}
 # what a distributed run does not depend on
 LOCAL = ("schedule", "partition", "fidelity", "max_lookback", "anchor", *RETIRED)
 
@@ -159,7 +165,7 @@ def collect(folder):
         raise InputError(f"{folder}: no finished cell here; run the sweep first")
     for r in results:  # a cap that never binds tells nothing apart
         r["cap"] = r["config"]["max_lookback"]
-        if kind(r) in ("window", "block", "aligned"):
+        if kind(r) in MATCHED:
             r["config"]["max_lookback"] = None
     keys = differing([r["config"] for r in results])
     groups = {}
@@ -229,10 +235,9 @@ def comparisons(groups, keys):
     Returns a list of dicts with `first`, `second` and what `paired` gives.
     """
     rows = []
-    for blocks in ("semantic", "semantic:closed"):
-        for rival in RIVALS:
-            if rival != blocks:
-                rows += compare(groups, keys, "partition", blocks, rival)
+    for blocks, rivals in RIVALS.items():
+        for rival in rivals:
+            rows += compare(groups, keys, "partition", blocks, rival)
     rows += compare(groups, keys, "schedule", "quintic", "localist")
     rows += compare(groups, keys, "schedule", "quintic", "reversed")
     for g in groups:
@@ -247,31 +252,19 @@ def compare(groups, keys, key, first, second):
     key: "schedule" or "partition", there without its N. Where there are several pairs of blocks,
     their mean is compared too, seed by seed.
     """
-    caps = {g["config"]["max_lookback"] for g in groups} - {None}
     same = [k for k in keys if k not in (key, "max_lookback")]
-
-    def value(group):
-        return kind(group) if key == "partition" else group["schedule"]
-
-    def fits(a, b):
-        """Were they matched to each other? Else one has more in sight than the other."""
-        means = a["blocks_found"].get("mean_lookback"), b["blocks_found"].get("mean_lookback")
-        if key == "partition" and None not in means:
-            return second in UNMATCHED or math.isclose(*means, rel_tol=0.05)
-        one_sided = None in (a["config"]["max_lookback"], b["config"]["max_lookback"])
-        return a["cap"] == b["cap"] or len(caps) < 2 and one_sided
-
+    groups = [g for g in groups if g["schedule"] != "distributed"]
+    value = kind if key == "partition" else lambda group: group["schedule"]
     pairs = []
-    for a in groups:
-        for b in groups:
-            if (
-                (value(a), value(b)) == (first, second)
-                and "distributed" not in (a["schedule"], b["schedule"])
-                and fits(a, b)
-                and all(a["config"].get(k) == b["config"].get(k) for k in same)
-                and paired(a["loss"], b["loss"])
-            ):
-                pairs.append((a, b))
+    for a in (g for g in groups if value(g) == first):
+        others = [
+            b
+            for b in groups
+            if value(b) == second
+            and all(a["config"].get(k) == b["config"].get(k) for k in same)
+            and paired(a["loss"], b["loss"])
+        ]
+        pairs += [(a, b) for b in fitting(a, others, groups)]
     rows = [
         {
             "first": a["name"],
@@ -291,6 +284,26 @@ def compare(groups, keys, key, first, second):
     return rows
 
 
+def fitting(a, others, groups):
+    """Those of `others` that may be compared with the group `a`: with as much in sight.
+
+    Rivals that were matched reach back as far on average: of several, the nearest one counts. All
+    others have the same cap. groups: all that are local.
+    """
+    mean = a["blocks_found"].get("mean_lookback")
+    means = [b["blocks_found"].get("mean_lookback") for b in others]
+    if others and kind(others[0]) in MATCHED and kind(a) not in MATCHED and None not in means:
+        if mean is not None:
+            gap, nearest = min((abs(m - mean), i) for i, m in enumerate(means))
+            return [others[nearest]] if gap <= max(0.05 * mean, 1) else []
+    caps = {g["config"]["max_lookback"] for g in groups} - {None}
+
+    def one_sided(b):
+        return None in (a["config"]["max_lookback"], b["config"]["max_lookback"])
+
+    return [b for b in others if a["cap"] == b["cap"] or len(caps) < 2 and one_sided(b)]
+
+
 # --------------------------------------------------------------------------------------------------
 # tables
 
@@ -301,13 +314,13 @@ PAIRS = """first | second | seeds | perplexity, first to second [95 %] | p, exac
 least p possible | 95 % over the text"""
 NOTE = """± is the standard deviation over seeds. Ratios and differences are paired by seed; their
 intervals are Student's t on the logarithms. A seed changes the order of the training data (and the
-weights, from scratch); the test text is the same for all, so nothing here speaks for another book.
+weights, from scratch); the test text is the same for all, so they do not speak for another book.
 Lookback and starts are of the training split.
 """
 NOTE_P = """p: exact two-sided permutation test, all ways to flip the signs of the paired
 differences. It cannot fall below the next column, however large the effect. No correction for the
 number of comparisons. Over the text: the mean of the seeds, with the contexts of the test text
-drawn anew (10,000 times).
+drawn anew (2,000 times), as if they did not depend on each other.
 """
 
 

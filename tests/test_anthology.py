@@ -61,6 +61,7 @@ def test_the_script_writes_passages_with_an_end_of_text_between_them(monkeypatch
         ([str(SAMPLE), "--shortest", "0"], "--shortest"),
         ([str(SAMPLE), "--shortest", "4000"], "--shortest"),
         ([str(SAMPLE), "--echo", "2"], "--echo"),
+        ([str(SAMPLE), "--echo", "1", "--shortest", "1501"], "lower --shortest"),
         ([str(SAMPLE), "--shortest", "90000", "--longest", "90000"], "too few"),
     ],
 )

@@ -19,7 +19,15 @@ from conftest import ROOT, script_here
 from forks import children, started
 from prepare_data import read_meta
 from support.files import InputError
-from support.report import collect, comparisons, interval, over_text, paired, sign_flip_p
+from support.report import (
+    collect,
+    comparisons,
+    interval,
+    over_text,
+    paired,
+    read_results,
+    sign_flip_p,
+)
 from support.settings import RETIRED, to_toml
 from sweep import read_cells, run_cell
 from train import Config, read_values
@@ -97,6 +105,22 @@ def test_the_interval_over_the_text_holds_the_truth_as_often_as_it_says():
     assert over_text(a[:1], b[1:]) is None and over_text([{"seed": 1}], [{"seed": 1}]) is None
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [("by_context", None), ("by_context", [[1, 2], [3]]), ("by_context", ["a"]), ("blocks", 5)],
+)
+def test_damaged_results_are_named(tmp_path, key, value):
+    layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
+    results = {"seed": 1, "layers": [layer], "config": asdict(Config(**TINY))}
+    results |= dict.fromkeys(("loss", "perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
+    results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    read_results(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text(json.dumps({**results, key: value}))
+    with pytest.raises(InputError, match="is damaged"):
+        read_results(tmp_path / "results.json")
+
+
 @pytest.mark.parametrize("old", [0, 1, 2])
 def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, old):
     """`old`: seeds up to this one are of commit 2c59031, whose configs had two keys more."""
@@ -126,9 +150,12 @@ def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, ol
 def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
     """Semantic and closed blocks in one sweep, each with rivals of its own mean lookback."""
     means = {"semantic": 60, "window:61": 60, "aligned:118": 61, "shifted:400": 60, "document": 90}
-    means |= {"semantic:closed": 40, "window:41": 40, "block:81": 40}
-    for number, (partition, mean) in enumerate(means.items()):
-        how = {"partition": partition, "schedule": "localist", "max_lookback": 200}
+    means |= {"semantic:closed": 40, "window:41": 40, "block:81": 40, "block:95": 47}
+    cells = [(partition, mean, 200) for partition, mean in means.items()]
+    # another cap, under which semantic blocks hardly differ; and a document that has more in sight
+    cells += [("semantic", 58, 150), ("window:59", 58, 150), ("document", 70, 150)]
+    for number, (partition, mean, cap) in enumerate(cells):
+        how = {"partition": partition, "schedule": "localist", "max_lookback": cap}
         config = Config(**{**TINY, **how})
         layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
         results = {"seed": 1, "layers": [layer], "config": asdict(config), "loss": 1 + number}
@@ -139,10 +166,12 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
         (tmp_path / str(number) / "results.json").write_text(json.dumps(results))
     rows = {(row["first"], row["second"]) for row in comparisons(*collect(tmp_path))}
     rows = {tuple(name.removeprefix("localist, ") for name in row) for row in rows}
-    assert rows == {
-        *(("semantic", rival) for rival in ("window:61", "aligned:118", "shifted:400", "document")),
-        *(("semantic:closed", rival) for rival in ("window:41", "block:81", "document")),
-        ("semantic", "semantic:closed"),
+    same = [name + ", max_lookback 200" for name in ("shifted:400", "document", "semantic:closed")]
+    assert {row for row in rows if "mean of" not in row[0]} == {
+        *(("semantic, max_lookback 200", rival) for rival in ("window:61", "aligned:118", *same)),
+        *((same[2], rival) for rival in ("window:41", "block:81", same[1])),
+        ("semantic, max_lookback 150", "window:59"),
+        ("semantic, max_lookback 150", "document, max_lookback 150"),
     }
 
 
@@ -211,6 +240,8 @@ def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monke
         ([{"out": ["a"]}], "out"),
         ([{"schedule": ["quintc"]}], "quintic"),
         ([{"partition": ["window:mached"]}], "partition"),
+        ([{"partition": ["semantic", "semantic:closed", "window:matched"]}], "give each a table"),
+        ([{"max_lookback": [20], "partition": ["aligned:matched"]}], "too long for aligned"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, says):

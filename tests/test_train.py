@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(place):
     assert (run / "attention.png").read_bytes().startswith(b"\x89PNG")
     printed = (place / "printed.txt").read_text()
     assert f"perplexity {results['perplexity']:.3f}" in printed
-    assert "three of the blocks begin at" in printed
+    assert "some of the blocks begin at" in printed
     test = (ROOT / "data" / "sample.txt").read_bytes()[-results["bytes"] - 1 :]
     told, _, more = printed.partition("what it writes after ")[2].partition(":\n")
     told = told.removeprefix(f"{test[:40].decode()!r}, ")
