@@ -254,18 +254,29 @@ def test_semantic_blocks_are_not_closed_and_closed_ones_lie_within_them():
     closed, _ = block_starts_of(tokens, BYTES, "semantic:closed", 65535, known)
     assert len(np.unique(closed)) > 10 and (start[start] < start).any()
     assert (closed >= start).all()
-    moved = {int(t) for t in np.flatnonzero(np.diff(start)) + 1}
-    assert {int(t) for t in np.unique(closed)} - {0} <= moved  # cut where a block was noticed
+    moved = (np.flatnonzero(np.diff(start)) + 1).tolist()
+    for cap in (65535, 400, 150):
+        cuts = [0]  # where a block was noticed that begins after the last cut, or the cap cuts
+        for token in [*moved, len(tokens)]:
+            while cuts[-1] + cap + 1 < token:
+                cuts.append(cuts[-1] + cap + 1)
+            if token in moved and start[token] > cuts[-1]:
+                cuts.append(token)
+        closed, _ = block_starts_of(tokens, BYTES, "semantic:closed", cap, known)
+        assert np.unique(closed).tolist() == cuts
+        assert len(cuts) < len(np.unique(start)) or cap < 65535  # some moves are cut already
 
 
 def test_aligned_blocks_begin_with_the_first_sentence_after_n_tokens():
     text = "".join(f"Here are {'so many ' * (i % 7)}words. " for i in range(200))
-    start, _ = block_starts_of(as_bytes(text), BYTES, "aligned:90", 65535)
-    expected = [0]
-    for begin in first_bytes(text.encode()):
-        if begin - expected[-1] >= 90:
-            expected.append(begin)
-    assert np.unique(start).tolist() == expected and len(expected) > 20
+    for n in (90, len("Here are words. Here are so many words. ")):
+        start, _ = block_starts_of(as_bytes(text), BYTES, f"aligned:{n}", 65535)
+        expected = [0]
+        for begin in first_bytes(text.encode()):
+            if begin - expected[-1] >= n:
+                expected.append(begin)
+        assert np.unique(start).tolist() == expected and len(expected) > 20
+    assert expected[1] == n  # exactly
 
 
 def test_shifted_blocks_have_the_right_lengths_in_the_wrong_places():
@@ -548,7 +559,7 @@ def test_one_endless_sentence_slides_at_the_cap():
 # many documents in many processes
 
 
-@pytest.mark.parametrize("method", ["semantic", "sentence"])
+@pytest.mark.parametrize("method", METHODS)
 def test_processes_agree_with_one(method, monkeypatch):
     vocabulary = [*BYTES, b"<|endoftext|>"]
     tokens = np.concatenate(

@@ -174,7 +174,19 @@ def test_joined_needs_a_token_that_ends_a_document():
     assert not list(Path("data").glob("*/meta.json"))
 
 
-def test_the_cap_says_how_much_it_decides(capsys):
+def test_joined_text_has_a_folder_of_its_own():
+    how = "book.txt", "gpt2:300", "semantic", 100, 0.1, 0.1
+    assert prepare_data.default_folder(*how, True) != prepare_data.default_folder(*how)
+
+
+def test_blocks_that_are_shifted_by_most_of_a_split_are_refused():
+    write("book.txt", TEXT)
+    prepare("book.txt", "out", "bytes", "shifted:1500")
+    with pytest.raises(InputError, match="shifted:2000"):
+        prepare("book.txt", "out", "bytes", "shifted:2000")
+
+
+def test_the_cap_says_how_much_it_decides(capsys, monkeypatch):
     """A start is forced where the block before had come to the cap."""
     write("book.txt", TEXT)
     vocabulary, shares = token_bytes(get_encoding("bytes")), []
@@ -196,6 +208,12 @@ def test_the_cap_says_how_much_it_decides(capsys):
         assert f"{100 * train['forced']:.0f} % of the starts were forced" in told
         assert ("raise it above" in told) == (train["forced"] > 0.2)
     assert shares[0] > 0.5 and shares[-1] == 0 and shares == sorted(shares, reverse=True)
+    assert (
+        "forced" not in read_meta(prepare("book.txt", "d", "bytes", "document"))["splits"]["train"]
+    )
+    monkeypatch.setattr(prepare_data, "MOST_FORCED", train["forced"])
+    prepare_data.describe(folder, meta, *read_split(folder, "train"))
+    assert "raise it above" not in capsys.readouterr().out  # not above the limit
 
 
 def test_a_folder_of_someone_elses_is_left_alone(tmp_path):

@@ -667,13 +667,17 @@ def test_runs_and_folders_of_an_earlier_version_are_read(place, run, train):
 
 
 def old_run(folder, **retired):
-    """Make a run one of commit 2c59031, which had two keys more; `retired` gives their values."""
+    """Make a run one of commit 2c59031, which had two keys more; `retired` gives their values.
+
+    And it had one less, `joined`.
+    """
     retired = {"min_lookback": 0, "dial": "blend", **retired}
     for name in ("best.pt", "last.pt"):
-        change(folder / name, retired, **retired)
+        change(folder / name, retired, joined=None, **retired)
     lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in retired.items())
-    with (folder / "config.toml").open("a") as f:
-        f.write(lines)
+    config = (folder / "config.toml").read_text()
+    assert config.count("joined = false\n") == 1
+    (folder / "config.toml").write_text(config.replace("joined = false\n", "") + lines)
 
 
 def test_a_run_with_retired_keys_at_their_defaults_is_the_same_run(train, run):

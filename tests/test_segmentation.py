@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import locality
 from experiments.segmentation import main, p_k, trace, window_diff
 from support.files import run_script
 
@@ -73,6 +74,19 @@ def test_documents_from_books(books, tmp_path, segmentation):
     assert "ten texts" in told and "semantic" in told
 
 
+def test_haste_saves_little_lag_and_the_constant_is_left_as_it_was(books, tmp_path, segmentation):
+    usual, table = locality.SURE, tmp_path / "table.json"
+    how = "--seeds", 1, "--documents", 3, "--tokenizer", "bytes", "--json", table
+    told = segmentation("--haste", "--books", books, *how)
+    rows = json.loads(table.read_text())
+    assert locality.SURE == usual and told.count("(as it is)") == 1
+    assert len({(row["Pk"], row["lag"], row["mean lookback"]) for row in rows}) > 3
+    assert all(row["closed"] < row["mean lookback"] for row in rows)
+    assert (
+        rows[0]["lag"] <= rows[-1]["lag"] and rows[0]["mean lookback"] < rows[-1]["mean lookback"]
+    )
+
+
 def test_a_page_and_lengths_are_drawn(tmp_path, segmentation):
     page = "--page", SAMPLE, "--from", "Chapter 2.", "--figure", "new/page.png"
     done = script(tmp_path, *page)
@@ -107,6 +121,7 @@ def test_a_trace_goes_through_the_text_sentence_by_sentence():
         (["--books", "short.txt"], "at least 3"),
         (["--books", "few.txt"], "200 sentences"),
         (["--books", "few.txt", "--seeds", "0"], "at least 1"),
+        (["--page", str(SAMPLE), "--haste"], "--haste goes with --books"),
         (["--books", "few.txt", "--json", "nowhere/t.json"], "nowhere/t.json"),
     ],
 )

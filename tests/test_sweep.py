@@ -28,7 +28,7 @@ from support.report import (
     read_results,
     sign_flip_p,
 )
-from support.settings import RETIRED, to_toml
+from support.settings import ADDED, RETIRED, to_toml
 from sweep import read_cells, run_cell
 from train import Config, read_values
 
@@ -100,6 +100,14 @@ def test_the_interval_over_the_text_holds_the_truth_as_often_as_it_says():
         low, high = over_text(a, b)
         held += low <= math.exp(0.02) <= high
     assert 180 <= held < 200
+    # both ends, of seeds that differ
+    a, b = (
+        [{"seed": s, "by_context": [(x, 9)] * 4 + [(0, 9)] * 16} for s in (1, 2)] for x in (9, 0)
+    )
+    a[1]["by_context"] = [(27, 9)] * 4 + [(0, 9)] * 16  # 18 of 20 x 9, on average
+    share = np.random.default_rng(5).binomial(20, 0.2, 200_000) * 18 / 180
+    expected = np.exp(np.percentile(share, (2.5, 97.5)))
+    assert over_text(a, b) == pytest.approx(expected, abs=0.02)
     b[1]["by_context"] = b[1]["by_context"][:-1]  # another text
     assert over_text(a, b) is None
     assert over_text(a[:1], b[1:]) is None and over_text([{"seed": 1}], [{"seed": 1}]) is None
@@ -132,7 +140,9 @@ def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, ol
                 folder = tmp_path / f"{cap}.{partition}.{seed}"
                 folder.mkdir()
                 layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
-                config = {**asdict(config), **(RETIRED if seed <= old else {})}
+                config = asdict(config)
+                if seed <= old:
+                    config = {k: v for k, v in {**config, **RETIRED}.items() if k not in ADDED}
                 results = {"seed": seed, "layers": [layer], "config": config}
                 results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
                 results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
