@@ -8,8 +8,7 @@ ends a passage and is left out. Between two passages stands <|endoftext|>, so `p
 "document"` knows the true boundaries. With `joined = true` a newline takes its place, and neither
 the model nor another partition is told where a passage ends.
 
---echo prints some short passages twice in a row. Text that repeats itself is what teaches a small
-model, soon, to look far back: see docs/LOG.md.
+--echo prints some short passages twice in a row. In such a text it pays to look far back.
 """
 
 import argparse
