@@ -182,8 +182,21 @@ def build_optimizers(model, config):
     ]
     optimizers = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)]
     if muon:
+        # Muon steps as far in every direction of a matrix. Queries, keys and values are one matrix
+        # here, and the values' gradient is the largest: as one they would leave the others behind.
+        joint = [layer.attn.c_attn.weight for layer in model.h]
+        thirds = [torch.nn.Parameter(x) for p in joint for x in p.detach().chunk(3)]  # no copies
+        inner = [p for n, p in model.h.named_parameters() if p.dim() == 2 and "c_attn" not in n]
         how = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(inner, lr=rate, **how))
+        optimizers.append(torch.optim.Muon(inner + thirds, lr=rate, **how))
+
+        def hand_over(*_):
+            for third, gradient in zip(thirds, (g for p in joint for g in p.grad.chunk(3))):
+                third.grad = gradient
+            for p in joint:
+                p.grad = None
+
+        optimizers[1].register_step_pre_hook(hand_over)
     return optimizers
 
 

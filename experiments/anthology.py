@@ -8,7 +8,8 @@ ends a passage and is left out. Between two passages stands <|endoftext|>, so `p
 "document"` knows the true boundaries. With `joined = true` a newline takes its place, and neither
 the model nor another partition is told where a passage ends.
 
---echo prints some short passages twice in a row. In such a text it pays to look far back.
+--refrain mixes in some words of the passages, again and again. From these a model learns to copy
+what it has seen before, which it has to learn before it can use a long context.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from support.sources import pieces, source_files
 
 HEADING = re.compile(r"\s*=.*=\s*")
 WIKITEXT = re.compile(r"^ = [^=\n]+ = $", re.M)  # a title
-SHORT = 1500  # characters: a passage that is not too long to be echoed
 
 
 def passages(text, rng, shortest, longest):
@@ -49,16 +49,42 @@ def passages(text, rng, shortest, longest):
             passage, wanted = "", draw()
 
 
-def anthology(paths, shortest, longest, echo, seed):
+def refrain(passage, rng, longest):
+    """4 to 80 words of a passage, 2 to 40 times in a row; a string.
+
+    What is longer than `longest` characters stands twice. rng: a random.Random.
+    """
+    words = passage.split()
+    n = round(math.exp(rng.uniform(math.log(4), math.log(80))))
+    first = rng.randrange(max(1, len(words) - n))
+    line = " ".join(words[first : first + n])
+    times = min(rng.choice((2, 3, 5, 10, 20, 40)), max(2, longest // len(line)))
+    return " ".join([line] * times)
+
+
+def with_refrains(found, share, longest, seed):
+    """Mix refrains into some passages: `share` characters of them for each one that is there."""
+    rng, mixed, size, refrains = random.Random(seed), [], 0, 0
+    for passage in found:
+        mixed.append(passage)
+        size += len(passage)
+        while refrains < share * size:
+            mixed.append(refrain(rng.choice(found), rng, longest))
+            refrains += len(mixed[-1])
+    rng.shuffle(mixed)
+    return mixed
+
+
+def anthology(paths, shortest, longest, share, seed):
     """The passages of some files (Paths) in random order, a list of strings.
 
-    echo: the share of the passages of at most SHORT characters that is there twice in a row.
+    share: how much of the refrains to mix in; see `with_refrains`.
     """
     rng, found = random.Random(seed), []
     for path in paths:
         found += passages("".join(pieces(path)), rng, shortest, longest)
     rng.shuffle(found)
-    return [p + f"\n\n{p}" * (len(p) <= SHORT and rng.random() < echo) for p in found]
+    return with_refrains(found, share, longest, seed) if share else found
 
 
 def main():
@@ -70,16 +96,14 @@ def main():
     add(
         "--longest", type=int, default=3000, help="a passage ends with the paragraph that gets here"
     )
-    add("--echo", type=float, default=0.0, help="share of the short passages printed twice")
+    add("--refrain", type=float, default=0.0, help="as many characters of refrains for each other")
     add("--seed", type=int, default=1)
     args = parser.parse_args()
     if not 1 <= args.shortest <= args.longest:
         raise InputError(f"--shortest must be in 1 … --longest ({args.longest})")
-    if not 0 <= args.echo <= 1:
-        raise InputError(f"--echo is a share, 0 … 1, not {args.echo}")
-    if args.echo and args.shortest > SHORT:
-        raise InputError(f"--echo is for passages of at most {SHORT} characters; lower --shortest")
-    how = args.shortest, args.longest, args.echo, args.seed
+    if not 0 <= args.refrain <= 10:
+        raise InputError(f"--refrain must be in 0 … 10, not {args.refrain}")
+    how = args.shortest, args.longest, args.refrain, args.seed
     found = anthology(source_files(args.source), *how)
     if len(found) < 2:
         raise InputError(f"{len(found)} passages in {args.source}: too few; give a longer text")

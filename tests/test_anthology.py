@@ -36,12 +36,22 @@ def test_the_order_is_random_and_always_the_same(tmp_path):
     paths = [SAMPLE, tmp_path / "two.txt"]
     one, again, other = (anthology(paths, 300, 900, 0, seed) for seed in (1, 1, 2))
     assert one == again != other
-    echoed = anthology(paths, 300, 2500, 0.5, 1)
-    twice = [p for p in echoed if p[: len(p) // 2 - 1] == p[len(p) // 2 + 1 :]]
-    short = [p for p in echoed if len(p) <= 1500 and p not in twice]
-    assert 0.3 < len(twice) / len(twice + short) < 0.7 and max(map(len, twice)) <= 2 * 1500 + 2
-    assert any(len(p) > 1500 and p not in twice for p in echoed)
     assert {p.isupper() for p in one[:12]} == {True, False}  # the texts are mixed
+
+
+def test_refrains_are_words_of_a_passage_again_and_again_and_as_many_as_asked_for():
+    plain = anthology([SAMPLE], 300, 900, 0, 1)
+    mixed = anthology([SAMPLE], 300, 900, 0.5, 1)
+    refrains = [p for p in mixed if p not in plain]
+    assert sorted(set(mixed) - set(refrains)) == sorted(set(plain))
+    assert sum(map(len, refrains)) == pytest.approx(0.5 * sum(map(len, plain)), rel=0.1)
+    texts, times = [" ".join(p.split()) for p in plain], []
+    for words in map(str.split, refrains):
+        n = next(n for n in range(1, len(words)) if words == words[:n] * (len(words) // n))
+        times.append(len(words) // n)
+        assert any(" ".join(words[:n]) in text for text in texts)
+    assert min(times) >= 2 and max(times) > 10 and len(set(times)) > 4
+    assert max(map(len, refrains)) <= 2 * 900
 
 
 def test_the_script_writes_passages_with_an_end_of_text_between_them(monkeypatch, tmp_path, capsys):
@@ -60,8 +70,7 @@ def test_the_script_writes_passages_with_an_end_of_text_between_them(monkeypatch
         (["nowhere.txt"], "nowhere.txt"),
         ([str(SAMPLE), "--shortest", "0"], "--shortest"),
         ([str(SAMPLE), "--shortest", "4000"], "--shortest"),
-        ([str(SAMPLE), "--echo", "2"], "--echo"),
-        ([str(SAMPLE), "--echo", "1", "--shortest", "1501"], "lower --shortest"),
+        ([str(SAMPLE), "--refrain", "-1"], "--refrain"),
         ([str(SAMPLE), "--shortest", "90000", "--longest", "90000"], "too few"),
     ],
 )

@@ -290,6 +290,10 @@ def test_an_excerpt_has_the_blocks_that_were_prepared(method):
             sure = "> 40 bits" if bits and bits > 39.9 else f"{bits or 0:.1f} bits"
             assert said == ("cap" if bits is None else sure)
             assert lookback[start + token] != lookback[start + token - 1] + 1  # not before
+    # a joined text does not say any more where a document ends: what was prepared holds
+    known = (np.arange(len(tokens)) % 77).astype(np.uint16)
+    excerpt = cut(Text("it", tokens, 4900, words, None, known), 300, vocabulary, method, 300)
+    assert excerpt.lookback.tolist() == np.minimum(known[4900:5200], np.arange(300)).tolist()
 
 
 def test_the_liveliest_place_shows_the_most_blocks():

@@ -164,6 +164,7 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
     cells = [(partition, mean, 200) for partition, mean in means.items()]
     # another cap, under which semantic blocks hardly differ; and a document that has more in sight
     cells += [("semantic", 58, 150), ("window:59", 58, 150), ("document", 70, 150)]
+    cells += [("block:129", 64, 150)]  # more than 5 % from all of them
     for number, (partition, mean, cap) in enumerate(cells):
         how = {"partition": partition, "schedule": "localist", "max_lookback": cap}
         config = Config(**{**TINY, **how})

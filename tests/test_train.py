@@ -27,6 +27,7 @@ from support.files import InputError
 from support.settings import to_toml
 from train import (
     Config,
+    Text,
     build_model,
     build_optimizers,
     learning_rate,
@@ -353,6 +354,17 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone():
     assert not torch.equal(batch(1, 6)[0], x) and not torch.equal(batch(2, 5)[0], x)
 
 
+def test_a_text_that_was_prepared_otherwise_is_refused(place, monkeypatch):
+    folder = prepared_folder(place)
+    config = Config(**tomllib.loads((place / "runs" / "tiny" / "config.toml").read_text()))
+    meta = Text(folder, config).meta
+    others = {"source": "x", "tokenizer": "gpt2", "partition": "block:9", "max_lookback": 9}
+    for name, other in (others | {"val": 0.2, "test": 0.3, "joined": True}).items():
+        monkeypatch.setattr("train.read_meta", lambda _, new={name: other}: meta | new)
+        with pytest.raises(InputError, match=re.escape(f"prepared with {name} = {other!r}")):
+            Text(folder, config)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_has_one_optimizer_and_matrices_alone_decay(name):
     model = GPT(GPTConfig(64, 16, n_layer=2, n_head=2, n_embd=16))
@@ -364,14 +376,29 @@ def test_every_parameter_has_one_optimizer_and_matrices_alone_decay(name):
         for optimizer, group in groups
         for p in group["params"]
     ]
-    assert len(owned) == len(list(model.parameters()))
+    assert sum(p.numel() for p, *_ in owned) == sum(p.numel() for p in model.parameters())
     assert all(g["betas"] == (0.8, 0.7) for _, g in groups if "betas" in g)
-    found = {p: rest for p, *rest in owned}
+    found = {p.data_ptr(): rest for p, *rest in owned}  # Muon has parts of c_attn
     for parameter, p in model.named_parameters():
         plain = "ln_" in parameter or parameter.endswith("bias")
-        assert found[p][1] == (0 if plain else 0.3), parameter
+        assert found[p.data_ptr()][1] == (0 if plain else 0.3), parameter
         inner = name == "muon" and parameter.startswith("h.") and p.dim() == 2
-        assert found[p][0] == ("Muon" if inner else "AdamW"), parameter
+        assert found[p.data_ptr()][0] == ("Muon" if inner else "AdamW"), parameter
+
+
+def test_muon_steps_as_far_for_queries_keys_and_values_whatever_their_gradients():
+    model = GPT(GPTConfig(64, 16, n_layer=2, n_head=2, n_embd=32))
+    optimizers = build_optimizers(model, Config(optimizer="muon", weight_decay=0.0))
+    before = [layer.attn.c_attn.weight.detach().clone() for layer in model.h]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for layer in model.h:
+        layer.attn.c_attn.weight.grad[64:] *= 1e3  # the values'
+    for optimizer in optimizers:
+        optimizer.step()
+    for layer, was in zip(model.h, before):
+        q, k, v = (part.norm().item() for part in (layer.attn.c_attn.weight - was).chunk(3))
+        assert q > 0 and (k, v) == pytest.approx((q, q), rel=0.1)
 
 
 def test_a_compiled_run_is_the_same_run(train, monkeypatch):
@@ -557,7 +584,7 @@ def test_evaluate_equals_counting_by_hand():
         assert np.array(results["by_context"]) == pytest.approx(np.array(by_context), rel=1e-5)
         assert results["reach"] is None  # a layer below 1 sees all
     model.set_locality([1.0, 1.0])
-    lookback = np.minimum(np.random.default_rng(1).integers(0, 12, 130), np.arange(130) // 2)
+    lookback = np.minimum(np.random.default_rng(1).integers(4, 30, 130), np.arange(130) // 2)
     lookback = np.arange(130) - np.maximum.accumulate(np.arange(130) - lookback)  # never goes back
     found = evaluate(model, tokens, lookback, vocabulary, stride=5)["reach"]
     back = []
@@ -567,7 +594,7 @@ def test_evaluate_equals_counting_by_hand():
             for _ in range(2):  # two layers
                 j -= min(int(lookback[start + j]), 8, j)
             back.append(i - j)
-    assert found == {"median": np.median(back), "most": max(back)}
+    assert found == {"median": np.median(back), "most": max(back)} and lookback.max() > 8
 
 
 def test_a_figure_is_drawn_without_dropout(tmp_path, monkeypatch):
