@@ -353,7 +353,7 @@ def markdown(groups, rows, about):
         cells = [g["name"], len(runs), plus_minus(perplexity, 3), width, with_interval(g["ratio"])]
         found = g["blocks_found"] if g["blocks"] else {}  # a distributed run does not use them
         cells.append(f"{found['mean_lookback']:.0f}" if "mean_lookback" in found else "–")
-        cells.append(f"{100 * found['forced']:.0f}" if "forced" in found else "–")
+        cells.append(f"{100 * found['forced']:.1f}" if "forced" in found else "–")
         cells.append(plus_minus([100 * r["accuracy"] for r in runs], 2))
         cells.append(plus_minus([r["bits_per_byte"] for r in runs], 4))
         for key, digits in (("fidelity", 3), ("entropy", 2)):
