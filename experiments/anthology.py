@@ -96,7 +96,12 @@ def main():
     add(
         "--longest", type=int, default=3000, help="a passage ends with the paragraph that gets here"
     )
-    add("--refrain", type=float, default=0.0, help="as many characters of refrains for each other")
+    add(
+        "--refrain",
+        type=float,
+        default=0.0,
+        help="characters of refrains for each character of text",
+    )
     add("--seed", type=int, default=1)
     args = parser.parse_args()
     if not 1 <= args.shortest <= args.longest:
