@@ -4,6 +4,7 @@
     python eval.py runs/quickstart --schedule localist --figure localist.png  # turn the dial
     python eval.py runs/quickstart --partition block:64 --json block64.json   # other blocks
     python eval.py runs/quickstart --dial-sweep --figure dials.png            # what each dial costs
+    python eval.py runs/quickstart --source my_book.txt --split train         # on another text
     python eval.py gpt2 --source my_book.txt --dial-sweep --contexts 32       # GPT-2 as published
 
 Nothing is retrained: the weights stay as they are.
@@ -35,6 +36,7 @@ from model import GPT, clamp_lookback
 from prepare_data import (
     SPLITS,
     check_blocks,
+    check_shift,
     check_tokenizer,
     get_encoding,
     liveliest,
@@ -118,14 +120,17 @@ def load_weights(name, device="cpu"):
 def load_model(name, device="cpu", source=None):
     """A run or other weights, by `load_run` or `load_weights`.
 
-    source: the text to measure weights on; a run has its own. Raises InputError.
+    source: the text to measure it on; None for a run's own. Raises InputError.
     """
-    if name not in PRETRAINED and is_run(name):
-        if source:
-            raise InputError(f"{name} is a run and has its own text; --source is for weights")
-        return load_run(name, device)
-    model, config = load_weights(name, device)
-    return model, {**config, "source": source}
+    if name in PRETRAINED or not is_run(name):
+        model, config = load_weights(name, device)
+        return model, {**config, "source": source}
+    model, config = load_run(name, device)
+    if source:  # what its own text was, and where, does not count
+        own = "cwd", "source_sha256", "files"
+        config = {key: value for key, value in config.items() if key not in own}
+        config |= {"source": source, "data": ""}
+    return model, config
 
 
 def turn(model, config, name=None, fidelity=None):
@@ -166,10 +171,10 @@ def evaluate(
     between two contexts, by default half a context. measure: the attention of every layer too
     (dense, slower). limit: at most so many contexts, evenly spread.
     Returns a dict: loss, nats per token; perplexity = exp(loss); bits_per_byte; accuracy (top-1);
-    the tokens scored and their bytes; stride and context, tokens; by_position, a list of (tokens of
-    context at least, loss in nats), which falls for as long as the model uses more context;
-    by_context, a list of (loss in nats, summed; tokens scored); reach, as `reached` has it; layers,
-    as `attention_measures` has them.
+    the tokens scored and their bytes; mean_lookback of those that predict them; stride and context,
+    tokens; by_position, a list of (tokens of context at least, loss in nats), which falls for as
+    long as the model uses more context, see `anywhere`; by_context, a list of (loss in nats,
+    summed; tokens scored); reach, as `reached` has it; layers, as `attention_measures` has them.
     Raises InputError for an impossible stride.
     """
     was_training, device = model.training, model.wte.weight.device
@@ -185,7 +190,8 @@ def evaluate(
         batch_size = max(1, min(batch_size, 2**27 // (model.config.n_head * T * T)))
     n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
     by_context, correct, size, sums = [], 0, 0, 0.0
-    nats_at = torch.zeros(T, dtype=torch.double)  # at each position of a context
+    nats_at = torch.zeros(2, T, dtype=torch.double)  # each position of a context: nats, how many
+    seen = 0
     batches = range(0, len(contexts), batch_size)
     for at in tqdm(batches, desc="evaluating", leave=False, disable=None if measure else True):
         starts, firsts = zip(*contexts[at : at + batch_size])
@@ -195,7 +201,9 @@ def evaluate(
         logits = model(x, back)[0]  # (B, T, V)
         nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         nll = nll.cpu().double()  # not every device has float64
-        nats_at += nll.sum(0)
+        count = anywhere(starts, T, len(tokens))
+        nats_at += torch.stack([(nll * count).sum(0), count.sum(0)])
+        seen += clamp_lookback(back, model.config.max_lookback)[score].sum().item()
         by_context += zip((nll * score.cpu()).sum(1).tolist(), score.sum(1).tolist())
         correct += (logits.argmax(-1) == y)[score].sum().item()
         size += n_bytes[y[score]].sum().item()
@@ -206,9 +214,10 @@ def evaluate(
     results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored}
     results |= {"bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored}
     results |= {"tokens": scored, "bytes": size, "stride": stride, "context": T}
+    results["mean_lookback"] = seen / scored
     edges = [0, *(2**i for i in range(4, 40) if 2**i < T), T]
-    means = [nats_at[a:b].mean().item() / len(contexts) for a, b in zip(edges, edges[1:])]
-    results["by_position"] = [(a + 1, mean) for a, mean in zip(edges, means)]
+    steps = [(a, nats_at[:, a:b].sum(1).tolist()) for a, b in zip(edges, edges[1:])]
+    results["by_position"] = [(a + 1, nats / n) for a, (nats, n) in steps if n]
     results["by_context"] = by_context
     results["reach"] = reached(model, lookback, contexts, T)
     if measure:
@@ -216,6 +225,17 @@ def evaluate(
         rows = zip(model.locality, (sums / scored).tolist())
         results["layers"] = [{"locality": x, **dict(zip(keys, row))} for x, row in rows]
     return results
+
+
+def anywhere(starts, T, n):
+    """Which tokens of some contexts can stand at every position of a context? (B, T) booleans.
+
+    starts: where in a text of n tokens each of B contexts begins. It is all but the first and the
+    last T tokens of the text. So steps of `by_position` that are no shorter than the stride compare
+    the same tokens. In a text of less than three contexts hardly any are left, and all count.
+    """
+    at = torch.tensor(starts)[:, None] + torch.arange(T)  # (B, T), places in the text
+    return (at >= T - 1) & (at < n - T) | (n < 3 * T)
 
 
 def reached(model, lookback, contexts, T):
@@ -361,7 +381,7 @@ def main():
     parser = argparse.ArgumentParser(description="measure a run, at its own dial or another")
     add = parser.add_argument
     add("run", help="a run of train.py; or weights: gpt2, gpt2-medium … or a path, with --source")
-    add("--source", help="the text to measure weights on, as in prepare_data.py")
+    add("--source", help="another text than the run's own, as in prepare_data.py")
     add("--split", default="test", choices=SPLITS)
     add("--schedule", help="another schedule than the one it was trained with")
     add("--fidelity", type=float, help="another fidelity, in (0, 1]")
@@ -381,9 +401,10 @@ def main():
     name, fidelity = turn(model, config, args.schedule, args.fidelity)
     split, method, vocabulary = read_text(config, args.split, args.partition)
     how = {"stride": args.stride, "batch_size": args.batch_size, "limit": args.contexts}
-    results = {"run": str(args.run), "split": args.split, "partition": method}
-    results |= provenance(device, config["seed"])
-    title = f"{args.run}, {args.split} split, {method} blocks"
+    results = {"run": str(args.run), "source": config["source"], "split": args.split}
+    results |= {"partition": method, **provenance(device, config["seed"])}
+    which = f"{args.split} split of {args.source}" if args.source else f"{args.split} split"
+    title = f"{args.run}, {which}, {method} blocks"
     if args.dial_sweep:
         results["dials"] = rows = dial_sweep(model, split, vocabulary, **how)
         n_tokens = f"{rows[0]['tokens']:,} tokens"
@@ -429,6 +450,7 @@ def read_text(config, split, method=None):
     method = method or config["partition"]
     if method != config["partition"]:
         check_blocks(method, config["max_lookback"], config["val"], config["test"])
+        check_shift(method, len(tokens), folder)
         words = meta["background"]
         if config["joined"] and method == "document":
             raise InputError(f"{folder} is joined: it does not say where a document ends")

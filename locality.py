@@ -56,7 +56,7 @@ def schedule(name, n_layer, fidelity=1.0):
 # --------------------------------------------------------------------------------------------------
 # the semantic partition, part 1: how well a sentence goes with the sentences before it
 
-REACH = 32  # sentences: the longest block there is
+LIMIT = 32  # sentences: the longest block there is
 
 
 class Bag:
@@ -76,7 +76,7 @@ class Bag:
     def __init__(self, alpha, discount, base, prior, least):
         self.alpha, self.discount = alpha, discount
         self.base, self.prior, self.least = base, prior, least
-        i = np.arange(REACH * LONGEST)
+        i = np.arange(LIMIT * LONGEST)
         # log of alpha (alpha + 1) ... (alpha + n - 1), and the same in steps of discount
         self.log_n = np.concatenate([[0.0], np.cumsum(np.log(alpha + i))])
         self.log_v = np.concatenate([[0.0], np.cumsum(np.log(alpha + discount * i))])
@@ -88,14 +88,14 @@ class Bag:
         if self.total:
             self.counts[:] = 0
         self.total = 0
-        self.words = np.zeros(0, np.int64)  # of the last REACH - 1 sentences
+        self.words = np.zeros(0, np.int64)  # of the last LIMIT - 1 sentences
         self.sizes = np.zeros(0, np.int64)  # of each of them, in words
 
     def gains(self, words, sizes):
         """log p(sentence | block of the `lag` sentences before it) - log p(sentence | no block).
 
         words: ids of the words of the new sentences, int64; sizes: words in each sentence, int64.
-        Returns (REACH lags, sentences) float64, in nats. A sentence is scored as the set of its
+        Returns (LIMIT lags, sentences) float64, in nats. A sentence is scored as the set of its
         words; a word m times in the block counts with the v of its latest time there. Sums run in
         an order that does not depend on how many sentences come at once: streaming gives the same
         bits.
@@ -107,8 +107,8 @@ class Bag:
         order = np.argsort(words, kind="stable")
         # the same words side by side, in the order of their sentences
         word, when = words[order], np.repeat(np.arange(n), sizes)[order]
-        ago = np.full(len(word), REACH)  # sentences since each word was last said, at most REACH
-        ago[1:] = np.where(word[1:] == word[:-1], np.minimum(when[1:] - when[:-1], REACH), REACH)
+        ago = np.full(len(word), LIMIT)  # sentences since each word was last said, at most LIMIT
+        ago[1:] = np.where(word[1:] == word[:-1], np.minimum(when[1:] - when[:-1], LIMIT), LIMIT)
         n_words, n_distinct = block_sizes(ago, when, sizes)
         n_words, n_distinct = n_words[:, n_old:], n_distinct[:, n_old:]
 
@@ -125,12 +125,12 @@ class Bag:
 
         np.add.at(self.counts, words[before:], 1)
         self.total += len(words) - before
-        self.sizes = sizes[-(REACH - 1) :]
+        self.sizes = sizes[-(LIMIT - 1) :]
         self.words = words[len(words) - self.sizes.sum() :]
         return gain
 
     def rewards(self, word, when, new, n_distinct, sizes, n_old):
-        """What words that were said within reach add to `gains`: two (REACH, sentences) float64.
+        """What words that were said within reach add to `gains`: two (LIMIT, sentences) float64.
 
         There is one entry for each time that a word of a new sentence was said before.
         """
@@ -141,16 +141,16 @@ class Bag:
         total = self.total + np.cumsum(sizes) - sizes
         q = (self.prior * self.base[word[new]] + seen) / (self.prior + total[column])
         q = self.least + q
-        times = new - np.searchsorted(key, key[new] - np.minimum(when[new], REACH - 1))
+        times = new - np.searchsorted(key, key[new] - np.minimum(when[new], LIMIT - 1))
         m = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + 1
         lag = np.repeat(when[new], times) - when[np.repeat(new, times) - m]
         cell = lag * n_new + np.repeat(column, times)
         open_mass = self.alpha + self.discount * n_distinct
         value = np.log(open_mass.reshape(-1)[cell] + (m - self.discount) / np.repeat(q, times))
         value[1:] -= np.where(m[1:] > 1, value[:-1], 0.0)
-        shape = REACH, n_new
-        brought = np.bincount(cell, value, minlength=REACH * n_new).reshape(shape)
-        matched = np.bincount(cell[m == 1], minlength=REACH * n_new).reshape(shape)
+        shape = LIMIT, n_new
+        brought = np.bincount(cell, value, minlength=LIMIT * n_new).reshape(shape)
+        matched = np.bincount(cell[m == 1], minlength=LIMIT * n_new).reshape(shape)
         return np.cumsum(brought, axis=0), np.cumsum(matched, axis=0) * np.log(open_mass)
 
 
@@ -158,13 +158,13 @@ def block_sizes(ago, when, sizes):
     """The words, and the distinct words, of the block of `lag` sentences before each sentence.
 
     ago, when: of each word, sentences since it was last said, and its sentence; sizes: words in
-    each sentence. Returns two (REACH lags, sentences) int64.
+    each sentence. Returns two (LIMIT lags, sentences) int64.
     """
     n = len(sizes)
-    repeats = np.bincount(ago * n + when, minlength=(REACH + 1) * n).reshape(REACH + 1, n)
-    fresh = sizes - np.cumsum(repeats[:REACH], axis=0)  # words new to a block of each length
-    n_words, n_distinct = np.zeros((2, REACH, n), np.int64)
-    for lag in range(1, min(REACH, n)):
+    repeats = np.bincount(ago * n + when, minlength=(LIMIT + 1) * n).reshape(LIMIT + 1, n)
+    fresh = sizes - np.cumsum(repeats[:LIMIT], axis=0)  # words new to a block of each length
+    n_words, n_distinct = np.zeros((2, LIMIT, n), np.int64)
+    for lag in range(1, min(LIMIT, n)):
         n_words[lag, lag:] = n_words[lag - 1, lag - 1 : -1] + sizes[lag - 1 : -1]
         n_distinct[lag, lag:] = n_distinct[lag - 1, lag - 1 : -1] + fresh[lag - 1, lag - 1 : -1]
     return n_words, n_distinct
@@ -175,13 +175,13 @@ def block_sizes(ago, when, sizes):
 
 
 def hazard(mean, shape):
-    """The chance that a block ends after 1 ... REACH sentences if it got so far, (REACH,) float64.
+    """The chance that a block ends after 1 ... LIMIT sentences if it got so far, (LIMIT,) float64.
 
-    Lengths follow a gamma distribution, cut at REACH. mean: sentences.
+    Lengths follow a gamma distribution, cut at LIMIT. mean: sentences.
     """
-    i = np.arange(1, 20 * REACH) - 0.5
+    i = np.arange(1, 20 * LIMIT) - 0.5
     p = i ** (shape - 1) * np.exp(-i * shape / mean)
-    chance = p[:REACH] / np.cumsum(p[::-1])[::-1][:REACH]
+    chance = p[:LIMIT] / np.cumsum(p[::-1])[::-1][:LIMIT]
     chance[-1] = 1.0
     return chance
 
@@ -189,7 +189,7 @@ def hazard(mean, shape):
 # How long blocks are, and how regular, differs from text to text. A document follows one of these,
 # (mean, shape); the posterior finds out which as it goes.
 LENGTHS = ((4, 16), (7, 16), (10, 16), (7, 4))
-END = np.stack([hazard(mean, shape) for mean, shape in LENGTHS])  # (len(LENGTHS), REACH)
+END = np.stack([hazard(mean, shape) for mean, shape in LENGTHS])  # (len(LENGTHS), LIMIT)
 PARAGRAPH = 16.0  # times as likely to begin a block as another sentence
 LEANING = 0.2  # the same, of a sentence that leans on the one before it
 SURE = 0.6  # a block start cannot be taken back: move on only at better than even chances
@@ -220,9 +220,9 @@ class ChangePoints:
         self.starts = np.zeros(0, np.int64)  # first tokens of the last sentences
         self.n_sentences, self.n_paragraphs, self.n_leaning = 0, 0, 0
         # p(lengths, block began `lag` sentences before the last one | text up to it)
-        self.joint = np.zeros((len(LENGTHS), REACH))
+        self.joint = np.zeros((len(LENGTHS), LIMIT))
         self.joint[:, -1] = 1 / len(LENGTHS)  # a block has just ended
-        self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, REACH)
+        self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, LIMIT)
 
     def observe(self, words, sizes, starts, earliest, paragraphs, leaning):
         """Take in new sentences (see Stems.of) that begin at tokens `starts`.
@@ -236,16 +236,16 @@ class ChangePoints:
         for bag, mine in zip(self.bags, (words >= len(PERSONS), words < len(PERSONS))):
             gain = gain + bag.gains(words[mine], np.bincount(when[mine], minlength=len(sizes)))
         n = len(starts)
-        self.starts = np.concatenate([self.starts[-REACH:], starts])
+        self.starts = np.concatenate([self.starts[-LIMIT:], starts])
         last = len(self.starts) - n + np.arange(n)  # in self.starts, each new sentence
-        reach = last - np.searchsorted(
+        longest = last - np.searchsorted(
             self.starts, earliest
         )  # the longest lag that is not too long
 
         # a block goes on, or ends with the sentence before and another one begins
-        end = self.chance_of_end(paragraphs, leaning)  # (n, len(LENGTHS), REACH)
+        end = self.chance_of_end(paragraphs, leaning)  # (n, len(LENGTHS), LIMIT)
         likely = np.exp(np.clip(gain[1:].T.copy(), -300, 300))
-        likely = likely * (np.arange(1, REACH) <= reach[:, None])
+        likely = likely * (np.arange(1, LIMIT) <= longest[:, None])
         go_on = likely[:, None] * (1 - end[:, :, :-1])
         joint = np.empty((n + 1, *self.joint.shape))
         joint[0] = self.joint
@@ -259,7 +259,7 @@ class ChangePoints:
         return self.starts[last - (self.later[1:] < 0.5).sum(axis=1)].tolist()
 
     def chance_of_end(self, paragraphs, leaning):
-        """The chance that a block ends before each new sentence: (n, len(LENGTHS), REACH) float64.
+        """The chance that a block ends before each new sentence: (n, len(LENGTHS), LIMIT) float64.
 
         A paragraph makes a break PARAGRAPH times as likely as elsewhere, a sentence that leans on
         the one before it LEANING times. Over the document so far breaks stay as likely as END says:
@@ -286,7 +286,7 @@ class ChangePoints:
         n_posterior = len(self.posterior)
         last = len(self.starts) - n_posterior + i % n_posterior
         n_later = last + 1 - np.searchsorted(self.starts, block, side="right")
-        return self.later[i, min(n_later, REACH) - 1]
+        return self.later[i, min(n_later, LIMIT) - 1]
 
     def bits_later(self, i, block):
         """That chance in bits: log2 of the odds, in -40 … 40. Float64 cannot tell more."""

@@ -4,8 +4,8 @@
     python prepare_data.py gutenberg:2529
     python prepare_data.py my_book.txt --partition block:64 --out data/my_book
 
-SOURCE is a text file, a folder of .txt files, an http(s) address, or gutenberg:NUMBER. Several are
-joined into one corpus, with <|endoftext|> between the texts. The output folder holds
+SOURCE is a text file, a folder of .txt files, an http(s) address, or gutenberg:NUMBER. Several make
+one corpus, with <|endoftext|> between the texts. The output folder holds
 
     train.bin val.bin test.bin                              token ids, uint16
     train.lookback.bin val.lookback.bin test.lookback.bin   tokens back to the block's start, uint16
@@ -124,6 +124,14 @@ def check_blocks(method, max_lookback, val, test):
         raise InputError(f"val and test are {fractions}, not {val} and {test}")
 
 
+def check_shift(method, n, text):
+    """Raises InputError for shifted:N that leaves too much of n tokens as it was."""
+    name, late = parse_partition(method)
+    if name == "shifted" and late > n / 4:
+        short = f"{method} begins after {late} tokens, more than a quarter of a split"
+        raise InputError(f"{text}: {short}; take a smaller N")
+
+
 def default_folder(source, tokenizer, method, max_lookback, val, test, joined=False):
     """A folder under data/ that says what is in it; six digits stand for what it leaves out."""
     rest = [source, val, test, *["joined"] * joined]
@@ -234,10 +242,8 @@ def split_and_partition(tokens, encoding, work, made_from):
     if min(np.diff([0, *ends])) < 2:
         short = f"the text is too short: {n} tokens cannot be split in three"
         raise InputError(f"{made_from['source']}: {short}")
-    name, late = parse_partition(method)
-    if name == "shifted" and late > min(np.diff([0, *ends])) / 4:
-        short = f"{method} begins after {late} tokens, more than a quarter of a split"
-        raise InputError(f"{made_from['source']}: {short}; take a smaller N")
+    name = parse_partition(method)[0]
+    check_shift(method, min(np.diff([0, *ends])), made_from["source"])
     if made_from["joined"] and method != "document":
         join_documents(tokens, vocabulary)
     words = background(tokens[: ends[0]], vocabulary) if name in SEMANTIC else None

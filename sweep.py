@@ -136,7 +136,7 @@ def matched(kind, folder):
         near = f"aligned:{n} reaches back {blocks.mean(dtype=float):.0f}"
         far = "the sentences of this text are too long for aligned:matched; leave it out"
         raise InputError(f"semantic blocks reach back {mean:.0f} tokens on average, {near}: {far}")
-    return n, int(blocks.max()) + 1  # so that the cap never cuts
+    return n, int(blocks.max()) + 1  # so that the cap hardly ever cuts
 
 
 # --------------------------------------------------------------------------------------------------

@@ -308,14 +308,15 @@ def fitting(a, others, groups):
 # tables
 
 COLUMNS = """configuration | seeds | perplexity | 95 % interval | ratio to distributed [95 %] |
-mean lookback, tokens | starts forced by the cap, % |
+mean lookback, tokens: training | test | reach, tokens (median) | starts forced by the cap, % |
 accuracy, % | bits per byte | fidelity: last layer | mean | entropy, bits: last layer | mean"""
 PAIRS = """first | second | seeds | perplexity, first to second [95 %] | p, exact |
 least p possible | 95 % over the text"""
 NOTE = """± is the standard deviation over seeds. Ratios and differences are paired by seed; their
 intervals are Student's t on the logarithms. A seed changes the order of the training data (and the
 weights, from scratch); the test text is the same for all, so they do not speak for another book.
-Lookback and starts are of the training split.
+Starts are of the training split. Reach: how far back a token can change a prediction, through all
+layers; "all" is the whole context.
 """
 NOTE_P = """p: exact two-sided permutation test, all ways to flip the signs of the paired
 differences. It cannot fall below the next column, however large the effect. No correction for the
@@ -352,7 +353,10 @@ def markdown(groups, rows, about):
         width = f"{mean - half:.3f} … {mean + half:.3f}" if half is not None else "–"
         cells = [g["name"], len(runs), plus_minus(perplexity, 3), width, with_interval(g["ratio"])]
         found = g["blocks_found"] if g["blocks"] else {}  # a distributed run does not use them
-        cells.append(f"{found['mean_lookback']:.0f}" if "mean_lookback" in found else "–")
+        for blocks in (found, runs[0] if g["blocks"] else {}):
+            cells.append(f"{blocks['mean_lookback']:.0f}" if "mean_lookback" in blocks else "–")
+        reach = runs[0].get("reach")
+        cells.append(f"{reach['median']:.0f}" if reach else "all")
         cells.append(f"{100 * found['forced']:.1f}" if "forced" in found else "–")
         cells.append(plus_minus([100 * r["accuracy"] for r in runs], 2))
         cells.append(plus_minus([r["bits_per_byte"] for r in runs], 4))

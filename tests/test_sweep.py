@@ -23,6 +23,7 @@ from support.report import (
     collect,
     comparisons,
     interval,
+    markdown,
     over_text,
     paired,
     read_results,
@@ -157,6 +158,16 @@ def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, ol
     ]
 
 
+def rows_of(text, column, value):
+    """The rows of a report's tables, as dicts, whose `column` is `value`."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    header, found = None, []
+    for line, after in zip(lines, [*lines[1:], [""]]):
+        header = line if after[0].startswith("---") else header
+        found.append(dict(zip(header, line)))
+    return [row for row in found if row.get(column) == value]
+
+
 def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
     """Semantic and closed blocks in one sweep, each with rivals of its own mean lookback."""
     means = {"semantic": 60, "window:61": 60, "aligned:118": 61, "shifted:400": 60, "document": 90}
@@ -172,10 +183,15 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
         results = {"seed": 1, "layers": [layer], "config": asdict(config), "loss": 1 + number}
         results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
         results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
-        results["blocks"] = {"mean_lookback": mean}
+        results["blocks"] = {"mean_lookback": mean, "forced": 0.125}
+        results |= {"mean_lookback": mean + 2, "reach": {"median": 77.0, "most": 99}}
+        losses = np.random.default_rng(number).normal(10 * (1 + number), 3, 25)
+        results["by_context"] = [(nats, 10) for nats in losses]
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "results.json").write_text(json.dumps(results))
-    rows = {(row["first"], row["second"]) for row in comparisons(*collect(tmp_path))}
+    groups, keys = collect(tmp_path)
+    pairs = comparisons(groups, keys)
+    rows = {(row["first"], row["second"]) for row in pairs}
     rows = {tuple(name.removeprefix("localist, ") for name in row) for row in rows}
     same = [name + ", max_lookback 200" for name in ("shifted:400", "document", "semantic:closed")]
     assert {row for row in rows if "mean of" not in row[0]} == {
@@ -184,6 +200,16 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
         ("semantic, max_lookback 150", "window:59"),
         ("semantic, max_lookback 150", "document, max_lookback 150"),
     }
+    text = markdown(groups, pairs, {})
+    (row,) = rows_of(text, "configuration", "localist, window:41")
+    assert row["mean lookback, tokens: training"] == "40" and row["test"] == "42"
+    assert row["reach, tokens (median)"] == "77" and row["starts forced by the cap, %"] == "12.5"
+    assert row["fidelity: last layer"] == "1.000" and row["seeds"] == "1"
+    row = rows_of(text, "first", "localist, semantic, max_lookback 200")[0]
+    assert row["second"] == "localist, window:61"
+    low, high = map(float, row["95 % over the text"].split(" … "))
+    ratio = float(row["perplexity, first to second [95 %]"])
+    assert ratio == pytest.approx(math.exp(-1), 1e-3) and low < ratio < high < 2 * low
 
 
 def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
@@ -226,14 +252,17 @@ def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monke
     matched = ["window:matched", "block:matched", "aligned:matched"]
     found = []
     for like in ("semantic", "semantic:closed"):
-        reach = []
+        reach, sizes = [], []
         values = {**TINY, "max_lookback": 400, "sweep": [{"partition": [like, *matched]}]}
         for cell in read_cells(values).values():
             name = f"*.{cell.partition.replace(':', '')}.{cell.max_lookback}.*"
             (folder,) = Path("data").glob(name)
             reach.append(np.fromfile(folder / "train.lookback.bin", np.uint16).mean())
             assert read_meta(folder)["partition"] == cell.partition
-        assert len(reach) == 4 and reach[1:3] == pytest.approx([reach[0]] * 2, abs=0.8)
+            sizes.append(cell.partition.partition(":")[2])
+        mean = round(reach[0].item())
+        assert len(reach) == 4 and sizes[1:3] == [str(mean + 1), str(2 * mean + 1)]
+        assert reach[1:3] == pytest.approx([reach[0]] * 2, abs=0.8)
         assert reach[3] == pytest.approx(reach[0], rel=0.05)
         found.append(reach[0])
     assert found[0] > found[1] + 4 > 20

@@ -122,6 +122,23 @@ def test_eval_reproduces_the_results_and_turns_the_dial(place, run):
             assert results["layers"][0]["fidelity"] < 0.5 * layers[0]["fidelity"]
 
 
+def test_eval_measures_a_run_on_another_text(place, run):
+    expected = json.loads((place / "runs" / "tiny" / "results.json").read_text())
+    text = (place / "data" / "sample.txt").read_text()
+    for other, same in ((text, True), (text.upper(), False)):
+        (place / "other.txt").write_text(other)
+        status, printed, _ = run(
+            "eval.py", "runs/tiny", "--source", "other.txt", "--json", "r.json"
+        )
+        results = json.loads((place / "r.json").read_text())
+        assert status == 0 and results["source"] == "other.txt" in printed
+        assert results["tokens"] == pytest.approx(expected["tokens"], 0.02)
+        if same:
+            assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        else:
+            assert results["loss"] > expected["loss"] + 0.3
+
+
 def test_the_dial_goes_through_every_schedule(place, run):
     files = "--json", "d.json", "--figure", "d.png"
     status, printed, _ = run("eval.py", "runs/tiny", "--dial-sweep", "--contexts", 2, *files)
@@ -545,6 +562,11 @@ def test_evaluate_equals_counting_by_hand():
     vocabulary = [b"a", b"bc", b"def", b"ghij", b"klmno"]  # tokens of several bytes
     lookback = partition(tokens, vocabulary, "block:6", 8)
     nats, correct, layers, at = 0.0, 0, np.zeros((2, 4)), []
+    near, far, backs = (
+        [],
+        [],
+        [],
+    )  # losses with up to 16 tokens of context, and with more; lookbacks
     contexts = windows(130, 20, 5)
     for start, first in contexts:
         rows = (a[start : start + 20] for a in (tokens, lookback, tokens[1:]))
@@ -552,6 +574,11 @@ def test_evaluate_equals_counting_by_hand():
         with torch.no_grad():
             logits = model(x, r)[0][0]
         at.append(F.cross_entropy(logits, y[0], reduction="none").tolist())
+        for i in range(20):
+            if i >= first:
+                backs.append(min(int(r[0, i]), i))
+            if 19 <= start + i < 110:  # these stand at every place in a context, the others do not
+                (near if i < 16 else far).append(at[-1][i])
         logits = logits[first:]
         nats += F.cross_entropy(logits, y[0, first:], reduction="sum").item()
         correct += (logits.argmax(-1) == y[0, first:]).sum().item()
@@ -573,8 +600,8 @@ def test_evaluate_equals_counting_by_hand():
         assert (results["bytes"], results["accuracy"]) == (n_bytes, correct / 129)
         (one, early), (seventeen, late) = results["by_position"]
         assert (one, seventeen) == (1, 17)
-        means = np.array(at)[:, :16].mean(), np.array(at)[:, 16:].mean()
-        assert (early, late) == pytest.approx(means, rel=1e-5)
+        assert (early, late) == pytest.approx([np.mean(near), np.mean(far)], rel=1e-5)
+        assert results["mean_lookback"] == pytest.approx(np.mean(backs))
         for layer, expected in zip(results["layers"], layers.tolist()):
             keys = "fidelity", "pointer_accuracy", "entropy", "first_token"
             found = [layer[key] for key in keys]
@@ -745,7 +772,8 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (["eval.py", "nowhere", "--source", "data/sample.txt"], "nowhere"),
         (["eval.py", tmp_path / "other", "--source", "data/sample.txt"], "TIKTOKEN_CACHE_DIR"),
         (["eval.py", tmp_path / "odd", "--source", "data/sample.txt"], "no tokenizer here"),
-        (["eval.py", "runs/tiny", "--source", "data/sample.txt"], "--source"),
+        (["eval.py", "runs/tiny", "--source", "nowhere.txt"], "nowhere.txt"),
+        (["eval.py", "runs/tiny", "--partition", "shifted:9000"], "a quarter of a split"),
         (["eval.py", "runs/tiny", "--dial-sweep", "--fidelity", 0.5], "--dial-sweep"),
         (["eval.py", "runs/tiny", "--contexts", 0], "--contexts"),
         (["train.py", "three.toml"], "out must be"),
