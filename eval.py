@@ -172,9 +172,8 @@ def evaluate(
     (dense, slower). limit: at most so many contexts, evenly spread.
     Returns a dict: loss, nats per token; perplexity = exp(loss); bits_per_byte; accuracy (top-1);
     the tokens scored and their bytes; mean_lookback of those that predict them; stride and context,
-    tokens; by_position, a list of (tokens of context at least, loss in nats), which falls for as
-    long as the model uses more context, see `anywhere`; by_context, a list of (loss in nats,
-    summed; tokens scored); reach, as `reached` has it; layers, as `attention_measures` has them.
+    tokens; by_position, see there; by_context, a list of (loss in nats, summed; tokens scored);
+    reach, as `reached` has it; layers, as `attention_measures` has them.
     Raises InputError for an impossible stride.
     """
     was_training, device = model.training, model.wte.weight.device
@@ -215,9 +214,7 @@ def evaluate(
     results |= {"bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored}
     results |= {"tokens": scored, "bytes": size, "stride": stride, "context": T}
     results["mean_lookback"] = seen / scored
-    edges = [0, *(2**i for i in range(4, 40) if 2**i < T), T]
-    steps = [(a, nats_at[:, a:b].sum(1).tolist()) for a, b in zip(edges, edges[1:])]
-    results["by_position"] = [(a + 1, nats / n) for a, (nats, n) in steps if n]
+    results["by_position"] = by_position(nats_at)
     results["by_context"] = by_context
     results["reach"] = reached(model, lookback, contexts, T)
     if measure:
@@ -231,11 +228,23 @@ def anywhere(starts, T, n):
     """Which tokens of some contexts can stand at every position of a context? (B, T) booleans.
 
     starts: where in a text of n tokens each of B contexts begins. It is all but the first and the
-    last T tokens of the text. So steps of `by_position` that are no shorter than the stride compare
-    the same tokens. In a text of less than three contexts hardly any are left, and all count.
+    last T tokens of the text. In a text of less than three contexts hardly any are left; all count.
     """
     at = torch.tensor(starts)[:, None] + torch.arange(T)  # (B, T), places in the text
     return (at >= T - 1) & (at < n - T) | (n < 3 * T)
+
+
+def by_position(nats_at):
+    """The loss with more and more context, a list of (tokens of context at least, loss in nats).
+
+    It falls for as long as the model uses more context. Steps no shorter than the stride compare
+    the same tokens. nats_at: (2, T), at each position the losses of tokens that can stand
+    `anywhere`, summed, and how many they are.
+    """
+    T = nats_at.size(1)
+    edges = [0, *(2**i for i in range(4, 40) if 2**i < T), T]
+    steps = [(a, nats_at[:, a:b].sum(1).tolist()) for a, b in zip(edges, edges[1:])]
+    return [(a + 1, nats / n) for a, (nats, n) in steps if n]
 
 
 def reached(model, lookback, contexts, T):

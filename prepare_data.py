@@ -118,7 +118,9 @@ def check_blocks(method, max_lookback, val, test):
         raise InputError(f"max_lookback must be in 1 … 65535, not {max_lookback}")
     if n and n - 1 > max_lookback and name != "shifted":
         reaches = f"{method} reaches {n - 1} tokens back, max_lookback allows {max_lookback}"
-        raise InputError(f"{reaches}: raise max_lookback or use {name}:{max_lookback + 1}")
+        raise InputError(
+            f"{reaches}: {name}:{max_lookback + 1} is the most, or a larger max_lookback"
+        )
     if not (val > 0 and test > 0 and val + test < 1):
         fractions = "fractions of the text, above 0 and together below 1"
         raise InputError(f"val and test are {fractions}, not {val} and {test}")
@@ -400,15 +402,16 @@ def block_moves(lookback):
     """Where the block moves on: (n,) integers -> the tokens from which on a new one holds, and the
     tokens at which it begins, (m,) int64 each, ascending.
 
-    Where a block slides at the cap, a token at a time, no new one begins. Reads a memory map
-    stretch by stretch.
+    Where a block slides at the cap, a token at a time, no new one begins; but blocks of one token
+    count. Reads a memory map stretch by stretch.
     """
     tokens, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for at in range(0, len(lookback), STRETCH):
         before = max(at - 1, 0)
         i = np.arange(before, min(at + STRETCH, len(lookback)))
-        start = i - lookback[before : at + STRETCH]
-        moved = np.diff(start) > 1
+        back = lookback[before : at + STRETCH]
+        start = i - back
+        moved = (np.diff(start) > 1) | (back[1:] == 0)
         tokens.append(i[1:][moved])
         starts.append(start[1:][moved])
     return np.concatenate(tokens), np.concatenate(starts)
@@ -481,6 +484,8 @@ def describe(folder, meta, tokens, lookback):
     q1, median, q3 = train["block_length_quartiles"]
     lengths = f"median length {median:.0f} tokens (quartiles {q1:.0f} and {q3:.0f})"
     print(f"{method}: {train['blocks']:,} blocks in train, {lengths}, {mean}")
+    if method == "document" and train["blocks"] == 1:
+        print("no <|endoftext|> stands in this text: it is one document")
     cap, forced = meta["max_lookback"], train.get("forced")
     if forced is not None:
         lag = f"a new block is known {train['lag']:.0f} tokens after it began (median)"

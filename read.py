@@ -103,7 +103,7 @@ def find_words(text, vocabulary, words):
     wanted = " ".join(words.split()).encode(errors="surrogateescape")
     found = letters[kept].tobytes().find(wanted)
     if found < 0 or not wanted:
-        raise InputError(f"{text.name}: the words {words!r} are not there")
+        raise InputError(f"{text.name}: the words {words!r} are not there; see --split")
     ends = np.cumsum(np.array([len(b) for b in vocabulary])[text.tokens])
     return int(np.searchsorted(ends, np.flatnonzero(kept)[found], side="right"))
 

@@ -34,6 +34,7 @@ from support.files import InputError, alone, run_script, write_text
 from support.machine import pick_device, stop_signals
 from support.report import read_results, report
 from support.settings import lost, to_toml, usage
+from support.weights import PRETRAINED
 from train import Config, read_config, read_values
 
 ROOT = Path(__file__).resolve().parent
@@ -129,10 +130,14 @@ def matched(kind, folder):
     def aligned(n):
         return partition(some, vocabulary, f"aligned:{n}", 65535)
 
+    def gap(n):
+        return aligned(n).mean(dtype=float) - mean
+
     sizes = range(1, 2 * math.ceil(mean) + 2)
-    n = sizes[bisect.bisect_left(sizes[:-1], mean, key=lambda n: aligned(n).mean(dtype=float))]
+    n = sizes[bisect.bisect_left(sizes[:-1], 0, key=gap)]
+    n = min(n, max(n - 1, 1), key=lambda n: abs(gap(n)))
     blocks = aligned(n)
-    if abs(blocks.mean(dtype=float) - mean) > max(0.05 * mean, 1):
+    if abs(gap(n)) > max(0.05 * mean, 1):
         near = f"aligned:{n} reaches back {blocks.mean(dtype=float):.0f}"
         far = "the sentences of this text are too long for aligned:matched; leave it out"
         raise InputError(f"semantic blocks reach back {mean:.0f} tokens on average, {near}: {far}")
@@ -144,6 +149,13 @@ def matched(kind, folder):
 
 
 MADE = "# made by sweep.py: one cell of a sweep\n"
+
+
+def check_bases(cells):
+    """Raises InputError if a base that cells would start from is not there."""
+    for base in sorted({cell.init_from for cell in cells} - {"scratch", *PRETRAINED}):
+        if not Path(base).exists():
+            raise InputError(f"init_from: {base} is not there; make it first, as the config says")
 
 
 def check_folder(out):
@@ -167,7 +179,10 @@ def run_cell(cell, threads, held, children, asked):
     if finished or begun:
         try:
             if finished:
-                before = read_results(out / "results.json")["config"]
+                results = read_results(out / "results.json")
+                before, text = results["config"], read_meta(prepared(asdict(cell)))["source_sha256"]
+                if results.get("source_sha256", text) != text:
+                    return f"{out} was run on another text; delete it, or give another --out"
             else:
                 before = asdict(read_config([str(out / "config.toml")]))
         except InputError as e:
@@ -248,6 +263,9 @@ def run(cells, jobs, held):
 
 def main():
     argv = [word for word in sys.argv[1:] if word != "--report"]
+    argv = [
+        part for word in argv for part in (word.split("=") if word[:7] == "--jobs=" else [word])
+    ]
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nKeys, in the file or as --key value:\n{usage(Config)}")
         return
@@ -260,19 +278,23 @@ def main():
         jobs = int(jobs)
         del argv[at : at + 2]
     values = read_values(argv, more=("sweep",))
-    out, broken = Path(values["out"]), {}
+    out, broken, cells = Path(values["out"]), {}, {}
     if "--report" not in sys.argv:
         check_folder(out)
         try:
             cells = read_cells(values)
+            check_bases(cells.values())
             # runs that a sweep left when it was killed hold the lock too: they are waited for
             with alone(out) as held:
                 broken = run(cells, jobs, held)
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             raise
-    if not broken or any(out.glob("*/results.json")):
+    if "--report" in sys.argv or len(broken) < len(cells):
         report(out)
+        others = {path.parent.name for path in out.glob("*/results.json")} - cells.keys()
+        if others and "--report" not in sys.argv:
+            print(f"{len(others)} cells that this config does not name are in the table too")
     for name, why in broken.items():
         print(f"broken: {name}: {why}", file=sys.stderr)
     sys.exit(1 if broken else 0)

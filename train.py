@@ -415,6 +415,7 @@ def finish(run, config, model, text, here):
     batch_size = max(1, config.batch_size // here.world)
     results = {name: getattr(config, name) for name in ("schedule", "fidelity", "partition")}
     results |= {"split": "test", "blocks": text.meta["splits"]["train"]}
+    results["source_sha256"] = text.meta["source_sha256"]
     results |= evaluate(model, *text.test, text.vocabulary, batch_size=batch_size)
     results |= {"val_loss": val_loss, "best_step": best_step, "steps": run.step}
     results["seconds"] = round(run.elapsed(), 1)

@@ -18,7 +18,7 @@ import random
 import re
 from pathlib import Path
 
-from support.files import InputError, run_script, write_text
+from support.files import InputError, check_writable, run_script, write_text
 from support.sources import pieces, source_files
 
 HEADING = re.compile(r"\s*=.*=\s*")
@@ -52,12 +52,12 @@ def passages(text, rng, shortest, longest):
 def refrain(passage, rng, longest):
     """4 to 80 words of a passage, 2 to 40 times in a row; a string.
 
-    What is longer than `longest` characters stands twice. rng: a random.Random.
+    Not more than `longest` characters in all, but for the spaces. rng: a random.Random.
     """
     words = passage.split()
     n = round(math.exp(rng.uniform(math.log(4), math.log(80))))
     first = rng.randrange(max(1, len(words) - n))
-    line = " ".join(words[first : first + n])
+    line = " ".join(words[first : first + n])[: max(1, longest // 2)]
     times = min(rng.choice((2, 3, 5, 10, 20, 40)), max(2, longest // len(line)))
     return " ".join([line] * times)
 
@@ -75,16 +75,13 @@ def with_refrains(found, share, longest, seed):
     return mixed
 
 
-def anthology(paths, shortest, longest, share, seed):
-    """The passages of some files (Paths) in random order, a list of strings.
-
-    share: how much of the refrains to mix in; see `with_refrains`.
-    """
+def anthology(paths, shortest, longest, seed):
+    """The passages of some files (Paths) in random order, a list of strings."""
     rng, found = random.Random(seed), []
     for path in paths:
         found += passages("".join(pieces(path)), rng, shortest, longest)
     rng.shuffle(found)
-    return with_refrains(found, share, longest, seed) if share else found
+    return found
 
 
 def main():
@@ -104,17 +101,23 @@ def main():
     )
     add("--seed", type=int, default=1)
     args = parser.parse_args()
+    if not 1 <= args.longest <= 10**9:
+        raise InputError(f"--longest must be in 1 … 1,000,000,000, not {args.longest}")
     if not 1 <= args.shortest <= args.longest:
         raise InputError(f"--shortest must be in 1 … --longest ({args.longest})")
     if not 0 <= args.refrain <= 10:
         raise InputError(f"--refrain must be in 0 … 10, not {args.refrain}")
-    how = args.shortest, args.longest, args.refrain, args.seed
-    found = anthology(source_files(args.source), *how)
+    if args.out.exists():  # it may be one of the sources
+        raise InputError(f"{args.out} is there already; delete it, or write to another name")
+    check_writable(args.out)
+    found = anthology(source_files(args.source), args.shortest, args.longest, args.seed)
     if len(found) < 2:
         raise InputError(f"{len(found)} passages in {args.source}: too few; give a longer text")
-    write_text(args.out, "\n<|endoftext|>".join(found) + "\n")
+    mixed = with_refrains(found, args.refrain, args.longest, args.seed) if args.refrain else found
+    write_text(args.out, "\n<|endoftext|>".join(mixed) + "\n")
     mean = sum(map(len, found)) / len(found)
-    print(f"{args.out}: {len(found):,} passages of {mean:,.0f} characters on average")
+    refrains = f" and {len(mixed) - len(found):,} refrains" if args.refrain else ""
+    print(f"{args.out}: {len(found):,} passages of {mean:,.0f} characters on average{refrains}")
 
 
 if __name__ == "__main__":

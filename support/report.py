@@ -56,7 +56,7 @@ def read_curve(path):
         if not curve:
             raise ValueError
         return curve
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         mend = "delete the folder, and the cell is run again"
         raise InputError(f"{path} is damaged; {mend}") from None
 
@@ -89,12 +89,11 @@ def sign_flip_p(differences):
     """p of the two-sided exact permutation test of paired differences.
 
     The share of all 2^n ways to sign them whose mean is as far from 0 as theirs; never below
-    2 / 2^n. Raises InputError for more than 20.
+    2 / 2^n. None for more than 20: those are too many ways.
     """
     d = np.asarray(differences, float)
     if len(d) > 20:
-        many = f"{len(d)} seeds: an exact test goes through 2^n ways to sign them"
-        raise InputError(f"{many}; 20 are enough")
+        return None
     signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)  # (2^n, n)
     means = np.abs(signs @ d)
     return float((means >= abs(d.sum()) * (1 - 1e-12)).mean())
@@ -370,7 +369,8 @@ def markdown(groups, rows, about):
         lines += [f"| {columns} |", "| --- " * (columns.count("|") + 1) + "|"]
         for row in rows:
             cells = [row["first"], row["second"], row["seeds"], with_interval(row)]
-            cells += [f"{row['p']:.3g}", f"{row['p_least']:.3g}"]
+            cells.append("–" if row["p"] is None else f"{row['p']:.3g}")
+            cells.append(f"{row['p_least']:.3g}")
             text = row.get("text")
             lines.append(line([*cells, f"{text[0]:.4f} … {text[1]:.4f}" if text else "–"]))
         lines += ["", NOTE_P]
@@ -401,10 +401,10 @@ def report(folder):
         configurations.append({**found, "runs": kept})
     table = {"about": about, "configurations": configurations, "comparisons": rows}
     text = markdown(groups, rows, about)
-    write_json(folder / "table.json", table)
-    write_text(folder / "table.md", text)
     for g in groups:
         g["curves"] = [read_curve(r["folder"] / "metrics.jsonl") for r in g["runs"]]
+    write_json(folder / "table.json", table)
+    write_text(folder / "table.md", text)
     drawn = draw_sweep(groups, folder)
     print(text)
     pictures = ", ".join(str(path) for path in drawn if path.suffix == ".png")

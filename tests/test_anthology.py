@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conftest import ROOT
-from experiments.anthology import anthology, main, passages
+from experiments.anthology import anthology, main, passages, refrain, with_refrains
 from support.files import run_script
 
 SAMPLE = ROOT / "data" / "sample.txt"
@@ -34,14 +34,14 @@ def test_headings_and_documents_end_a_passage_and_are_left_out():
 def test_the_order_is_random_and_always_the_same(tmp_path):
     (tmp_path / "two.txt").write_text(SAMPLE.read_text().upper())
     paths = [SAMPLE, tmp_path / "two.txt"]
-    one, again, other = (anthology(paths, 300, 900, 0, seed) for seed in (1, 1, 2))
+    one, again, other = (anthology(paths, 300, 900, seed) for seed in (1, 1, 2))
     assert one == again != other
     assert {p.isupper() for p in one[:12]} == {True, False}  # the texts are mixed
 
 
 def test_refrains_are_words_of_a_passage_again_and_again_and_as_many_as_asked_for():
-    plain = anthology([SAMPLE], 300, 900, 0, 1)
-    mixed = anthology([SAMPLE], 300, 900, 0.5, 1)
+    plain = anthology([SAMPLE], 300, 900, 1)
+    mixed = with_refrains(plain, 0.5, 900, 1)
     refrains = [p for p in mixed if p not in plain]
     assert sorted(set(mixed) - set(refrains)) == sorted(set(plain))
     assert sum(map(len, refrains)) == pytest.approx(0.5 * sum(map(len, plain)), rel=0.1)
@@ -52,6 +52,21 @@ def test_refrains_are_words_of_a_passage_again_and_again_and_as_many_as_asked_fo
         assert any(" ".join(words[:n]) in text for text in texts)
     assert min(times) >= 2 and max(times) > 10 and len(set(times)) > 4
     assert max(map(len, refrains)) <= 2 * 900
+
+
+def test_a_refrain_of_a_text_without_spaces_is_short_too():
+    found = refrain("ab" * 3000, random.Random(0), 900)
+    assert found == " ".join(["ab" * 225] * 2)
+
+
+def test_a_file_that_is_there_is_not_written_over(monkeypatch, tmp_path, capsys):
+    book = tmp_path / "book.txt"
+    book.write_text(SAMPLE.read_text())
+    monkeypatch.setattr("sys.argv", ["anthology", str(book), str(SAMPLE)])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == 2 and "is there already" in capsys.readouterr().err
+    assert book.read_text() == SAMPLE.read_text()
 
 
 def test_the_script_writes_passages_with_an_end_of_text_between_them(monkeypatch, tmp_path, capsys):
@@ -71,6 +86,9 @@ def test_the_script_writes_passages_with_an_end_of_text_between_them(monkeypatch
         ([str(SAMPLE), "--shortest", "0"], "--shortest"),
         ([str(SAMPLE), "--shortest", "4000"], "--shortest"),
         ([str(SAMPLE), "--refrain", "-1"], "--refrain"),
+        ([str(SAMPLE), "--longest", "-1"], "--longest must"),
+        ([str(SAMPLE), "--longest", "1" + 400 * "0"], "--longest must"),
+        ([str(SAMPLE), "--shortest", "50000", "--longest", "60000", "--refrain", "1"], "too few"),
         ([str(SAMPLE), "--shortest", "90000", "--longest", "90000"], "too few"),
     ],
 )

@@ -128,6 +128,25 @@ def test_where_a_block_slides_at_the_cap_no_new_one_is_counted():
         assert counts["blocks"] == blocks and counts["block_length_quartiles"] == [100, 100, 100]
 
 
+def test_blocks_of_one_token_are_counted():
+    write("book.txt", TEXT[:1000])
+    counts = read_meta(prepare("book.txt", "out", "bytes", "block:1"))["splits"]["train"]
+    assert counts["blocks"] == counts["tokens"] == 800
+    assert counts["block_length_quartiles"] == [1, 1, 1] and counts["mean_lookback"] == 0
+
+
+def test_a_text_that_is_one_document_is_said_to_be(capsys):
+    for text, said in ((TEXT[:2000], True), (f"{TEXT[:600]}<|endoftext|>{TEXT[600:2000]}", False)):
+        write("book.txt", text)
+        assert (
+            script_here(
+                "prepare_data.py", "book.txt", *"--tokenizer bytes --partition document".split()
+            )
+            == 0
+        )
+        assert ("it is one document" in capsys.readouterr().out) == said
+
+
 @pytest.fixture
 def bytes_and_end_of_text(monkeypatch):
     """The 256 bytes and <|endoftext|>, in the place of a tokenizer that would be downloaded."""

@@ -61,6 +61,9 @@ def test_intervals_are_students_and_hold_the_mean_as_often_as_they_say():
         assert 0.935 < holds < 0.965
 
 
+MANY = [{seed: 1 + seed * step for seed in range(21)} for step in (0.1, 0.2)]  # 21 seeds
+
+
 def test_the_permutation_test_is_exact():
     assert sign_flip_p([1, 2, 3]) == 0.25
     assert sign_flip_p([1, -1]) == 1
@@ -69,8 +72,8 @@ def test_the_permutation_test_is_exact():
     means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=7)]
     assert sign_flip_p(d) == pytest.approx(np.mean([m >= abs(d.mean()) - 1e-12 for m in means]))
     assert sign_flip_p(d) == sign_flip_p(-d)
-    with pytest.raises(InputError):
-        sign_flip_p(range(21))
+    assert sign_flip_p(range(21)) is None
+    assert "| – |" in markdown([], [{"first": "a", "second": "b", **paired(*MANY)}], {})
 
 
 def test_pairs_share_their_seeds():
@@ -378,13 +381,22 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     for wrong in ("no", "0", "\u00b2"):
         assert sweep("--jobs", wrong)[0] == 2
     path = tmp_path / "sweep" / cells[0] / "metrics.jsonl"
-    whole = path.read_text()
-    for text in ("{", "[]", '{"val_loss": 1}'):
-        path.write_text(text)
+    whole, table = path.read_text(), (tmp_path / "sweep" / "table.md").read_text()
+    for text in ("{", "[]", '{"val_loss": 1}', None):
+        path.unlink() if text is None else path.write_text(text)
         status, error = sweep("--report")
         assert status == 2
         assert error.count("metrics.jsonl is damaged") == error.count("\n") == 1
+        assert (tmp_path / "sweep" / "table.md").read_text() == table
     path.write_text(whole)
+    status, error = sweep("--max_steps", "7")  # nothing of it could be run: no new table
+    assert status == 1 and "with another max_steps" in error
+    assert (tmp_path / "sweep" / "table.md").read_text() == table
+    (tmp_path / "book.txt").write_bytes((ROOT / "data" / "sample.txt").read_bytes()[:20001])
+    status, error = sweep()
+    assert status == 1 and error.count("was run on another text; delete it") == 5
+    status, error = sweep("--init_from", "runs/nowhere")
+    assert status == 2 and error.count("runs/nowhere is not there; make it first") == 1
     for text in ("{", "[]", '{"config": {}}'):  # damaged: named, and mended when it is gone
         (tmp_path / "sweep" / cells[0] / "results.json").write_text(text)
         status, error = sweep("--report")
