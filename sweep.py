@@ -101,6 +101,9 @@ def resolve(values, like):
     like: semantic or semantic:closed, what it is matched to. Prepares the cell's data, so that
     cells which run side by side find it. Raises InputError.
     """
+    base = values.get("init_from", Config.init_from)
+    if base not in ("scratch", *PRETRAINED) and not Path(str(base)).exists():
+        raise InputError(f"init_from: {base} is not there; make it first, as the config says")
     kind, _, n = str(values.get("partition", "")).partition(":")
     if n == "matched" and kind in ("window", "block", "aligned"):
         config = Config(**{**values, "partition": like})
@@ -149,13 +152,6 @@ def matched(kind, folder):
 
 
 MADE = "# made by sweep.py: one cell of a sweep\n"
-
-
-def check_bases(cells):
-    """Raises InputError if a base that cells would start from is not there."""
-    for base in sorted({cell.init_from for cell in cells} - {"scratch", *PRETRAINED}):
-        if not Path(base).exists():
-            raise InputError(f"init_from: {base} is not there; make it first, as the config says")
 
 
 def check_folder(out):
@@ -263,9 +259,6 @@ def run(cells, jobs, held):
 
 def main():
     argv = [word for word in sys.argv[1:] if word != "--report"]
-    argv = [
-        part for word in argv for part in (word.split("=") if word[:7] == "--jobs=" else [word])
-    ]
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nKeys, in the file or as --key value:\n{usage(Config)}")
         return
@@ -283,7 +276,6 @@ def main():
         check_folder(out)
         try:
             cells = read_cells(values)
-            check_bases(cells.values())
             # runs that a sweep left when it was killed hold the lock too: they are waited for
             with alone(out) as held:
                 broken = run(cells, jobs, held)
