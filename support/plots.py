@@ -211,7 +211,7 @@ def draw_sweep(groups, folder):
 def look(series, blocks):
     """(marker, colour) of a series."""
     i = series.index(blocks) if blocks in series else 0
-    return "os^Dv*PX"[i % 8], COLOURS[(i + i // 8) % 8]
+    return "os^Dv*PX<>phd8"[i % 14], COLOURS[(i + i // 8) % 8]
 
 
 def draw_ratios(groups, names, series):

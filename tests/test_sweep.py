@@ -19,6 +19,7 @@ from conftest import ROOT, script_here
 from forks import children, started
 from prepare_data import read_meta
 from support.files import InputError
+from support.plots import look
 from support.report import (
     collect,
     comparisons,
@@ -74,6 +75,11 @@ def test_the_permutation_test_is_exact():
     assert sign_flip_p(d) == sign_flip_p(-d)
     assert sign_flip_p(range(21)) is None
     assert "| – |" in markdown([], [{"first": "a", "second": "b", **paired(*MANY)}], {})
+
+
+def test_every_kind_of_blocks_has_a_sign_of_its_own():
+    kinds = [f"block:{n}" for n in range(14)]
+    assert len({look(kinds, kind)[0] for kind in kinds}) == 14
 
 
 def test_pairs_share_their_seeds():
