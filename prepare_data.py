@@ -118,9 +118,7 @@ def check_blocks(method, max_lookback, val, test):
         raise InputError(f"max_lookback must be in 1 … 65535, not {max_lookback}")
     if n and n - 1 > max_lookback and name != "shifted":
         reaches = f"{method} reaches {n - 1} tokens back, max_lookback allows {max_lookback}"
-        raise InputError(
-            f"{reaches}: {name}:{max_lookback + 1} is the most, or a larger max_lookback"
-        )
+        raise InputError(f"{reaches}: take {name}:{max_lookback + 1}, or a larger max_lookback")
     if not (val > 0 and test > 0 and val + test < 1):
         fractions = "fractions of the text, above 0 and together below 1"
         raise InputError(f"val and test are {fractions}, not {val} and {test}")
