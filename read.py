@@ -171,14 +171,15 @@ def sentence_starts(tokens, vocabulary):
     return starts[starts < len(text)].tolist()
 
 
-def join_short(starts, T):
+def join_short(starts, T, apart=()):
     """The (begin, end) of the sentences of T tokens. starts: where they begin, the first at 0.
 
     One that is shorter than a 32nd of the T is joined with the next: each will take a forward pass.
+    apart: a sentence that begins there is not joined with what stands before it.
     """
     edges = [0]
     for start in starts:
-        if start - edges[-1] >= max(T / 32, 2):
+        if start - edges[-1] >= max(T / 32, 2) or start in apart and start > edges[-1]:
             edges.append(start)
     return list(zip(edges, [*edges[1:], T]))
 

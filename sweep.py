@@ -257,19 +257,24 @@ def run(cells, jobs, held):
     return broken
 
 
+def take_jobs(argv):
+    """Take --jobs N out of a command line, a list. Returns N, or None. Raises InputError."""
+    if "--jobs" not in argv:
+        return None
+    at = argv.index("--jobs")
+    jobs = "".join(argv[at + 1 : at + 2])
+    if not (jobs.isascii() and jobs.isdigit() and len(jobs) < 5 and int(jobs) > 0):
+        raise InputError("--jobs takes a number of runs to go at a time")
+    del argv[at : at + 2]
+    return int(jobs)
+
+
 def main():
     argv = [word for word in sys.argv[1:] if word != "--report"]
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nKeys, in the file or as --key value:\n{usage(Config)}")
         return
-    jobs = None
-    if "--jobs" in argv:
-        at = argv.index("--jobs")
-        jobs = "".join(argv[at + 1 : at + 2])
-        if not (jobs.isascii() and jobs.isdigit() and len(jobs) < 5 and int(jobs) > 0):
-            raise InputError("--jobs takes a number of runs to go at a time")
-        jobs = int(jobs)
-        del argv[at : at + 2]
+    jobs = take_jobs(argv)
     values = read_values(argv, more=("sweep",))
     out, broken, cells = Path(values["out"]), {}, {}
     if "--report" not in sys.argv:

@@ -270,8 +270,10 @@ def provenance(device, seed):
     name = f"{device.type}, {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    script = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", *script, *sys.argv[1:]]),
         "commit": commit,
         "device": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,425 @@
+"""What faithfulness.py makes of what it measured: three outcomes, statistics, tables, figures."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from support.plots import COLOURS, bare, pyplot, save_figure
+from support.report import holm, interval, sign_flip_p
+
+SHIFTS = 4  # other places of the split that the control takes its boundaries from
+OUTCOMES = {"boundary": "doublings", "pointer": "correlation", "leak": "bits a token"}
+LEAST = 4  # sentences before a token, to correlate anything over them
+DRAWN = 2000  # times that the contexts are drawn anew
+MASSES = 2.0 ** np.arange(-12, 1)  # the edges of bins of attention mass
+
+# --------------------------------------------------------------------------------------------------
+# the contexts
+
+
+class Frame(NamedTuple):
+    """What of a context does not depend on the model. A pair is a sentence and a later token."""
+
+    pair: np.ndarray  # (S, T) booleans: the sentence ends before the token
+    bins: np.ndarray  # (S, T) integers: half octaves of the distance
+    distance: np.ndarray  # (S, T) tokens from the end of the sentence
+    inside: list  # of (S, T) booleans, for each of context.blocks: the sentence is in the block
+    design: np.ndarray  # (pairs, columns): splines of distance and length; then `inside`
+
+
+def frames_of(contexts):
+    """The Frames of some Contexts, a list."""
+    raw = []
+    for context in contexts:
+        begin, end = np.array(context.sentences).T[..., None]  # (S, 1) each
+        distance = np.arange(len(context.tokens) - 1) - end  # (S, T)
+        pair = distance >= 0
+        # a boundary from elsewhere may cut a sentence: then its middle decides
+        inside = [pair & ((begin + end) / 2 >= start) for start in context.blocks]
+        raw.append((pair, distance, np.broadcast_to(end - begin, pair.shape), inside))
+    far = [np.log2(1 + distance[pair]) for pair, distance, _, _ in raw]
+    long = [np.log2(length[pair]) for pair, _, length, _ in raw]
+    knots = [np.percentile(np.concatenate(far), (5, 27.5, 50, 72.5, 95))]
+    knots.append(np.percentile(np.concatenate(long), (10, 50, 90)))
+    frames = []
+    for (pair, distance, _, inside), x, z in zip(raw, far, long):
+        columns = [*spline(x, knots[0]), *spline(z, knots[1]), *(some[pair] for some in inside)]
+        design = np.stack(columns, 1).astype(float)
+        bins = (2 * np.log2(1 + np.maximum(distance, 0))).astype(int)
+        frames.append(Frame(pair, bins, distance, inside, design - design.mean(0)))
+    return frames
+
+
+def spline(x, knots):
+    """A cubic spline of x that is a line beyond the knots: its columns, without the constant."""
+    knots, columns = np.unique(knots), [x]
+    for k in knots[:-2]:
+        last, before = knots[-1], knots[-2]
+        bend, *ends = [np.maximum(x - at, 0) ** 3 for at in (k, before, last)]
+        bend = bend - (ends[0] * (last - k) - ends[1] * (before - k)) / (last - before)
+        columns.append(bend / (last - knots[0]) ** 2)
+    return columns
+
+
+def ranks(x, among):
+    """The rank of each value in its column, ties shared. x: (S, T); among: booleans, who counts."""
+    below = (x[None] < x[:, None]) & among[None]  # (S, S, T)
+    same = (x[None] == x[:, None]) & among[None]
+    return below.sum(1) + (same.sum(1) + 1) / 2
+
+
+def partial_spearman(a, b, c, among):
+    """Spearman's correlation of a and b over each column, with c removed: (T,).
+
+    a, b, c: (S, T); among: (S, T) booleans, the rows that count. 0 where a or b says nothing more
+    than c does; NaN where fewer than LEAST count.
+    """
+    n, centred = among.sum(0), []
+    for x in (a, b, c):
+        r = np.where(among, ranks(x, among), 0)
+        centred.append(np.where(among, r - r.sum(0) / np.maximum(n, 1), 0))
+
+    def correlation(x, y):
+        size = np.sqrt((x**2).sum(0) * (y**2).sum(0))
+        return np.divide((x * y).sum(0), size, out=np.zeros(len(n)), where=size > 0)
+
+    ab, ac, bc = (correlation(centred[i], centred[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    left = (1 - ac**2) * (1 - bc**2)
+    partial = np.divide(
+        ab - ac * bc, np.sqrt(np.maximum(left, 0)), out=np.zeros(len(n)), where=left > 1e-9
+    )
+    return np.where(n >= LEAST, partial, np.nan)
+
+
+# --------------------------------------------------------------------------------------------------
+# the outcomes of one model
+
+
+class Summary(NamedTuple):
+    """What is left of a model's measurements: sums over each of C contexts."""
+
+    cross: np.ndarray  # (C, columns): of Frame.design and log2(influence + eps)
+    sums: dict  # {measure: (C, 2)}: its sum, and over how many
+    near: np.ndarray  # (2, bins, 2) inside and outside the block: sums by distance, and how many
+    mass: np.ndarray  # (bins, 2): the same by mass, with the mean at the same distance taken off
+
+
+def summarise(found, frames, eps):
+    """The Summary of a model. found: as `read_measured` gives it; eps: bits."""
+    cross, sums, near, mass = [], {}, 0.0, 0.0
+    for c, frame in enumerate(frames):
+        at = {name.split(".")[0]: x for name, x in found.items() if name.endswith(f".{c}")}
+        at = {name: x.astype(float) for name, x in at.items()}
+        y = np.log2(at["influence"] + eps)[frame.pair]  # (pairs,)
+        cross.append(frame.design.T @ (y - y.mean()))
+        for name, (total, n) in means_of(at, frame).items():
+            sums.setdefault(name, []).append((total, n))
+        bins, inside = frame.bins[frame.pair], frame.inside[0][frame.pair]
+        near = near + np.stack([by_bin(y, bins, 64, some) for some in (inside, ~inside)])
+        usual = by_bin(y, bins, 64)
+        rest = y - (usual[:, 0] / np.maximum(usual[:, 1], 1))[bins]
+        masses = np.searchsorted(MASSES, at["raw"][frame.pair], side="right")
+        mass = mass + by_bin(rest, masses, len(MASSES) + 1)
+    return Summary(np.array(cross), {k: np.array(v) for k, v in sums.items()}, near, mass)
+
+
+def by_bin(values, bins, n, among=slice(None)):
+    """(n, 2): in each bin, the sum of the values and how many they are."""
+    values, bins = values[among], bins[among]
+    return np.stack([np.bincount(bins, values, n), np.bincount(bins, minlength=n)], 1)[:n]
+
+
+def means_of(at, frame):
+    """Measures of a context that are means: {name: (sum, over how many)}.
+
+    at: what `measure` found there, a dict of arrays.
+    """
+    bits, block = np.where(frame.pair, at["influence"], 0), frame.inside[0]
+    values = {
+        "nats": at["nats"],
+        "influence": bits[frame.pair],
+        "moved": at["moved"],
+        "pointer": partial_spearman(bits, at["raw"], frame.distance, frame.pair),
+        "weighted": partial_spearman(bits, at["weighted"], frame.distance, frame.pair),
+        "inside": partial_spearman(bits, at["raw"], frame.distance, block),
+        "pointed": pointed_at(bits, at["raw"], block, frame.bins),
+        "leak": at["leak"],
+        "far": at["far"] - at["nats"],
+        "uniform": at["uniform"] - at["nats"],
+    }
+    found = {name: (np.nansum(x), np.isfinite(x).sum()) for name, x in values.items()}
+    if len(frame.inside) > 1 + SHIFTS:  # the true pieces are known
+        usual = by_bin(bits[frame.pair], frame.bins[frame.pair], 64)
+        usual = (usual[:, 0] / np.maximum(usual[:, 1], 1))[frame.bins]  # (S, T)
+        piece = frame.inside[-1]
+        found["piece"] = bits[piece].sum(), bits[frame.pair].sum()
+        found["by distance"] = usual[piece].sum(), bits[frame.pair].sum()
+    return found
+
+
+def pointed_at(bits, mass, block, bins):
+    """How much more a token depends on the sentence of its block with the largest mass than on
+    others of a block at the same distance: bits, one for each token that has two to choose from.
+
+    bits, mass: (S, T); block: (S, T) booleans; bins: (S, T) integers, the distance.
+    """
+    chosen = np.arange(len(bits))[:, None] == np.where(block, mass, -1).argmax(0)  # (S, T)
+    others = by_bin(bits, bins, 64, block & ~chosen)
+    usual = np.divide(*others.T, out=np.full(64, np.nan), where=others[:, 1] > 0)
+    chosen &= block & (block.sum(0) > 1)
+    return bits[chosen] - usual[bins[chosen]]
+
+
+# --------------------------------------------------------------------------------------------------
+# statistics
+
+
+def values_of(summaries, frames, weights):
+    """Every measure of every model: {name: (models, B)}. weights: (B, C), of the contexts.
+
+    boundary: the coefficient of "in the block" in log2(influence + eps) = spline(distance) +
+    spline(length) + boundary [in the block] + context. shifted: the same, of boundaries from
+    elsewhere; true boundary: of the true pieces.
+    """
+    gram = np.stack([f.design.T @ f.design for f in frames])  # (C, columns, columns)
+    gram = np.tensordot(weights, gram, 1)  # (B, columns, columns)
+    kinds = len(frames[0].inside)
+    n, effects = gram.shape[1] - kinds, []
+    for kind in range(kinds):
+        use = [*range(n), n + kind]
+        row = np.linalg.pinv(gram[:, use][:, :, use], hermitian=True)[:, -1]  # (B, n + 1)
+        effects.append([(weights @ s.cross[:, use] * row).sum(1) for s in summaries])
+    found = {"boundary": np.array(effects[0])}
+    found["shifted"] = np.mean(effects[1 : 1 + SHIFTS], axis=0)
+    found["above shifted"] = found["boundary"] - found["shifted"]
+    if kinds > 1 + SHIFTS:
+        found["true boundary"] = np.array(effects[-1])
+    for name in summaries[0].sums:
+        sums = np.stack([weights @ s.sums[name] for s in summaries])  # (models, B, 2)
+        found[name] = sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
+    return found
+
+
+def compare(values, drawn, places, first, second):
+    """The difference of a measure between two models, paired by seed: a dict.
+
+    values: (models,); drawn: (models, DRAWN), the same with the contexts drawn anew; places: {name:
+    {seed: number of the model}}. low, high: 95 % over seeds, by Student; text: 95 % if there had
+    been other contexts like these; p: exact, as `sign_flip_p` has it.
+    """
+    seeds = sorted(places[first].keys() & places[second].keys())
+    a, b = ([places[name][seed] for seed in seeds] for name in (first, second))
+    mean, _, half = interval(values[a] - values[b])
+    text = np.percentile((drawn[a] - drawn[b]).mean(0), (2.5, 97.5)).tolist()
+    row = {"first": first, "second": second, "seeds": len(seeds), "difference": float(mean)}
+    row |= {"low": None if half is None else mean - half, "text": text}
+    row |= {"high": None if half is None else mean + half}
+    return {**row, "p": sign_flip_p(values[a] - values[b])}
+
+
+def verdict(row, bound):
+    """What a comparison says, in words. bound: a smaller difference is none."""
+    if row["low"] is None or row["p"] is None:
+        return "one seed tells nothing"
+    small = -bound < row["low"] and row["high"] < bound
+    if row["holm"] < 0.05 and row["low"] * row["high"] > 0:
+        return ("higher" if row["low"] > 0 else "lower") + ", by less than counts" * small
+    return "no difference that counts" if small else "not resolved"
+
+
+def analyse(subjects, summaries, frames, study):
+    """All numbers of the report, a dict. subjects: with a name and a seed each; study: a dict."""
+    ones = np.ones((1, len(frames)))
+    again = np.random.default_rng(0).multinomial(len(frames), ones[0] / len(frames), DRAWN)
+    values, drawn = (values_of(summaries, frames, w.astype(float)) for w in (ones, again))
+    values, places = {name: x[:, 0] for name, x in values.items()}, {}
+    for i, subject in enumerate(subjects):
+        places.setdefault(subject.name, {})[subject.seed] = i
+    first, second, tests = study["first"], study["second"], []
+    for name in OUTCOMES:
+        row = compare(values[name], drawn[name], places, first, second)
+        tests.append({"outcome": name, "bound": study[name], **row})
+    ps = [1 if row["p"] is None else row["p"] for row in tests]
+    for row, p in zip(tests, holm(ps)):
+        row |= {"holm": None if row["p"] is None else p}
+        row["verdict"] = verdict(row, row["bound"])
+    models = []
+    for name, seeds in places.items():
+        row = {"name": name, "seeds": len(seeds)}
+        for measure, x in values.items():
+            some = x[list(seeds.values())]
+            mean, _, half = interval(some)
+            row[measure] = {"mean": float(mean), "half": half, "by_seed": some.tolist()}
+        some = [summaries[i] for i in seeds.values()]
+        row["near"], row["mass"] = (
+            sum(s.near for s in some).tolist(),
+            sum(s.mass for s in some).tolist(),
+        )
+        models.append(row)
+    pairs = [(name, second) for name in places if name != second]
+    pairs += [(first, name) for name in places if name not in (first, second)]
+    rows = []
+    for a, b in pairs:
+        for name in (*OUTCOMES, "above shifted"):
+            if places[a].keys() & places[b].keys():
+                rows.append({"outcome": name, **compare(values[name], drawn[name], places, a, b)})
+    return {"study": study, "tests": tests, "models": models, "comparisons": rows}
+
+
+# --------------------------------------------------------------------------------------------------
+# the report
+
+# of the table of all models: the measure, its heading, digits
+COLUMNS = {
+    "nats": ("loss, nats", 3),
+    "boundary": ("boundary effect", 2),
+    "shifted": ("with boundaries from elsewhere", 2),
+    "pointer": ("pointer", 3),
+    "weighted": ("weighted by values", 3),
+    "inside": ("within the block", 3),
+    "pointed": ("pointed at, bits more", 4),
+    "uniform": ("loss with a uniform last layer", 3),
+    "leak": ("leak, bits", 3),
+    "far": ("loss with foreign text before the block", 3),
+    "influence": ("influence of a sentence, bits", 4),
+    "moved": ("more with the blocks found again", 4),
+    "piece": ("influence within the true piece", 3),
+    "by distance": ("the same, from distance alone", 3),
+    "true boundary": ("boundary effect of the true pieces", 2),
+}
+NOTE = """± is half the width of the 95 % interval over seeds (Student). Boundary effect: in
+doublings of influence; 1 is twice as much. Boundaries from elsewhere: the same model, with the
+semantic blocks of four other places of the text. Pointer: partial Spearman correlation of the last
+layer's mass on a sentence with its influence, the distance removed, over all sentences before a
+token. Weighted by values: each key counts as much as its value adds. Within the block: only
+sentences of the block. Pointed at: the influence of the sentence of the block with the largest
+mass, less that of others of a block at the same distance. Uniform last layer, foreign text: change
+of the loss in nats. Leak: at most log2 of the number of foreign texts. Blocks found again: the
+partitioner reads the foreign text too. True pieces: what the text was joined from.
+"""
+
+
+def tell(row, digits=3):
+    """A difference with its interval, in words."""
+    if row["low"] is None:
+        return f"{row['difference']:.{digits}f}"
+    return f"{row['difference']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def tables(results):
+    """The report as Markdown. results: as `analyse` gives it, and `about`."""
+
+    def table(heads, rows):
+        rows = [heads, ["---"] * len(heads), *rows]
+        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
+
+    rows = []
+    for row in results["tests"]:
+        unit, (low, high) = OUTCOMES[row["outcome"]], row["text"]
+        cells = [f"{row['outcome']}, {unit}", tell(row), f"{low:.3f} … {high:.3f}"]
+        cells += ["–" if row[p] is None else f"{row[p]:.3g}" for p in ("p", "holm")]
+        rows.append([*cells, row["bound"], row["verdict"]])
+    heads = "outcome | difference [95 % over seeds] | 95 % over the text | p, exact | p, Holm"
+    heads += " | smaller is none | so it is"
+    study = results["study"]
+    first = f"**The three tests**: {study['first']} less {study['second']}.\n\n"
+    text = first + table(heads.split(" | "), rows)
+    shown = {name: head for name, head in COLUMNS.items() if name in results["models"][0]}
+    rows = []
+    for model in results["models"]:
+        cells = [model["name"], model["seeds"]]
+        for name, (_, digits) in shown.items():
+            mean, half = model[name]["mean"], model[name]["half"]
+            cells.append(
+                f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+            )
+        rows.append(cells)
+    text += "\n**All models.**\n\n"
+    text += table(["model", "seeds", *(head for head, _ in shown.values())], rows) + f"\n{NOTE}"
+    pairs = {}
+    for row in results["comparisons"]:
+        pairs.setdefault((row["first"], row["second"], row["seeds"]), {})[row["outcome"]] = row
+    text += "\n**Further differences**, without correction: [95 % over seeds], p.\n\n"
+    rows = []
+    for (a, b, _), found in pairs.items():
+        row = [f"{a} less {b}"]
+        for name in found:
+            p = found[name]["p"]
+            row.append(tell(found[name]) + ("" if p is None else f", {p:.2g}"))
+        rows.append(row)
+    heads = ["models", *(f"{name}, {OUTCOMES.get(name, 'doublings')}" for name in found)]
+    text += table(heads, rows)
+    return text + "\n" + "; ".join(f"{k} {v}" for k, v in results["about"].items()) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# figures
+
+
+def grid(n):
+    """A figure of n axes with shared scales, and the axes."""
+    wide = min(4, n)
+    size = (3 * wide, 2.9 * -(-n // wide) + 0.5)
+    fig, axes = pyplot().subplots(
+        -(-n // wide),
+        wide,
+        figsize=size,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    return fig, axes.flat
+
+
+def mean_of(sums, least=200):
+    """The mean in each bin, where there are enough. sums: (bins, 2). NaN elsewhere."""
+    sums = np.asarray(sums)
+    return np.divide(*sums.T, out=np.full(len(sums), np.nan), where=sums[:, 1] >= least)
+
+
+def draw_distance(results, path):
+    """Influence against distance, inside and outside the block, one panel for each model."""
+    fig, axes = grid(len(results["models"]))
+    for ax, model in zip(axes, results["models"]):
+        for sums, colour, marker, label in zip(
+            model["near"], COLOURS, "os", ("in the block", "outside of it")
+        ):
+            distance = 2 ** ((np.arange(64) + 0.5) / 2) - 1
+            ax.plot(distance, 2 ** mean_of(sums), marker=marker, ms=4, color=colour, label=label)
+        effect = model["boundary"]
+        half = "" if effect["half"] is None else f" ± {effect['half']:.2f}"
+        name = model["name"].replace(", ", ",\n")
+        ax.set_title(f"{name}\nboundary effect {effect['mean']:.2f}{half}", size=9)
+        ax.set(xscale="log", yscale="log")
+    axes[0].legend(frameon=False, fontsize=9)
+    fig.supxlabel("distance: tokens since the sentence ended")
+    fig.supylabel("influence of a sentence on a prediction,\nbits (geometric mean)")
+    fig.suptitle("Do predictions depend on the block, or on what is near?")
+    bare(fig)
+    save_figure(fig, path)
+
+
+def draw_pointers(results, path):
+    """Influence, against sentences at the same distance, by the last layer's mass on a sentence."""
+    fig, ax = pyplot().subplots(figsize=(7.5, 4.8), layout="constrained")
+    at = MASSES[:-1] * 2**0.5  # the middle of a bin
+    for number, model in enumerate(results["models"]):
+        y = 2 ** mean_of(model["mass"])
+        how = {"color": COLOURS[number % len(COLOURS)], "marker": "os^vDP*X"[number % 8], "ms": 5}
+        label = f"{model['name']}: {model['pointer']['mean']:.2f}"
+        ax.plot([MASSES[0] / 4, *at], [np.nan, *y[1 : len(at) + 1]], label=label, **how)
+        ax.plot(MASSES[0] / 2, y[0], **how)
+    ax.axhline(1, color="#888888", lw=1, zorder=0)
+    ax.set(xscale="log", yscale="log", xlabel="attention of the last layer on a sentence (mass)")
+    ax.set_ylabel("influence of that sentence, as a multiple\nof what is usual at its distance")
+    ticks = [MASSES[0] / 2, 1e-3, 1e-2, 1e-1, 1]
+    ax.set_xticks(ticks, ["less, or\nnone", "0.001", "0.01", "0.1", "1"])
+    ax.set_xlim(MASSES[0] / 3, 1.1)
+    ax.minorticks_off()
+    ax.set_title("Where the last layer looks: does the prediction depend on it?")
+    ax.legend(frameon=False, fontsize=8, title="model: rank correlation, distance removed")
+    bare(fig)
+    save_figure(fig, path)
