@@ -236,6 +236,7 @@ def pointers(model, x, lookback, sentences):
     return (a.mean(0) @ inside).T, ((a * norms[:, None]).sum(0) @ inside).T
 
 
+@torch.no_grad()
 def uniform(model):
     """A copy of a model in which the last layer's attention is uniform over all it may see.
 

@@ -210,8 +210,9 @@ def compare(values, drawn, places, first, second):
     seeds = sorted(places[first].keys() & places[second].keys())
     a, b = ([places[name][seed] for seed in seeds] for name in (first, second))
     mean, _, half = interval(values[a] - values[b])
+    mean, half = float(mean), None if half is None else float(half)
     text = np.percentile((drawn[a] - drawn[b]).mean(0), (2.5, 97.5)).tolist()
-    row = {"first": first, "second": second, "seeds": len(seeds), "difference": float(mean)}
+    row = {"first": first, "second": second, "seeds": len(seeds), "difference": mean}
     row |= {"low": None if half is None else mean - half, "text": text}
     row |= {"high": None if half is None else mean + half}
     return {**row, "p": sign_flip_p(values[a] - values[b])}
@@ -223,7 +224,9 @@ def verdict(row, bound):
         return "one seed tells nothing"
     small = -bound < row["low"] and row["high"] < bound
     if row["holm"] < 0.05 and row["low"] * row["high"] > 0:
-        return ("higher" if row["low"] > 0 else "lower") + ", by less than counts" * small
+        return ("higher" if row["low"] > 0 else "lower") + (
+            ", by less than counts" if small else ""
+        )
     return "no difference that counts" if small else "not resolved"
 
 
