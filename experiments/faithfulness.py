@@ -340,21 +340,26 @@ def measure_all(subjects, configs, study, device):
                     measured = measure(model, context, start, again)
                     found |= {f"{name}.{c}": values for name, values in measured.items()}
                     bar.update()
+                known = {"about": about, "made": provenance(device, s.seed)}
+                known = {name: json.dumps(value) for name, value in known.items()}
                 with replacing(s.path) as temporary, open(temporary, "wb") as f:
-                    np.savez_compressed(f, about=json.dumps(about), **found)
+                    np.savez_compressed(f, **known, **found)
             else:
                 bar.update(len(contexts))
     return contexts
 
 
 def read_measured(path):
-    """What `measure_all` wrote, {"about": a dict, "NAME.CONTEXT": array}; {} where there is none.
+    """What `measure_all` wrote; {} where there is none.
+
+    {"NAME.CONTEXT": array, "about": what was asked of which weights, "made": as `provenance` has it}
 
     Raises InputError where it is damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as found:
-            return {**found, "about": json.loads(str(found["about"]))}
+            known = {name: json.loads(str(found[name])) for name in ("about", "made")}
+            return {**found, **known}
     except FileNotFoundError:
         return {}
     except Exception as e:  # zipfile, zlib and numpy each raise their own
@@ -363,14 +368,19 @@ def read_measured(path):
 
 def report(folder, subjects, contexts, study):
     """Count, and write the report into the folder of the sweep."""
-    frames, summaries = frames_of(contexts), []
+    frames, summaries, made = frames_of(contexts), [], []
     for s in tqdm(subjects, desc="counting", leave=False, disable=None):
-        summaries.append(summarise(read_measured(s.path), frames, study.eps))
+        found = read_measured(s.path)
+        summaries.append(summarise(found, frames, study.eps))
+        made.append(found["made"])
     results = analyse(subjects, summaries, frames, asdict(study))
     runs = [json.loads((s.folder / "results.json").read_text()) for s in subjects]
     about = provenance(torch.device("cpu"), None)
     about["seeds"] = ", ".join(map(str, sorted({s.seed for s in subjects})))
-    about["models trained at"] = ", ".join(sorted({r["commit"] for r in runs}))
+    for key in ("device", "commit"):
+        about[f"measured: {key}"] = ", ".join(sorted({m[key] for m in made}))
+    about["measured: dates"] = " … ".join(sorted({m["date"][:10] for m in made}))
+    about["trained: commit"] = ", ".join(sorted({r["commit"] for r in runs}))
     about["base"] = ", ".join(sorted({r["config"]["init_from"] for r in runs}))
     results["about"] = {key: value for key, value in about.items() if key != "seed"}
     text = tables(results)
