@@ -50,6 +50,7 @@ from prepare_data import get_encoding, prepared, read_meta, read_split, token_by
 from read import draw_foreign, influence, join_short, sentence_starts
 from support.files import InputError, alone, digest, replacing, run_script, write_json, write_text
 from support.machine import pick_device, provenance
+from support.report import read_results
 from support.run import find_checkpoint
 from support.settings import check, key, nearest, usage
 from sweep import check_folder, read_cells, run, take_jobs
@@ -320,40 +321,44 @@ def measure_all(subjects, configs, study, device):
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     config, T = configs[subjects[0].folder], model.config.block_size
     contexts, text = contexts_of(config, study, T, vocabulary)
-    asked = {key: getattr(study, key) for key in ("contexts", "draws", "leak_draws")}
+    asked = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
     with tqdm(total=len(subjects) * len(contexts), unit="context", disable=None) as bar:
         for s in subjects:
+            bar.set_description(f"{s.name}, seed {s.seed}")
             about = {"text": text, "weights": digest([find_checkpoint(s.folder)]), **asked}
             about |= {"schedule": s.schedule, "partition": s.partition}
-            bar.set_description(f"{s.name}, seed {s.seed}")
-            if read_measured(s.path).get("about") != about:
-                model, _ = load_run(s.folder, device)
-                fidelity = configs[s.folder]["fidelity"]
-                model.set_locality(schedule(s.schedule, model.config.n_layer, fidelity))
-                own = prepared({**configs[s.folder], "partition": s.partition, "data": ""})
-                lookback, found = read_split(own, "test")[1], {}
-                for c, context in enumerate(contexts):
-                    again = None
-                    if s.schedule != "distributed":
-                        again = context.again.get(s.partition)
-                    start = starts_of(lookback, context.place, T)
-                    measured = measure(model, context, start, again)
-                    found |= {f"{name}.{c}": values for name, values in measured.items()}
-                    bar.update()
-                known = {"about": about, "made": provenance(device, s.seed)}
-                known = {name: json.dumps(value) for name, value in known.items()}
-                with replacing(s.path) as temporary, open(temporary, "wb") as f:
-                    np.savez_compressed(f, **known, **found)
-            else:
+            if read_measured(s.path).get("about") == about:
                 bar.update(len(contexts))
+                continue
+            found = measure_one(s, configs[s.folder], contexts, device, bar)
+            known = {"about": about, "made": provenance(device, s.seed)}
+            known = {name: json.dumps(value) for name, value in known.items()}
+            with replacing(s.path) as temporary, open(temporary, "wb") as f:
+                np.savez_compressed(f, **known, **found)
     return contexts
 
 
+def measure_one(subject, config, contexts, device, bar):
+    """What `measure` finds of a Subject, {"NAME.CONTEXT": array}. config: of its cell, a dict."""
+    model, _ = load_run(subject.folder, device)
+    n_layer = model.config.n_layer
+    model.set_locality(schedule(subject.schedule, n_layer, config["fidelity"]))
+    folder, found = prepared({**config, "partition": subject.partition, "data": ""}), {}
+    lookback = read_split(folder, "test")[1]
+    for c, context in enumerate(contexts):
+        start = starts_of(lookback, context.place, len(context.tokens) - 1)
+        # `distributed` has no blocks to find
+        again = context.again.get(subject.partition) if any(model.locality) else None
+        for name, values in measure(model, context, start, again).items():
+            found[f"{name}.{c}"] = values
+        bar.update()
+    return found
+
+
 def read_measured(path):
-    """What `measure_all` wrote; {} where there is none.
+    """What `measure_all` wrote, a dict; {} where there is none.
 
-    {"NAME.CONTEXT": array, "about": what was asked of which weights, "made": as `provenance` has it}
-
+    Arrays "NAME.CONTEXT"; about: what was asked, of which weights; made: when, where and by what.
     Raises InputError where it is damaged.
     """
     try:
@@ -374,11 +379,11 @@ def report(folder, subjects, contexts, study):
         summaries.append(summarise(found, frames, study.eps))
         made.append(found["made"])
     results = analyse(subjects, summaries, frames, asdict(study))
-    runs = [json.loads((s.folder / "results.json").read_text()) for s in subjects]
+    runs = [read_results(s.folder / "results.json") for s in subjects]
     about = provenance(torch.device("cpu"), None)
     about["seeds"] = ", ".join(map(str, sorted({s.seed for s in subjects})))
-    for key in ("device", "commit"):
-        about[f"measured: {key}"] = ", ".join(sorted({m[key] for m in made}))
+    for name in ("device", "commit"):
+        about[f"measured: {name}"] = ", ".join(sorted({m[name] for m in made}))
     about["measured: dates"] = " … ".join(sorted({m["date"][:10] for m in made}))
     about["trained: commit"] = ", ".join(sorted({r["commit"] for r in runs}))
     about["base"] = ", ".join(sorted({r["config"]["init_from"] for r in runs}))
