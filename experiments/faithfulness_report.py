@@ -101,7 +101,7 @@ class Summary(NamedTuple):
     cross: np.ndarray  # (C, columns): of Frame.design and log2(influence + eps)
     sums: dict  # {measure: (C, 2)}: its sum, and over how many
     near: np.ndarray  # (2, bins, 2) inside and outside the block: sums by distance, and how many
-    mass: np.ndarray  # (bins, 2): the same by mass, with the mean at the same distance taken off
+    mass: np.ndarray  # (2, bins, 2) of all pairs and of those inside: by mass, see `by_mass`
 
 
 def summarise(found, frames, eps):
@@ -116,10 +116,8 @@ def summarise(found, frames, eps):
             sums.setdefault(name, []).append((total, n))
         bins, inside = frame.bins[frame.pair], frame.inside[0][frame.pair]
         near = near + np.stack([by_bin(y, bins, 64, some) for some in (inside, ~inside)])
-        usual = by_bin(y, bins, 64)
-        rest = y - (usual[:, 0] / np.maximum(usual[:, 1], 1))[bins]
-        masses = np.searchsorted(MASSES, at["raw"][frame.pair], side="right")
-        mass = mass + by_bin(rest, masses, len(MASSES) + 1)
+        some = np.ones_like(inside), inside
+        mass = mass + np.stack([by_mass(y, at["raw"][frame.pair], bins, among) for among in some])
     return Summary(np.array(cross), {k: np.array(v) for k, v in sums.items()}, near, mass)
 
 
@@ -127,6 +125,16 @@ def by_bin(values, bins, n, among=slice(None)):
     """(n, 2): in each bin, the sum of the values and how many they are."""
     values, bins = values[among], bins[among]
     return np.stack([np.bincount(bins, values, n), np.bincount(bins, minlength=n)], 1)[:n]
+
+
+def by_mass(y, mass, bins, among):
+    """(bins, 2): in each bin of mass, the sum of y, less its mean at the same distance; how many.
+
+    y, mass, bins (of the distance), among (booleans): (pairs,).
+    """
+    usual = by_bin(y, bins, 64, among)
+    rest = y - (usual[:, 0] / np.maximum(usual[:, 1], 1))[bins]
+    return by_bin(rest, np.searchsorted(MASSES, mass, side="right"), len(MASSES) + 1, among)
 
 
 def means_of(at, frame):
@@ -396,7 +404,7 @@ def draw_distance(results, path):
         half = "" if effect["half"] is None else f" ± {effect['half']:.2f}"
         name = model["name"].replace(", ", ",\n")
         ax.set_title(f"{name}\nboundary effect {effect['mean']:.2f}{half}", size=9)
-        ax.set(xscale="log", yscale="log")
+        ax.set(xscale="log", yscale="log", xlim=(2, None))
     axes[0].legend(frameon=False, fontsize=9)
     fig.supxlabel("distance: tokens since the sentence ended")
     fig.supylabel("influence of a sentence on a prediction,\nbits (geometric mean)")
@@ -406,23 +414,36 @@ def draw_distance(results, path):
 
 
 def draw_pointers(results, path):
-    """Influence, against sentences at the same distance, by the last layer's mass on a sentence."""
-    fig, ax = pyplot().subplots(figsize=(7.5, 4.8), layout="constrained")
-    at = MASSES[:-1] * 2**0.5  # the middle of a bin
-    for number, model in enumerate(results["models"]):
-        y = 2 ** mean_of(model["mass"])
-        how = {"color": COLOURS[number % len(COLOURS)], "marker": "os^vDP*X"[number % 8], "ms": 5}
-        label = f"{model['name']}: {model['pointer']['mean']:.2f}"
-        ax.plot([MASSES[0] / 4, *at], [np.nan, *y[1 : len(at) + 1]], label=label, **how)
-        ax.plot(MASSES[0] / 2, y[0], **how)
-    ax.axhline(1, color="#888888", lw=1, zorder=0)
-    ax.set(xscale="log", yscale="log", xlabel="attention of the last layer on a sentence (mass)")
-    ax.set_ylabel("influence of that sentence, as a multiple\nof what is usual at its distance")
-    ticks = [MASSES[0] / 2, 1e-3, 1e-2, 1e-1, 1]
-    ax.set_xticks(ticks, ["less, or\nnone", "0.001", "0.01", "0.1", "1"])
-    ax.set_xlim(MASSES[0] / 3, 1.1)
-    ax.minorticks_off()
-    ax.set_title("Where the last layer looks: does the prediction depend on it?")
-    ax.legend(frameon=False, fontsize=8, title="model: rank correlation, distance removed")
+    """Influence by the last layer's mass on a sentence, against sentences at the same distance."""
+    fig, axes = pyplot().subplots(
+        1, 2, figsize=(11, 5.2), sharex=True, sharey=True, layout="constrained"
+    )
+    at, shown = [MASSES[0] / 2, *MASSES[:-1] * 2**0.5], []  # the middle of each bin
+    for panel, (ax, title) in enumerate(zip(axes, ("all sentences before", "those of the block"))):
+        for number, model in enumerate(results["models"]):
+            y = 2 ** mean_of(model["mass"][panel])[: len(at)]
+            shown.append(y)
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": "os^vDP*X"[number % 8]}
+            ax.plot(at[1:], y[1:], ms=5, lw=1.2, label=model["name"], **style)
+            ax.plot(at[0], y[0], ms=5, **style)
+        ax.axhline(1, color="#888888", lw=1, zorder=0)
+        ax.set(
+            xscale="log",
+            yscale="log",
+            title=title,
+            xlabel="attention of the last layer on a sentence (mass)",
+        )
+        ax.set_xticks([at[0], 1e-3, 1e-2, 1e-1, 1], ["none", "0.001", "0.01", "0.1", "1"])
+        ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
+        ax.set_yticks(ticks, ticks)
+        ax.minorticks_off()
+    axes[0].set_ylim(min(0.45, 0.9 * np.nanmin(shown)), max(2.2, 1.1 * np.nanmax(shown)))
+    axes[0].set_ylabel(
+        "influence of that sentence, as a multiple\nof what is usual at its distance"
+    )
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4
+    )
+    fig.suptitle("Where the last layer looks: does the prediction depend on it?")
     bare(fig)
     save_figure(fig, path)
