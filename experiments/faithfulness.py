@@ -25,6 +25,7 @@ import copy
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -312,47 +313,62 @@ def subjects_of(cells, study):
     return subjects
 
 
-def measure_all(subjects, configs, study, device):
-    """Measure what was not measured yet. configs: {folder of a cell: its config, a dict}.
+def measure_all(subjects, configs, study, device, jobs=1):
+    """Measure what was not measured yet, `jobs` models at a time.
 
-    Returns the Contexts. Raises InputError.
+    configs: {folder of a cell: its config, a dict}. Returns the Contexts. Raises InputError.
     """
     model, config = load_run(subjects[0].folder, device)
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     config, T = configs[subjects[0].folder], model.config.block_size
     contexts, text = contexts_of(config, study, T, vocabulary)
     asked = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
-    with tqdm(total=len(subjects) * len(contexts), unit="context", disable=None) as bar:
-        for s in subjects:
-            bar.set_description(f"{s.name}, seed {s.seed}")
-            about = {"text": text, "weights": digest([find_checkpoint(s.folder)]), **asked}
-            about |= {"schedule": s.schedule, "partition": s.partition}
-            if read_measured(s.path).get("about") == about:
-                bar.update(len(contexts))
-                continue
-            found = measure_one(s, configs[s.folder], contexts, device, bar)
-            known = {"about": about, "made": provenance(device, s.seed)}
-            known = {name: json.dumps(value) for name, value in known.items()}
-            with replacing(s.path) as temporary, open(temporary, "wb") as f:
-                np.savez_compressed(f, **known, **found)
+    todo = {}
+    for s in subjects:
+        about = {"text": text, "weights": digest([find_checkpoint(s.folder)]), **asked}
+        about |= {"schedule": s.schedule, "partition": s.partition}
+        if read_measured(s.path).get("about") != about:
+            todo[s] = about
+    # each thread has a number of threads of its own
+    threads, stop = max(1, torch.get_num_threads() // jobs), []
+    bar = tqdm(total=len(todo) * len(contexts), unit="context", disable=None)
+    with bar, ThreadPoolExecutor(jobs, initializer=lambda: torch.set_num_threads(threads)) as pool:
+        how = contexts, device, bar, stop
+        running = [pool.submit(measure_one, s, todo[s], configs[s.folder], *how) for s in todo]
+        try:
+            for future in running:
+                future.result()
+        except BaseException:  # Ctrl-C: what is finished is kept
+            stop.append(True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return contexts
 
 
-def measure_one(subject, config, contexts, device, bar):
-    """What `measure` finds of a Subject, {"NAME.CONTEXT": array}. config: of its cell, a dict."""
+def measure_one(subject, about, config, contexts, device, bar, stop):
+    """Write what `measure` finds of a Subject into its file. stop: a list; not empty, it stops.
+
+    about: a dict, to be written there too; config: of its cell, a dict.
+    """
     model, _ = load_run(subject.folder, device)
     n_layer = model.config.n_layer
     model.set_locality(schedule(subject.schedule, n_layer, config["fidelity"]))
     folder, found = prepared({**config, "partition": subject.partition, "data": ""}), {}
     lookback = read_split(folder, "test")[1]
     for c, context in enumerate(contexts):
+        if stop:
+            return
         start = starts_of(lookback, context.place, len(context.tokens) - 1)
         # `distributed` has no blocks to find
         again = context.again.get(subject.partition) if any(model.locality) else None
         for name, values in measure(model, context, start, again).items():
             found[f"{name}.{c}"] = values
+        bar.set_postfix_str(f"{subject.name}, seed {subject.seed}", refresh=False)
         bar.update()
-    return found
+    known = {"about": about, "made": provenance(device, subject.seed)}
+    known = {name: json.dumps(value) for name, value in known.items()}
+    with replacing(subject.path) as temporary, open(temporary, "wb") as f:
+        np.savez_compressed(f, **known, **found)
 
 
 def read_measured(path):
@@ -417,7 +433,7 @@ def main():
             sys.exit(1)
         configs = {Path(cell.out): asdict(cell) for cell in cells.values()}
         device = pick_device(next(iter(cells.values())).device)
-        contexts = measure_all(subjects, configs, study, device)
+        contexts = measure_all(subjects, configs, study, device, jobs or 1)
         report(out, subjects, contexts, study)
 
 
