@@ -230,14 +230,19 @@ def influence(model, idx, lookback, log_p, sentence, foreign):
     return torch.stack(bits), mean_p
 
 
-def draw_foreign(tokens, vocabulary, sentences, n):
-    """n foreign texts to replace each sentence with: a list of (n, length) int64, always the same.
+def draw_foreign(tokens, vocabulary, sentences, n, seed=0):
+    """n foreign texts to replace each sentence with: a list of (n, length) int64.
 
-    Each begins where a sentence of `tokens`, (n_tokens,), does, and is as long as it has to be.
-    (In place of the first sentence, `influence` leaves out its first token.)
+    The same seed draws the same ones. Each begins where a sentence of `tokens`, (n_tokens,), does,
+    and is as long as it has to be. (In place of the first sentence, `influence` leaves out its
+    first token.)
     """
     tokens = tokens[:CHUNK].astype(np.int64)  # enough to choose from
-    starts, rng, drawn = np.array(sentence_starts(tokens, vocabulary)), np.random.default_rng(0), []
+    starts, rng, drawn = (
+        np.array(sentence_starts(tokens, vocabulary)),
+        np.random.default_rng(seed),
+        [],
+    )
     for begin, end in sentences:
         long_enough = starts[starts <= len(tokens) - (end - begin)]
         some = long_enough if len(long_enough) else starts

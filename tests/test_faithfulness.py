@@ -10,20 +10,20 @@ import torch
 
 from conftest import ROOT, script_here
 from experiments import faithfulness
-from experiments.faithfulness import (
+from experiments.faithful_measure import (
+    SHIFTS,
     Context,
     contexts_of,
     first_tokens,
+    found_again,
     leak,
-    main,
     measure,
     pointers,
     starts_of,
     uniform,
 )
-from experiments.faithfulness_report import (
+from experiments.faithful_report import (
     DRAWN,
-    SHIFTS,
     compare,
     frames_of,
     partial_spearman,
@@ -37,6 +37,7 @@ from experiments.faithfulness_report import (
 from locality import Partitioner
 from model import GPT, GPTConfig
 from prepare_data import get_encoding, prepared, read_meta, read_split, token_bytes
+from experiments.faithfulness import main
 from support.files import run_script
 from support.report import holm
 from support.settings import to_toml
@@ -141,7 +142,7 @@ def test_the_influence_that_is_kept_is_the_definition():
     *_, a = model.attention_maps(x, lookback)
     seen = a[0].mean(0)  # (T, T)
     for s, (begin, end) in enumerate(context.sentences):
-        sums = seen[:, begin:end].sum(1).detach().numpy()
+        sums = seen[:, max(begin, 1) : end].sum(1).detach().numpy()
         np.testing.assert_allclose(found["raw"][s], sums, atol=1e-6)
 
 
@@ -189,7 +190,7 @@ def test_the_blocks_of_a_text_that_is_not_changed_are_found_again(place, monkeyp
         before.push(tokens[:place])
         some = tokens[place : place + size].astype(np.int64)
         same = torch.tensor(some[40:90][None])
-        (again,) = faithfulness.found_again(before, some, [(40, 90)], [same])
+        (again,) = found_again(before, some, [(40, 90)], [same])
         np.testing.assert_array_equal(again, starts_of(lookback, place, size))
         assert (contexts[1].again[name] != starts_of(lookback, place, size)).any()
 
@@ -205,7 +206,8 @@ def test_the_regression_finds_an_effect_that_was_put_in():
         y = -0.7 * np.log2(1 + np.maximum(frame.distance, 0)) + 1.5 * frame.inside[0] + c
         y = np.where(frame.pair, y + rng.normal(0, 0.3, y.shape), np.nan)
         nothing = dict.fromkeys(("nats", "leak", "far", "uniform"), np.zeros(T))
-        at = {"influence": 2**y, "moved": y, "raw": np.ones_like(y), "weighted": np.ones_like(y)}
+        at = {"influence": 2**y, "moved": y}
+        at |= dict.fromkeys(("raw", "weighted", "even"), np.ones_like(y))
         found |= {f"{name}.{c}": x for name, x in {**nothing, **at}.items()}
     again = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), 50)
     for weights in (np.ones((1, 6)), again):

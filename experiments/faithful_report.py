@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.faithful_measure import SHIFTS
 from support.plots import COLOURS, bare, pyplot, save_figure
 from support.report import holm, interval, sign_flip_p
 
-SHIFTS = 4  # other places of the split that the control takes its boundaries from
 OUTCOMES = {"boundary": "doublings", "pointer": "correlation", "leak": "bits a token"}
 LEAST = 4  # sentences before a token, to correlate anything over them
 DRAWN = 2000  # times that the contexts are drawn anew
@@ -149,7 +149,9 @@ def means_of(at, frame):
         "moved": at["moved"],
         "pointer": partial_spearman(bits, at["raw"], frame.distance, frame.pair),
         "weighted": partial_spearman(bits, at["weighted"], frame.distance, frame.pair),
+        "even": partial_spearman(bits, at["even"], frame.distance, frame.pair),
         "inside": partial_spearman(bits, at["raw"], frame.distance, block),
+        "even inside": partial_spearman(bits, at["even"], frame.distance, block),
         "pointed": pointed_at(bits, at["raw"], block, frame.bins),
         "leak": at["leak"],
         "far": at["far"] - at["nats"],
