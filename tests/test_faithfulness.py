@@ -34,7 +34,8 @@ from experiments.faithful_report import (
     values_of,
     verdict,
 )
-from locality import Partitioner
+from eval import load_run
+from locality import Partitioner, schedule
 from model import GPT, GPTConfig
 from prepare_data import get_encoding, prepared, read_meta, read_split, token_bytes
 from experiments.faithfulness import main
@@ -42,8 +43,9 @@ from support.files import run_script
 from support.report import holm
 from support.settings import to_toml
 
-T, V, SENTENCE = 96, 64, 8
-BLOCKS = {"lookback": np.arange(10 * T) % 24}  # three sentences each
+T, V = 96, 64
+LENGTHS = (6, 8, 10)  # of the sentences of a block, in tokens
+LOOKBACK = np.arange(10 * T) % 24
 
 
 def a_model(*locality, seed=0):
@@ -61,14 +63,15 @@ def a_model(*locality, seed=0):
 
 
 def some_contexts(n=4, seed=0):
-    """Contexts of random tokens: sentences of 8 tokens in blocks of 24."""
+    """Contexts of random tokens, in blocks of 24, each of three sentences."""
     rng, contexts = np.random.default_rng(seed), []
-    sentences = [(b, b + SENTENCE) for b in range(0, T, SENTENCE)]
+    edges = np.cumsum([0, *LENGTHS * (T // 24)]).tolist()
+    sentences = list(zip(edges, edges[1:]))
     for _ in range(n):
-        start = starts_of(BLOCKS["lookback"], 0, T)
-        # 8 tokens on or off: boundaries of the right length in the wrong places
-        elsewhere = [starts_of(BLOCKS["lookback"], 8 * (1 + i % 2), T) for i in range(SHIFTS)]
-        foreign = [torch.tensor(rng.integers(V, size=(2, SENTENCE))) for _ in sentences]
+        start = starts_of(LOOKBACK, 0, T)
+        # boundaries of the right length in the wrong places
+        elsewhere = [starts_of(LOOKBACK, 8 * (1 + i % 2), T) for i in range(SHIFTS)]
+        foreign = [torch.tensor(rng.integers(V, size=(2, e - b))) for b, e in sentences]
         before = {b: torch.tensor(rng.integers(V, size=(16, b))) for b in first_tokens(start)}
         tokens = rng.integers(V, size=T + 1)
         contexts.append(Context(0, tokens, sentences, [start, *elsewhere], foreign, before, {}))
@@ -78,7 +81,7 @@ def some_contexts(n=4, seed=0):
 def outcome(model, own=None, contexts=None):
     """Every measure of a model, {name: number}; and what was measured in each context."""
     contexts = contexts or some_contexts()
-    own = starts_of(BLOCKS["lookback"], 0, T) if own is None else own
+    own = starts_of(LOOKBACK, 0, T) if own is None else own
     measured = [measure(model, context, own) for context in contexts]
     found = {f"{name}.{c}": x for c, some in enumerate(measured) for name, x in some.items()}
     frames = frames_of(contexts)
@@ -90,9 +93,9 @@ def test_a_model_that_sees_its_block_alone_has_no_leak_and_a_boundary_effect():
     values, measured = outcome(a_model(1.0, 1.0))
     assert values["leak"] < 1e-6 and abs(values["far"]) < 1e-6
     assert values["boundary"] > 3 and values["boundary"] > values["shifted"] + 2
-    block = starts_of(BLOCKS["lookback"], 0, T)
+    block = starts_of(LOOKBACK, 0, T)
     for found in measured:  # no sentence before the block has any influence
-        begin = np.arange(0, T, SENTENCE)[:, None]
+        begin = np.array(some_contexts(1)[0].sentences)[:, :1]
         out = np.isfinite(found["influence"]) & (begin < block)
         assert found["influence"][out].max() == 0 and found["raw"][out].max() == 0
 
@@ -118,7 +121,7 @@ def test_a_pointer_is_true_where_all_influence_passes_through_it_and_not_where_n
 
 def test_the_influence_that_is_kept_is_the_definition():
     model, (context,) = a_model(0.2, 1.0), some_contexts(1)
-    start = starts_of(BLOCKS["lookback"], 0, T)
+    start = starts_of(LOOKBACK, 0, T)
     found = measure(model, context, start, again=np.stack([start] * len(context.sentences)))
     lookback = torch.tensor(np.arange(T) - start)[None]
     x = torch.tensor(context.tokens[None, :-1])
@@ -195,26 +198,79 @@ def test_the_blocks_of_a_text_that_is_not_changed_are_found_again(place, monkeyp
         assert (contexts[1].again[name] != starts_of(lookback, place, size)).any()
 
 
+def test_where_the_true_pieces_of_a_joined_text_begin_is_known(
+    tmp_path, monkeypatch, gpt2_tokenizer
+):
+    monkeypatch.chdir(tmp_path)
+    sentence = "The cat of the house sat on a mat. "
+    pieces = [sentence * n for n in (9, 14, 11, 8) * 16]
+    Path("text.txt").write_text("<|endoftext|>".join(pieces))
+    text = {"source": "text.txt", "tokenizer": "gpt2:300", "max_lookback": 200, "joined": True}
+    config = {**text, "val": 0.1, "test": 0.3, "data": "", "partition": "semantic"}
+    vocabulary = token_bytes(get_encoding("gpt2:300"))
+    study = faithfulness.Study(contexts=2, draws=1, leak_draws=2)
+    contexts, _ = contexts_of(config, study, 1000, vocabulary)
+    tokens, _ = read_split(prepared(config), "test")
+    ends = np.flatnonzero(np.array(tokens) == vocabulary.index(b"\n")) + 1  # between pieces
+    for context in contexts:
+        assert len(context.blocks) == 2 + SHIFTS
+        known = sorted({0, *(ends - context.place)} & set(range(1000)))
+        assert len(known) > 3
+        assert np.unique(context.blocks[-1]).tolist() == known
+        assert set(known) <= {begin for begin, _ in context.sentences}
+
+
 # --------------------------------------------------------------------------------------------------
 # the statistics
 
 
-def test_the_regression_finds_an_effect_that_was_put_in():
-    contexts, rng = some_contexts(6), np.random.default_rng(1)
-    frames, found = frames_of(contexts), {}
-    for c, frame in enumerate(frames):
-        y = -0.7 * np.log2(1 + np.maximum(frame.distance, 0)) + 1.5 * frame.inside[0] + c
-        y = np.where(frame.pair, y + rng.normal(0, 0.3, y.shape), np.nan)
-        nothing = dict.fromkeys(("nats", "leak", "far", "uniform"), np.zeros(T))
-        at = {"influence": 2**y, "moved": y}
+def made_up(contexts, effect, kind=0, seed=1):
+    """Frames, and measurements in which the influence of a sentence of a block is 2 ** effect
+    times that of others, with distance, length and the context in it too."""
+    rng, frames, found = np.random.default_rng(seed), frames_of(contexts), {}
+    for c, (context, frame) in enumerate(zip(contexts, frames)):
+        begin, end = np.array(context.sentences).T[..., None]
+        y = -0.7 * np.log2(1 + np.maximum(frame.distance, 0)) + 2 * np.log2(end - begin) + c
+        y = np.where(frame.pair, y + effect * frame.inside[kind], np.nan)
+        y = y + rng.normal(0, 0.3, y.shape)
+        at = {"influence": 2**y, "moved": np.full_like(y, np.nan)}
         at |= dict.fromkeys(("raw", "weighted", "even"), np.ones_like(y))
-        found |= {f"{name}.{c}": x for name, x in {**nothing, **at}.items()}
+        at |= dict.fromkeys(("nats", "leak", "far", "uniform"), np.full(T, float(c)))
+        found |= {f"{name}.{c}": x for name, x in at.items()}
+    return frames, found
+
+
+def test_the_regression_finds_an_effect_that_was_put_in():
+    frames, found = made_up(some_contexts(6), 1.5)
     again = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), 50)
     for weights in (np.ones((1, 6)), again):
         values = values_of([summarise(found, frames, 1e-9)], frames, weights.astype(float))
         assert values["boundary"] == pytest.approx(1.5, abs=0.1)
+        assert values["finer"] == pytest.approx(values["boundary"], abs=1e-3)
         assert (values["shifted"] < 0).all()  # and the places beside the blocks have less
         assert (values["pointer"] == 0).all()  # a mass that is the same everywhere tells nothing
+        assert np.isnan(values["moved"]).all()
+        assert values["leak"] == pytest.approx((weights @ np.arange(6.0) / 6)[None])
+    strong = values_of([summarise(found, frames, 1e6)], frames, np.ones((1, 6)))
+    assert abs(strong["boundary"]) < 0.01 and strong["weak"] == 1  # eps hides what is weaker
+
+
+def test_the_true_pieces_are_asked_about_too():
+    contexts = [
+        context._replace(blocks=[*context.blocks, np.repeat([0, 54], (54, 42))])
+        for context in some_contexts(6)
+    ]
+    values = {}
+    for effect in (0.0, 1.5):
+        frames, found = made_up(contexts, effect, kind=-1)
+        some = values_of([summarise(found, frames, 1e-9)], frames, np.ones((1, 6)))
+        values[effect] = {name: x.item() for name, x in some.items()}
+    assert abs(values[0]["true boundary"]) < 0.1
+    assert values[1.5]["true boundary"] == pytest.approx(1.5, abs=0.1)
+    for some in values.values():
+        assert some["true boundary"] > some["boundary"] or some is values[0]
+    gap = [some["piece"] - some["by distance"] for some in values.values()]
+    assert abs(gap[0]) < 0.02 and gap[1] > 0.1
 
 
 def test_a_spline_is_a_line_beyond_its_knots_and_bends_between():
@@ -277,9 +333,32 @@ def test_a_comparison_is_paired_and_says_what_it_found():
     row["holm"] = holm([row["p"], 0.5, 0.5])[0]
     assert verdict(row, 0.01) == "higher"
     assert verdict(row, 0.2) == "higher, by less than counts"
-    row |= {"holm": 0.4, "low": -0.01, "high": 0.02}
+    assert verdict({**row, "low": 0.01}, 0.02) == "higher, perhaps by less than counts"
+    assert verdict({**row, "text": [-0.3, 0.5]}, 0.01) == "higher; another text may differ"
+    row |= {"holm": 0.4, "low": -0.01, "high": 0.02, "text": [-0.02, 0.04]}
     assert verdict(row, 0.05) == "no difference that counts"
-    assert verdict(row, 0.001) == "not resolved"
+    assert verdict(row, 0.001) == verdict({**row, "text": [-0.1, 0.1]}, 0.05) == "not resolved"
+    assert verdict({**row, "holm": None}, 0.001) == "not resolved"
+    assert verdict({**row, "seeds": 1}, 1) == "one seed tells nothing"
+
+
+def test_a_difference_that_contexts_do_not_agree_on_is_not_one_of_the_text():
+    contexts, effects = some_contexts(6), (2.0, -2.0) * 3
+    frames, summaries = frames_of(contexts), []
+    for seed in (1, 2, 3):
+        for given in ((0.0,) * 6, effects, (1.0,) * 6):
+            found = {}
+            for c, effect in enumerate(given):
+                _, some = made_up(contexts, effect, seed=seed)
+                found |= {name: x for name, x in some.items() if name.endswith(f".{c}")}
+            summaries.append(summarise(found, frames, 1e-9))
+    again = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), 200).astype(float)
+    values, drawn = (values_of(summaries, frames, w)["boundary"] for w in (np.ones((1, 6)), again))
+    places = {name: {s: 3 * s + i for s in range(3)} for i, name in enumerate("abc")}
+    mixed, same = (compare(values[:, 0], drawn, places, name, "a") for name in "bc")
+    assert mixed["text"][0] < -0.3 and mixed["text"][1] > 0.3
+    assert same["text"] == pytest.approx([1, 1], abs=0.15)
+    assert same["difference"] == pytest.approx(1, abs=0.1) and same["p"] == 0.25
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,6 +418,28 @@ def study(place, monkeypatch, capsys):
     return start
 
 
+def check_losses(folder, results):
+    """The loss of each model of a study is that of its own weights, at its own dial and blocks."""
+    for model in results["models"]:
+        turned = "turned" in model["name"]
+        name = model["name"].replace(" ", ".") if not turned else "distributed"
+        for seed, nats in zip((1, 2), model["nats"]["by_seed"]):
+            net, config = load_run(folder / f"{name}.seed{seed}")
+            if turned:
+                net.set_locality(schedule("quintic", 2))
+            tokens, lookback = read_split(prepared(config), "test")
+            losses = []
+            for place in (0, len(tokens) - 401):
+                part = [
+                    torch.tensor(x[place : place + 401].astype(int)) for x in (tokens, lookback)
+                ]
+                x, y, back = part[0][None, :-1], part[0][None, 1:], part[1][None, :-1]
+                losses.append(net(x, back, y)[1].item())
+            assert nats == pytest.approx(np.mean(losses), rel=1e-5)
+    means = [model["nats"]["by_seed"] for model in results["models"]]
+    assert means[0] != means[1] != means[2] != means[0]
+
+
 def test_the_study_from_end_to_end(study):
     Path("study.toml").write_text(TINY)
     status, printed, errors = study("study.toml", "--out", "runs/study")
@@ -350,6 +451,9 @@ def test_the_study_from_end_to_end(study):
     turned = "distributed, turned to quintic semantic"
     assert names == ["distributed", "quintic semantic", turned]
     assert {"command", "commit", "device", "date", "seeds"} <= results["about"].keys()
+    ps, corrected = ([row[p] for row in results["tests"]] for p in ("p", "holm"))
+    assert corrected == holm(ps)
+    check_losses(folder, results)
     assert (folder / "faithfulness.md").read_text().strip() in printed
     for name in ("distance", "pointers"):
         assert (folder / f"faithfulness_{name}.png").stat().st_size > 10_000
@@ -377,6 +481,8 @@ def test_the_study_from_end_to_end(study):
         ("[faithful]", '[faithful]\nfirst = "cubic semantic"', "no model is 'cubic semantic'"),
         ("[faithful]", "[faithfull]", "unknown key faithfull"),
         ("block_size = 400", "block_size = 60", "a longer block_size"),
+        ("seed = [1, 2]\n[f", "seed = [1]\nfidelity = [0.5, 1.0]\n[f", "two models differ neither"),
+        ("seed = [1, 2]\n[f", "seed = [1]\nmax_steps = [2, 3]\n[f", "do not differ in max_steps"),
     ],
 )
 def test_bad_studies_are_one_line(study, old, new, said):
