@@ -454,7 +454,7 @@ def draw_distance(results, path):
         effect = model["boundary"]
         half = "" if effect["half"] is None else f" ± {effect['half']:.2f}"
         name = model["name"].replace(", ", ",\n")
-        ax.set_title(f"{name}\nboundary effect {effect['mean']:.2f}{half}", size=9)
+        ax.set_title(f"{name}\nboundary effect {effect['mean']:.2f}{half} doublings", size=9)
         ax.set(xscale="log", yscale="log", xlim=(2, None))
     axes[0].legend(frameon=False, fontsize=9)
     fig.supxlabel("distance: tokens since the sentence ended")
@@ -470,7 +470,9 @@ def draw_pointers(results, path):
         1, 2, figsize=(11, 5.2), sharex=True, sharey=True, layout="constrained"
     )
     at, shown = [MASSES[0] / 2, *MASSES[:-1] * 2**0.5], []  # the middle of each bin
-    for panel, (ax, title) in enumerate(zip(axes, ("all sentences before", "those of the block"))):
+    for panel, (ax, title) in enumerate(
+        zip(axes, ("all sentences before a token", "sentences of its block"))
+    ):
         for number, model in enumerate(results["models"]):
             y = 2 ** mean_of(model["mass"][panel])[: len(at)]
             shown.append(y)
