@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -493,8 +494,13 @@ def test_bad_studies_are_one_line(study, old, new, said):
     assert errors.count("\n") == 1
 
 
-def test_the_smoke_config_is_a_study():
-    config = faithfulness.read_values(
-        [str(ROOT / "configs" / "faithful_smoke.toml")], ("sweep", "faithful")
-    )
-    assert faithfulness.read_study(config) == faithfulness.Study(contexts=8, draws=1, leak_draws=4)
+def test_every_config_of_a_study_asks_about_the_same_models_with_the_same_bounds():
+    studies = {}
+    for path in sorted((ROOT / "configs").glob("faithful_*.toml")):
+        values = faithfulness.read_values([str(path)], ("sweep", "faithful"))
+        assert values["sweep"]
+        studies[path.stem] = faithfulness.read_study(values)
+    assert studies["faithful_smoke"] == faithfulness.Study(contexts=8, draws=1, leak_draws=4)
+    for study in studies.values():
+        asked = {"contexts": 8, "draws": 1, "leak_draws": 4}
+        assert replace(study, **asked) == studies["faithful_smoke"]
