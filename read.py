@@ -238,11 +238,8 @@ def draw_foreign(tokens, vocabulary, sentences, n, seed=0):
     first token.)
     """
     tokens = tokens[:CHUNK].astype(np.int64)  # enough to choose from
-    starts, rng, drawn = (
-        np.array(sentence_starts(tokens, vocabulary)),
-        np.random.default_rng(seed),
-        [],
-    )
+    starts, drawn = np.array(sentence_starts(tokens, vocabulary)), []
+    rng = np.random.default_rng(seed)
     for begin, end in sentences:
         long_enough = starts[starts <= len(tokens) - (end - begin)]
         some = long_enough if len(long_enough) else starts

@@ -1,6 +1,6 @@
 """Is what one reads from a localised model true? Three outcomes, fixed before the run; controls.
 
-    python -m experiments.faithfulness configs/faithful_smoke.toml               # in two minutes
+    python -m experiments.faithfulness configs/faithful_smoke.toml               # in a minute
     python -m experiments.faithfulness configs/faithful_sections.toml --jobs 2
     python -m experiments.faithfulness configs/faithful_sections.toml --report   # count again
 
@@ -143,25 +143,28 @@ def to_measure(subjects, study, text):
 
     text: a sha256. Other weights, another question or other code: it is measured again.
     """
-    code, todo = digest_code([faithful_measure.__file__]), {}
+    code, missing = digest_code([faithful_measure.__file__]), {}
     for s in subjects:
         about = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
         about |= {"text": text, "weights": digest([find_checkpoint(s.folder)]), "code": code}
         about |= {name: getattr(s, name) for name in ("schedule", "partition", "fidelity")}
         if read_measured(s.path).get("about") != about:
-            todo[s] = about
-    return todo
+            missing[s] = about
+    return missing
 
 
-def measure_all(todo, configs, contexts, device, jobs=1):
-    """Measure Subjects, `jobs` at a time. todo: as `to_measure` gives it; configs: {folder of a
-    cell: its config, a dict}. Raises InputError."""
+def measure_all(missing, configs, contexts, device, jobs=1):
+    """Measure Subjects, `jobs` at a time. Raises InputError.
+
+    missing: as `to_measure` gives it; configs: {folder of a cell: its config, a dict}.
+    """
     # each thread has a number of threads of its own
     threads, stop = max(1, torch.get_num_threads() // jobs), []
-    bar = tqdm(total=len(todo) * len(contexts), unit="context", disable=None)
+    bar = tqdm(total=len(missing) * len(contexts), unit="context", disable=None)
     with bar, ThreadPoolExecutor(jobs, initializer=lambda: torch.set_num_threads(threads)) as pool:
         how = contexts, device, bar, stop
-        running = [pool.submit(measure_one, s, todo[s], configs[s.folder], *how) for s in todo]
+        jobs = [(s, about, configs[s.folder], *how) for s, about in missing.items()]
+        running = [pool.submit(measure_one, *job) for job in jobs]
         try:
             for future in running:
                 future.result()
@@ -263,10 +266,10 @@ def main():
         vocabulary = token_bytes(get_encoding(config["tokenizer"]))
         config, T = configs[subjects[0].folder], model.config.block_size
         contexts, text = contexts_of(config, study, T, vocabulary)
-        todo = to_measure(subjects, study, text)
-        if todo and only_count:
-            raise InputError(f"{len(todo)} models are not measured yet; leave out --report")
-        measure_all(todo, configs, contexts, pick_device(config["device"]), jobs or 1)
+        missing = to_measure(subjects, study, text)
+        if missing and only_count:
+            raise InputError(f"{len(missing)} models are not measured yet; leave out --report")
+        measure_all(missing, configs, contexts, pick_device(config["device"]), jobs or 1)
         report(out, subjects, contexts, study)
 
 
