@@ -15,6 +15,7 @@ import support  # first: it sets what torch reads when it is loaded  # noqa: F40
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from locality import (
     reach,
     schedule,
 )
-from model import GPT, clamp_lookback
+from model import GPT, attention_weights, clamp_lookback, in_block
 from prepare_data import (
     SPLITS,
     check_blocks,
@@ -147,6 +148,8 @@ def turn(model, config, name=None, fidelity=None):
 # --------------------------------------------------------------------------------------------------
 # measuring
 
+AT_ONCE = 2**20  # attention weights looked at together: no more memory, and a processor's cache
+
 
 def windows(n, block_size, stride):
     """Contexts that cover n tokens: a list of (start, first).
@@ -168,12 +171,12 @@ def evaluate(
     """Score a split, in float32: bfloat16 would round the logits by up to half a nat.
 
     tokens, lookback: (n,) uint16. vocabulary: the bytes of each token, a list. stride: tokens
-    between two contexts, by default half a context. measure: the attention of every layer too
-    (dense, slower). limit: at most so many contexts, evenly spread.
+    between two contexts, by default half a context. measure: the attention of every layer too,
+    in O(T) memory, O(T * T) time. limit: at most so many contexts, evenly spread.
     Returns a dict: loss, nats per token; perplexity = exp(loss); bits_per_byte; accuracy (top-1);
     the tokens scored and their bytes; mean_lookback of those that predict them; stride and context,
     tokens; by_position, see there; by_context, a list of (loss in nats, summed; tokens scored);
-    reach, as `reached` has it; layers, as `attention_measures` has them.
+    reach, as `reached` has it; layers, the means of `add_measures`.
     Raises InputError for an impossible stride.
     """
     was_training, device = model.training, model.wte.weight.device
@@ -185,10 +188,9 @@ def evaluate(
     contexts = windows(len(tokens), T, stride)
     if limit and limit < len(contexts):
         contexts = [contexts[i] for i in np.linspace(0, len(contexts) - 1, limit, dtype=int)]
-    if measure:  # keep the dense maps of a batch under about half a gigabyte
-        batch_size = max(1, min(batch_size, 2**27 // (model.config.n_head * T * T)))
     n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
-    by_context, correct, size, sums = [], 0, 0, 0.0
+    by_context, correct, size = [], 0, 0
+    sums = torch.zeros(model.config.n_layer, 4, dtype=torch.double)
     nats_at = torch.zeros(2, T, dtype=torch.double)  # each position of a context: nats, how many
     seen = 0
     batches = range(0, len(contexts), batch_size)
@@ -197,17 +199,14 @@ def evaluate(
         arrays = tokens, lookback, tokens[1:]
         x, back, y = read_contexts(arrays, starts, T, device)  # (B, T) each
         score = torch.arange(T, device=device) >= torch.tensor(firsts, device=device)[:, None]
-        logits = model(x, back)[0]  # (B, T, V)
-        nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-        nll = nll.cpu().double()  # not every device has float64
+        watch = partial(add_measures, sums, model, back, score) if measure else None
+        nll, best = score_all(model, model.hidden(x, back, watch), y)  # (B, T) each
         count = anywhere(starts, T, len(tokens))
         nats_at += torch.stack([(nll * count).sum(0), count.sum(0)])
         seen += clamp_lookback(back, model.config.max_lookback)[score].sum().item()
         by_context += zip((nll * score.cpu()).sum(1).tolist(), score.sum(1).tolist())
-        correct += (logits.argmax(-1) == y)[score].sum().item()
+        correct += best[score].sum().item()
         size += n_bytes[y[score]].sum().item()
-        if measure:
-            sums = sums + attention_measures(model, x, back, score)
     model.train(was_training)
     nats, scored = map(sum, zip(*by_context))
     results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored}
@@ -263,31 +262,48 @@ def reached(model, lookback, contexts, T):
     return {"median": float(np.median(found)), "most": int(found.max())}
 
 
-def attention_measures(model, idx, lookback, score):
-    """How local the attention is, summed over the queries to score: (n_layer, 4) float64.
+def score_all(model, x, y):
+    """What the head makes of x, (B, T, C), as `GPT.hidden` gives it: (loss in nats, float64 on the
+    CPU; is the likeliest token the right one, booleans), (B, T) each. y: (B, T), what comes next.
+    """
+    losses, best = [], []
+    for part, target in zip(x.flatten(0, 1).split(512), y.flatten().split(512)):
+        logits = model.head(part)  # (512, V)
+        losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
+        best.append(logits.argmax(-1) == target)
+    return torch.cat(losses).double().view(y.shape), torch.cat(best).view_as(y)
+
+
+def add_measures(sums, model, lookback, score, layer, q, k, v):
+    """Add to sums, (n_layer, 4) float64, how local one layer's attention is, query by query.
 
     The columns: fidelity, the mass inside the block; pointer accuracy, whether the largest weight
     is inside; entropy in bits; the mass on the context's first token. Means over heads.
-    idx, lookback: (B, T) int64; score: (B, T) booleans.
+    lookback: (B, T) int64; score: (B, T) booleans, the queries that count; q, k: (B, H, T, D).
     """
-    block, sums = model.blocks(lookback), []  # (B, 1, T, T)
-    for a in model.attention_maps(idx, lookback):  # (B, H, T, T)
+    B, H, T, _ = q.shape
+    lookback = clamp_lookback(lookback, model.config.max_lookback)
+    n = max(AT_ONCE // (B * H * T), 1)
+    for first in range(score.any(0).nonzero()[0].item(), T, n):
+        end = min(first + n, T)
+        block = in_block(lookback[:, first:end], model.config.anchor, first)[:, None]
+        a = attention_weights(q[:, :, first:end], k[:, :, :end], block, model.locality[layer])
         pointer = block.expand_as(a).gather(-1, a.argmax(-1, keepdim=True)).squeeze(-1)
-        values = fidelity_of(a, block), pointer, entropy_of(a), a[..., 0]
-        sums.append([v.cpu().double().mean(1)[score.cpu()].sum().item() for v in values])
-    return torch.tensor(sums, dtype=torch.double)
+        values = fidelity_of(a, block), pointer, entropy_of(a), a[..., 0]  # (B, H, n) each
+        values = torch.stack([v.cpu().double().mean(1) for v in values], -1)  # (B, n, 4)
+        sums[layer] += values[score[:, first:end].cpu()].sum(0)
 
 
 def fidelity_of(a, block):
-    """The attention of each query that stays in its block, (B, H, T) in [0, 1].
+    """The attention of each query that stays in its block, (B, H, n) in [0, 1].
 
-    a: (B, H, T, T) attention probabilities; block: (B, 1, T, T) booleans.
+    a: (B, H, n, T) attention probabilities of n queries; block: (B, 1, n, T) booleans.
     """
     return (a * block).sum(-1)
 
 
 def entropy_of(a):
-    """The entropy of each query's attention in bits, (B, H, T). a: (B, H, T, T) probabilities."""
+    """The entropy of each query's attention in bits, (B, H, n). a: (B, H, n, T) probabilities."""
     return torch.special.entr(a).sum(-1) / math.log(2)
 
 

@@ -20,6 +20,7 @@ the certified floor of the layer (arXiv 2511.18375; the blend is ours).
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -64,34 +65,36 @@ def clamp_lookback(lookback, max_lookback):
     return lookback.long().clamp(0, max_lookback).minimum(position)  # (B, T)
 
 
-def in_block(lookback, anchor=False):
-    """Is key j in the block of query i? (B, T) lookback, clamped -> (B, T, T) booleans.
+def in_block(lookback, anchor=False, first=0):
+    """Is key j in the block of query i? (B, n) lookback, clamped -> (B, n, first + n) booleans.
 
+    The queries are the n tokens from `first` on, the keys all tokens up to the last of them.
     anchor: token 0 is in every block.
     """
-    position = torch.arange(lookback.size(1), device=lookback.device)
-    distance = position[:, None] - position[None, :]  # (T, T)
-    inside = (distance >= 0) & (distance <= lookback[:, :, None])  # (B, T, T)
+    position = torch.arange(first + lookback.size(1), device=lookback.device)
+    distance = position[first:, None] - position[None, :]  # (n, first + n)
+    inside = (distance >= 0) & (distance <= lookback[:, :, None])  # (B, n, first + n)
     return inside | (position == 0) if anchor else inside
-
-
-def causal(T, device):
-    """Is key j at or before query i? (T, T) booleans."""
-    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
 def attention_weights(q, k, block, locality, visible=None):
     """The blend written down densely: the definition, and the reference of the fast path below.
 
-    q, k: (B, H, T, D); block: (B, 1, T, T) booleans from `in_block`; locality: the layer's lambda;
-    visible: the keys there are for each query, by default all up to its own.
-    Returns (B, H, T, T), the attention probabilities; rows sum to 1.
+    q: (B, H, n, D), the last n of the T tokens of k, (B, H, T, D); block: (B, 1, n, T) booleans
+    from `in_block`; locality: the layer's lambda; visible: the keys there are for each query, by
+    default all up to its own.
+    Returns (B, H, n, T), the attention probabilities; rows sum to 1.
     """
-    visible = causal(q.size(2), q.device) if visible is None else visible
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
-    a_global = scores.masked_fill(~visible, -math.inf).softmax(-1)
-    a_local = scores.masked_fill(~block, -math.inf).softmax(-1)
-    return (1 - locality) * a_global + locality * a_local  # (B, H, T, T)
+    if visible is None:
+        n, T = q.size(2), k.size(2)
+        visible = torch.ones(n, T, dtype=torch.bool, device=q.device).tril(T - n)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, n, T)
+    if locality < 1:
+        a = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    if locality > 0:
+        a_local = scores.masked_fill(~block, -math.inf).softmax(-1)
+        a = (1 - locality) * a + locality * a_local if locality < 1 else a_local
+    return a  # (B, H, n, T)
 
 
 class BlockMask(NamedTuple):
@@ -187,11 +190,11 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))  # (B, T, 3, H, D)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D)
 
-    def forward(self, x, mask, cache=None):
-        """x: (B, T, C); mask: a BlockMask, None if every lambda is 0; cache: a Cache to fill."""
+    def forward(self, x, mask, watch=None):
+        """x: (B, T, C); mask: a BlockMask, None if every lambda is 0; watch: sees q, k and v."""
         q, k, v = self.qkv(x)  # (B, H, T, D)
-        if cache:
-            cache.fill(k, v)
+        if watch:
+            watch(q, k, v)
         dropout = self.dropout if self.training else 0.0
         # localisation: two standard attentions and one blend
         if self.locality < 1:
@@ -202,11 +205,15 @@ class CausalSelfAttention(nn.Module):
         y = self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
-    def step(self, x, cache, position, lookback):
-        """The same for one more token of each context. x: (B, 1, C), at `position`, (B,)."""
+    def step(self, x, cache, place):
+        """The same for one more token of each context. x: (B, 1, C); place: its Place."""
         q, k, v = self.qkv(x)  # (B, H, 1, D)
-        block, visible = cache.push(k, v, position, lookback)
-        y = attention_weights(q, cache.k, block, self.locality, visible) @ cache.v  # (B, H, 1, D)
+        k, v = cache.push(k, v, place)  # (B, H, S, D)
+        if self.locality < 1:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=place.visible)  # (B, H, 1, D)
+        if self.locality > 0:
+            y_local = F.scaled_dot_product_attention(q, k, v, attn_mask=place.block)
+            y = torch.lerp(y, y_local, self.locality) if self.locality < 1 else y_local
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, 1, C)
 
 
@@ -230,13 +237,59 @@ class Layer(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x, mask, watch=None):
+        x = x + self.attn(self.ln_1(x), mask, watch)
         return x + self.mlp(self.ln_2(x))
 
-    def step(self, x, cache, position, lookback):
-        x = x + self.attn.step(self.ln_1(x), cache, position, lookback)
+    def step(self, x, cache, place):
+        x = x + self.attn.step(self.ln_1(x), cache, place)
         return x + self.mlp(self.ln_2(x))
+
+
+def head_loss(x, weight, targets, V):
+    """The mean cross entropy of the logits x @ weight.T, a scalar in nats.
+
+    x: (B, T, C); weight: (V + padding, C), of which the first V rows are tokens; targets: (B, T)
+    int64, -1 = not scored.
+    """
+    x, targets = x.flatten(0, 1), targets.flatten()
+    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    if x.dtype == torch.float32 and x.requires_grad and not plain:
+        return HeadLoss.apply(x, weight, targets, V)
+    logits = F.linear(x, weight)[:, :V]  # (B * T, V)
+    return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The same, 512 rows of logits at a time, with the gradient found along the way.
+
+    To have all logits at once takes more memory than all the rest, and time to get it. Not where a
+    compiler joins what follows them, nor in bfloat16: there it is faster.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, V):
+        rows, n, loss = min(512, len(x)), (targets >= 0).sum(), x.new_zeros(())
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        buffers = x.new_empty(2, rows, len(weight))
+        for first in range(0, len(x), rows):
+            part, y = x[first : first + rows], targets[first : first + rows, None]  # (rows, 1)
+            logits, p = buffers[:, : len(y)]  # (rows, V + padding) each
+            torch.mm(part, weight.T, out=logits)
+            logits[:, V:] = -math.inf
+            torch.log_softmax(logits, -1, out=p)
+            share, y = (y >= 0) / n, y.clamp(min=0)  # (rows, 1)
+            loss -= (p.gather(1, y) * share).sum()
+            p.exp_().scatter_add_(1, y, -torch.ones_like(share))  # d loss / d logits / share
+            dx[first : first + rows] = p @ weight * share
+            dweight.addmm_(p.T, part * share)
+        ctx.save_for_backward(dx, dweight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = (d if grad == 1 else d * grad for d in ctx.saved_tensors)
+        return dx, dweight, None, None
 
 
 class GPT(nn.Module):
@@ -271,22 +324,21 @@ class GPT(nn.Module):
 
         idx: (B, T) int64 token ids; lookback: (B, T) integers, needed unless every lambda is 0;
         targets: (B, T) int64, -1 = not scored.
-        Returns logits (B, T, vocab_size), and the mean loss in nats or None. Raises InputError for
-        a context that is too long, or a lookback that is missing.
+        Returns logits (B, T, vocab_size) and None, or with targets None and the mean loss in nats.
+        Raises InputError for a context that is too long, or a lookback that is missing.
         """
-        mask, x = self.mask(lookback), self.embed(idx)  # (B, T, C)
-        for layer in self.h:
-            x = layer(x, mask)
+        x = self.hidden(idx, lookback)  # (B, T, C)
         if targets is None:
             return self.head(x), None
-        # a bias of -inf keeps the padded rows of wte out of the loss; to slice the logits would
-        # copy them, here and on the way back
-        V = self.config.vocab_size
-        padding = len(self.wte.weight) - V
-        bias = F.pad(torch.zeros(V, device=x.device), (0, padding), value=-math.inf)
-        logits = F.linear(self.ln_f(x), self.wte.weight, bias)  # (B, T, V + padding)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits[..., :V], loss
+        return None, head_loss(self.ln_f(x), self.wte.weight, targets, self.config.vocab_size)
+
+    def hidden(self, idx, lookback=None, watch=None):
+        """What the head reads of a batch, (B, T, C). watch: called with each layer's number, from 0
+        on, and its q, k and v, (B, H, T, D) each. For the rest see `forward`."""
+        mask, x = self.mask(lookback), self.embed(idx)  # (B, T, C)
+        for number, layer in enumerate(self.h):
+            x = layer(x, mask, watch and partial(watch, number))
+        return x
 
     def embed(self, idx):
         T = idx.size(1)
@@ -336,11 +388,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def attention_maps(self, idx, lookback):
         """Yield each layer's attention probabilities, (B, H, T, T): to measure, not to train."""
-        mask, inside, x = self.mask(lookback), self.blocks(lookback), self.embed(idx)
-        for layer in self.h:
-            q, k, _ = layer.attn.qkv(layer.ln_1(x))
-            yield attention_weights(q, k, inside, layer.attn.locality)
-            x = layer(x, mask)
+        inside, seen = self.blocks(lookback), []
+        self.hidden(idx, lookback, lambda _, q, k, v: seen.append((q, k)))
+        for (q, k), locality in zip(seen, self.locality):
+            yield attention_weights(q, k, inside, locality)
 
     def flops_per_token(self, T):
         """Floating-point operations to train on a token of a context of T (PaLM, appendix B)."""
@@ -398,9 +449,7 @@ class GPT(nn.Module):
     def read(self, idx, lookback, at, caches):
         """Fill the caches with contexts, (B, T), that end at positions `at`, (B,). Returns (B, C),
         for the head."""
-        mask, x = self.mask(lookback), self.embed(idx)  # (B, T, C)
-        for layer, cache in zip(self.h, caches):
-            x = layer(x, mask, cache)
+        x = self.hidden(idx, lookback, lambda layer, q, k, v: caches[layer].fill(k, v))
         return x[torch.arange(len(at), device=at.device), at]
 
     def step(self, token, lookback, at, caches):
@@ -408,8 +457,11 @@ class GPT(nn.Module):
         x = (self.wte(token) + self.wpe(at))[:, None]  # (B, 1, C)
         if lookback is not None:
             lookback = lookback.clamp(0, self.config.max_lookback).minimum(at)
+        places = {}  # layers whose caches are of one size have one place
         for layer, cache in zip(self.h, caches):
-            x = layer.step(x, cache, at, lookback)
+            if cache.size not in places:
+                places[cache.size] = cache.place(at, lookback, x.dtype)
+            x = layer.step(x, cache, places[cache.size])
         return x[:, 0]
 
     # -- weights in and out
@@ -462,6 +514,15 @@ class GPT(nn.Module):
         weights.publish(state, self.config, folder)
 
 
+class Place(NamedTuple):
+    """Where a new token of each context goes in a Cache, and what it sees there."""
+
+    rows: torch.Tensor  # (B,), 0 to B - 1
+    slot: torch.Tensor  # (B,)
+    block: torch.Tensor  # (B, 1, 1, S), 0 in the token's block and -inf elsewhere
+    visible: torch.Tensor  # the same of all that is there
+
+
 class Cache:
     """The keys and values of one layer while text is generated.
 
@@ -489,19 +550,25 @@ class Cache:
         p = self.positions(self.at).clamp(min=0)[:, None, :, None]
         self.k, self.v = k.take_along_dim(p, 2), v.take_along_dim(p, 2)  # (B, H, S, D)
 
-    def push(self, k, v, at, lookback):
-        """Add a token at positions `at`, (B,). k, v: (B, H, 1, D).
-
-        Returns who is in the block of each, and who is there at all, (B, 1, 1, S) booleans.
-        """
-        rows = torch.arange(len(at), device=at.device)
-        slot = at % self.size
-        self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
+    def place(self, at, lookback, dtype):
+        """The Place of a token at positions `at`, (B,), with these lookbacks, (B,) or None."""
         p = self.positions(at)  # (B, S)
+        newest = int(at.max())
+        p = p[:, : newest + 1] if newest < self.size else p  # later slots are empty yet
         start = at if lookback is None else at - lookback  # no lookback: no layer asks for it
         block = p >= start[:, None]
         block = block | (p == 0) if self.anchor else block
-        return block[:, None, None], (p >= 0)[:, None, None]
+        masks = (block, p >= 0)
+        masks = (torch.zeros_like(m, dtype=dtype).masked_fill(~m, -math.inf) for m in masks)
+        rows = torch.arange(len(at), device=at.device)
+        return Place(rows, at % self.size, *(m[:, None, None] for m in masks))
+
+    def push(self, k, v, place):
+        """Add a token. k, v: (B, H, 1, D). Returns the keys and values to look at, (B, H, S, D)."""
+        self.k[place.rows, :, place.slot] = k[:, :, 0]
+        self.v[place.rows, :, place.slot] = v[:, :, 0]
+        S = place.block.size(-1)
+        return self.k[:, :, :S], self.v[:, :, :S]
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

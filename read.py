@@ -34,7 +34,7 @@ from prepare_data import (
     token_bytes,
 )
 from support.files import InputError, check_writable, run_script, write_text
-from support.machine import keep_memory, pick_device, provenance
+from support.machine import pick_device, provenance
 from support.page import fill, label, pack, pieces_of, visible
 from support.run import is_run
 from support.sentences import first_bytes
@@ -377,7 +377,6 @@ def main():
     T = args.tokens or min(TOKENS, model.config.block_size)
     if not 2 <= T <= model.config.block_size:
         raise InputError(f"this model reads {model.config.block_size} tokens at most, not {T}")
-    keep_memory(4 * T * model.config.vocab_size)  # of the logits
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     if args.text or args.prompt is not None:
         text = given_text(config, args.text, args.prompt)

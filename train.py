@@ -169,6 +169,55 @@ def build_model(config, vocab_size, saved=None):
     return model
 
 
+class Muon(torch.optim.Optimizer):
+    """Steps as far in every direction of a matrix (Jordan et al. 2024).
+
+    groups: of matrices, which hold `parts` matrices of equal height, 1 by default. Each part is
+    stepped on its own: where queries, keys and values are one matrix, the gradient of the values is
+    the largest, and would leave the others behind. A step is as large as one of AdamW's would be
+    (Liu et al. 2025, arXiv 2502.16982), so both can share a learning rate.
+    """
+
+    def __init__(self, groups, lr, weight_decay, momentum=0.95):
+        how = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1}
+        super().__init__(groups, how)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                self.step_alike([p for p in group["params"] if p.shape == shape], **group)
+
+    def step_alike(self, matrices, lr, weight_decay, momentum, parts, **_):
+        """Step matrices of one shape, all at once: small products one by one are slow."""
+        updates = []
+        for p in matrices:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            updates += p.grad.lerp(average, momentum).chunk(parts)  # Nesterov
+        steps = orthogonalise(torch.stack(updates))  # (n * parts, rows, columns)
+        size = 0.2 * math.sqrt(max(steps.shape[1:]))
+        for p, step in zip(matrices, steps.split(parts)):
+            p.mul_(1 - lr * weight_decay).sub_(step.flatten(0, 1), alpha=lr * size)
+
+
+def orthogonalise(x):
+    """The same matrices with all singular values near 1: (n, rows, columns).
+
+    Five steps of a Newton-Schulz iteration, with the coefficients of Jordan et al. 2024. In
+    bfloat16 where that is fast; it has digits enough.
+    """
+    if x.size(1) > x.size(2):
+        return orthogonalise(x.mT).mT
+    x = x.to(torch.bfloat16 if machine.fast_bfloat16(x.device) else torch.float32)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
 def build_optimizers(model, config):
     """A list of optimizers: AdamW, and Muon for the matrices of the layers if it is asked for."""
     inner = [p for p in model.h.parameters() if p.dim() == 2]
@@ -182,21 +231,10 @@ def build_optimizers(model, config):
     ]
     optimizers = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)]
     if muon:
-        # Muon steps as far in every direction of a matrix. Queries, keys and values are one matrix
-        # here, and the values' gradient is the largest: as one they would leave the others behind.
-        joint = [layer.attn.c_attn.weight for layer in model.h]
-        thirds = [torch.nn.Parameter(x) for p in joint for x in p.detach().chunk(3)]  # no copies
-        inner = [p for n, p in model.h.named_parameters() if p.dim() == 2 and "c_attn" not in n]
-        how = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(inner + thirds, lr=rate, **how))
-
-        def hand_over(*_):
-            for third, gradient in zip(thirds, (g for p in joint for g in p.grad.chunk(3))):
-                third.grad = gradient
-            for p in joint:
-                p.grad = None
-
-        optimizers[1].register_step_pre_hook(hand_over)
+        joint = [layer.attn.c_attn.weight for layer in model.h]  # queries, keys and values
+        rest = [p for n, p in model.h.named_parameters() if p.dim() == 2 and "c_attn" not in n]
+        groups = [{"params": rest}, {"params": joint, "parts": 3}]
+        optimizers.append(Muon(groups, lr=rate, weight_decay=decay))
     return optimizers
 
 
@@ -327,9 +365,6 @@ def start(config, resume=False, overwrite=False):
             model = build_model(config, vocab_size, run.saved).to(device)
         text = Text(folder, config)
         check_length(text, model, config)
-        if device.type == "cpu":
-            logits = config.batch_size * model.config.block_size * len(model.wte.weight)
-            machine.keep_memory(4 * logits)
         optimizers = build_optimizers(model, config)
         fast_model = torch.compile(model) if machine.compiles(device, config.compile) else model
         if world > 1:

@@ -6,14 +6,20 @@
 attention: one layer's attention, forward and backward. Against PyTorch's own, over the whole
            context and with a dense mask.
 step:      a training step. Against nanoGPT's (--nanogpt: a checkout), and against that of
-           `transformers` with the same mask. Also the loading of batches.
+           `transformers` with the same mask. Also the memory it takes, and the loading of batches.
+small:     the step of configs/pretrain_cpu.toml, with Muon. Against AdamW.
+evaluate:  what `eval.py` does, with all its measures. Against the perplexity alone.
 generate:  tokens a second with the cache. Against reading the context again for every token.
 data:      to partition a text into semantic blocks. Against encoding it (tiktoken). Both for the
            text once, 4 times and 16 times in a row.
 
 Contestants take turns, round after round, so that other work on the machine slows all of them
 alike. A time is the median of its rounds. On a CPU, other software takes its steps in processes of
-its own. There memory is handled in its way, not in ours.
+its own, without the settings of `support`: memory in large pages, threads that soon give up.
+
+A CPU can be held to older instructions. With `ONEDNN_MAX_CPU_ISA=AVX512_CORE` in front of the
+command it does as if it had no AMX. With `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+MKL_ENABLE_INSTRUCTIONS=AVX2` it has AVX2 alone.
 
 Each row has `seconds` or `tokens_per_s`. Its `ratio` is to the same number of its `baseline`.
 What is not installed is left out, with a note. On a CUDA device the shapes are larger, and the
@@ -46,11 +52,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from eval import evaluate
 from locality import Partitioner, background, partition, schedule
 from model import GPT, GPTConfig, block_mask, clamp_lookback, in_block, local_attention
 from prepare_data import get_encoding, token_bytes
 from support.files import InputError, check_writable, run_script, write_json
-from support.machine import compiles, keep_memory, peak_flops, pick_device, precision
+from support.machine import compiles, peak_flops, pick_device, precision
 from train import Config, build_optimizers, random_batch
 
 W = 128  # max_lookback of all but `data`
@@ -149,16 +156,17 @@ def in_new_process(function, *args):
 
 
 def peak_of(make, *args, device):
-    """The most MB that make(*args), which returns a turn, and one turn hold: what they add.
+    """The most MB that make(*args), which returns a turn, and two turns hold: what they add.
 
-    On a CPU in a new process, where nothing else has raised the peak. None where the system does
-    not say.
+    With the second turn an optimizer has its moments from the start. On a CPU in a new process,
+    where nothing else has raised the peak. None where the system does not say.
     """
     if device.type != "cuda":
         return in_new_process(peak_here, make, args)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    make(*args)()
+    turn = make(*args)
+    turn(), turn()
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
@@ -167,7 +175,8 @@ def peak_here(make, args):
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = read_mb("/proc/self/status", "VmRSS")
-        make(*args)()
+        turn = make(*args)
+        turn(), turn()
         return read_mb("/proc/self/status", "VmHWM") - before
     except (OSError, StopIteration):
         return None
@@ -255,7 +264,7 @@ def bench_attention(args):
 # a training step: ours
 
 
-def step_turn(model, optimizer, loss_of, device):
+def step_turn(model, optimizers, loss_of, device):
     """A training step: a function to call. loss_of(): the forward pass."""
 
     def turn():
@@ -263,8 +272,9 @@ def step_turn(model, optimizer, loss_of, device):
             loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return turn
 
@@ -276,17 +286,17 @@ def random_tokens(shape, B, device):
     return x, lookback, torch.randint(V, (B, T), device=device)
 
 
-def our_step(dial, shape, B, device):
-    """A step of train.py with the schedule `dial`: a function to call."""
+def our_step(dial, shape, B, device, **how):
+    """A step of train.py with the schedule `dial`: a function to call. how: keys of its Config."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, max_lookback=W)).to(device)
     model.set_locality(schedule(dial, model.config.n_layer))
     # dynamic=False: where several models share the code, the compiler would take lambda for a
     # variable; a run has one model, and there it is a constant
     fast_model = torch.compile(model, dynamic=False) if compiles(device, "auto") else model
-    (optimizer,) = build_optimizers(model, Config())
+    optimizers = build_optimizers(model, Config(**how))
     x, lookback, y = random_tokens(shape, B, device)
-    return step_turn(model, optimizer, lambda: fast_model(x, lookback, y)[1], device)
+    return step_turn(model, optimizers, lambda: fast_model(x, lookback, y)[1], device)
 
 
 def head_turn(shape, B, device):
@@ -301,13 +311,25 @@ def head_turn(shape, B, device):
 # a training step: that of other software
 
 TURN = []  # in a process that `apart` started: the turn it takes
+OUR_WAY = "nanoGPT, with our settings"
+DEFAULTS = {"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "300000"}  # without `support`
 
 
-def apart(make):
-    """The turn that make() returns, in a process of its own: a function to call. None for None."""
-    process = ProcessPoolExecutor(1, SPAWN)
-    if process.submit(prepare_turn, make).result():
-        return lambda: process.submit(take_turn).result()
+def apart(make, environment):
+    """The turn that make() returns, in a process of its own: a function to call. None for None.
+
+    environment: a dict, of its own variables.
+    """
+    process, before = (
+        ProcessPoolExecutor(1, SPAWN),
+        {name: os.environ[name] for name in environment},
+    )
+    os.environ.update(environment)
+    try:
+        if process.submit(prepare_turn, make).result():
+            return lambda: process.submit(take_turn).result()
+    finally:
+        os.environ.update(before)
 
 
 def prepare_turn(make):
@@ -347,15 +369,13 @@ def load_nanogpt(folder):
         raise InputError(f"--nanogpt {folder}: {why}") from None
 
 
-def nanogpt_step(folder, shape, B, device, kept=False, defaults=False, compiled=False):
+def nanogpt_step(folder, shape, B, device, defaults=False, compiled=False):
     """A step of nanoGPT's train.py: a function to call.
 
-    It has the biases and the AdamW that ours has, or with `defaults` its own. kept: it keeps the
-    memory it frees, as ours does. compiled: always, not just where ours is.
+    It has the biases and the AdamW that ours has, or with `defaults` its own. compiled: always, not
+    just where ours is.
     """
     nanogpt = load_nanogpt(folder)
-    if kept:
-        keep_memory()
     torch.manual_seed(0)
     with quiet():
         config = nanogpt.GPTConfig(**{"vocab_size": 50304, **shape}, bias=not defaults)
@@ -365,7 +385,7 @@ def nanogpt_step(folder, shape, B, device, kept=False, defaults=False, compiled=
             optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device.type)
     fast_model = torch.compile(model) if compiled or compiles(device, "auto") else model
     x, _, y = random_tokens(shape, B, device)
-    return step_turn(model, optimizer, lambda: fast_model(x, y)[1], device)
+    return step_turn(model, [optimizer], lambda: fast_model(x, y)[1], device)
 
 
 def transformers_step(shape, B, device):
@@ -391,7 +411,7 @@ def transformers_step(shape, B, device):
         mask = mask.masked_fill(~in_block(lookback)[:, None], -math.inf)
         return fast_model(x, attention_mask=mask, labels=x).loss
 
-    return step_turn(model, adamw(model), loss_of, device)
+    return step_turn(model, [adamw(model)], loss_of, device)
 
 
 def rival_turns(args, shape, B):
@@ -401,11 +421,14 @@ def rival_turns(args, shape, B):
         nanogpt = partial(nanogpt_step, args.nanogpt, shape, B, args.device)
         rivals["nanoGPT"] = nanogpt
         if not cuda:
-            rivals["nanoGPT, its memory kept"] = partial(nanogpt, kept=True)
+            rivals[OUR_WAY] = nanogpt
         compiled = not args.quick and any(map(shutil.which, ("c++", "g++")))
         rivals["nanoGPT, its defaults"] = partial(nanogpt, defaults=True, compiled=compiled)
     rivals["transformers, masked"] = partial(transformers_step, shape, B, args.device)
-    turns = {name: make() if cuda else apart(make) for name, make in rivals.items()}
+    turns = {
+        name: make() if cuda else apart(make, {} if name == OUR_WAY else DEFAULTS)
+        for name, make in rivals.items()
+    }
     return {name: turn for name, turn in turns.items() if turn}
 
 
@@ -442,13 +465,18 @@ def race_steps(args, shape, B):
     speeds = {name: B * T / seconds for name, seconds in times.items()}
     others = [row("step", name, tokens_per_s=speeds[name]) for name in turns if name not in DIALS]
     rows, ours, peak = [*others], None, peak_flops(args.device)
+    held = peak_of(our_step, "distributed", shape, B, args.device, device=args.device)
     for dial in DIALS:
         speed = speeds[dial]
         mfu = peak and speed * sized.flops_per_token(T) / peak
         for other in [ours, *others]:  # the first of ours is the baseline of the other two
             rows.append(row("step", dial, tokens_per_s=speed, against=other, mfu=mfu))
             ours = ours or rows[-1]
-    return rows
+    if args.nanogpt:
+        of = args.nanogpt, shape, B, args.device
+        theirs = row("step", "memory, nanoGPT", peak_mb=peak_of(nanogpt_step, *of, device=of[-1]))
+        rows.append(theirs)
+    return [*rows, row("step", "memory, distributed", peak_mb=held)]
 
 
 def race_long_steps(args, shape):
@@ -491,6 +519,56 @@ def reader(tokens, T, B, n):
 
 def open_and_read(path, T):
     return reader(np.memmap(path, np.uint16, "r"), T, 8, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# a step of a small model, and Muon
+
+
+def bench_small(args):
+    shape = {"vocab_size": 2048, "block_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
+    shape, B = (SMALL, 1) if args.quick else (shape, 4)
+    print(f"{shape}, batch {B}")
+    turns = {
+        name: our_step("distributed", shape, B, args.device, optimizer=name)
+        for name in ("adamw", "muon")
+    }
+    times, rows = race(turns, args.device, args.rounds), []
+    for name in turns:
+        rows.append(row("small", name, times[name], against=rows[0] if rows else None))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def evaluation(shape, measure, device):
+    """Two contexts through `evaluate`: a function to call. measure: with all its measures."""
+    torch.manual_seed(0)
+    model, T = GPT(GPTConfig(**shape, max_lookback=W)).to(device), shape["block_size"]
+    model.set_locality(schedule("quintic", model.config.n_layer))
+    n = 2 * T + 1
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, n, np.uint16)
+    lookback = random_lookback(1, n)[0].numpy().astype(np.uint16)
+    vocabulary = [b"a"] * model.config.vocab_size
+    return partial(evaluate, model, tokens, lookback, vocabulary, T, measure=measure)
+
+
+def bench_evaluate(args):
+    shape = {**SMALL, "block_size": 128} if args.quick else {"block_size": 1024}
+    alone, whole = (f"{what}, T = {shape['block_size']}" for what in ("perplexity", "all measures"))
+    turns = {alone: evaluation(shape, False, args.device)}
+    turns[whole] = evaluation(shape, True, args.device)
+    times = race(turns, args.device, min(args.rounds, 3))
+    rows = [row("evaluate", alone, times[alone])]
+    rows.append(row("evaluate", whole, times[whole], against=rows[0]))
+    for T in (1024, 8192) if not args.quick else (128,):  # two layers: memory is not for each
+        long = {**shape, "block_size": T, "n_layer": 2}
+        peak = peak_of(evaluation, long, True, args.device, device=args.device)
+        per_token = peak and 1024 * peak / (2 * T)
+        rows.append(row("evaluate", f"memory, T = {T}", peak_mb=peak, kb_a_token=per_token))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -658,6 +736,8 @@ def bench_data(args):
 SECTIONS = {
     "attention": bench_attention,
     "step": bench_step,
+    "small": bench_small,
+    "evaluate": bench_evaluate,
     "generate": bench_generate,
     "data": bench_data,
 }
@@ -687,8 +767,6 @@ def main():
     if args.json:
         check_writable(args.json)
     args.device = pick_device(args.device)
-    if args.device.type == "cpu":
-        keep_memory()  # as train.py does
     log = machine(args.device)
     print("\n".join(f"{key:12s} {value}" for key, value in log.items()))
     rows = []

@@ -14,9 +14,12 @@ os.close(null)
 # torch reads both when it is loaded.
 # A CPU thread that waits for another gives up its core soon (GNU OpenMP). Without this, one busy
 # process beside the training makes it tens of times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # MKL promises the same bits from run to run only where it is asked to.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# Large tensors lie in large pages, where the system has them. A page that is freed and fetched anew
+# costs time, and with GPT-2's vocabulary there are many.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Ctrl-C while a script loads: there is nothing to lose, and nothing to say. (Then see
 # files.run_script.) Half loaded, torch would crash; so there Ctrl-C ends the process at once.

@@ -1,7 +1,6 @@
-"""The machine: device, precision, compiler, memory, processes, signals, provenance."""
+"""The machine: device, precision, compiler, processes, signals, provenance."""
 
 import contextlib
-import ctypes
 import datetime
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ from torch import distributed
 from support.files import InputError
 
 # --------------------------------------------------------------------------------------------------
-# device, precision, compiler, memory
+# device, precision, compiler
 
 
 def pick_device(name):
@@ -45,7 +44,9 @@ def fast_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()  # what the products may use
+    allowed = "AMX" in limit or limit in ("ALL", "DEFAULT")
+    return device.type == "cpu" and allowed and bool(capabilities.get("amx_bf16"))
 
 
 def precision(device, dtype):
@@ -67,24 +68,6 @@ def compiles(device, choice):
     c, cpp = os.environ.get("CC", "cc"), os.environ.get("CXX", "c++")
     names = (c, "gcc", "clang") if cuda else (cpp, "g++")
     return (cuda or fast_bfloat16(device)) and any(map(shutil.which, names))
-
-
-def keep_memory(largest=0):
-    """On a CPU with glibc, have this process keep the memory it frees until it ends.
-
-    glibc gives a block above 32 MB back to the system at once. Every page of the next one is
-    fetched and zeroed anew: with GPT-2's vocabulary, a good part of a step.
-
-    largest: bytes of the largest tensor. Kept memory is about four times as much. So nothing is
-    kept where eight times as much is more than a third of what the machine has.
-    """
-    # other C libraries have no mallopt
-    with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
-        if 8 * largest > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 3:
-            return
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own,
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and none given back
 
 
 # dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets

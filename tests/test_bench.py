@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import attention_turn, main, peak_of, race, row
+from experiments.bench import SECTIONS, attention_turn, main, peak_of, race, row
 from support.files import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -62,12 +62,12 @@ def test_every_section_runs_and_its_rows_agree(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("nanoGPT left out") == 2
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert {found["section"] for found in rows} == {"attention", "step", "generate", "data"}
+    assert {found["section"] for found in rows} == set(SECTIONS)
     assert not any("nanoGPT" in found["name"] for found in rows)
     assert [found["same_tokens"] for found in rows if "same_tokens" in found] == [True]
     compared = [found for found in rows if "ratio" in found]
     assert len(compared) > 12
-    assert {found["section"] for found in compared} == {"attention", "step", "generate", "data"}
+    assert {found["section"] for found in compared} == set(SECTIONS)
     for found in compared:
         key = "seconds" if "seconds" in found else "tokens_per_s"
         (base,) = {other.get(key) for other in rows if other["name"] == found["baseline"]}
@@ -89,7 +89,6 @@ def test_mistakes_end_in_one_line(option, value, tmp_path, monkeypatch, capsys):
     (tmp_path / "model.py").write_text("class GPT: pass")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["bench", "--quick", "--only", "step", option, value])
-    monkeypatch.setattr("experiments.bench.keep_memory", lambda: None)  # not of this process
     with pytest.raises(SystemExit) as stopped:
         run_script(main)
     told = capsys.readouterr().err

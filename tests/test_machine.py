@@ -1,6 +1,6 @@
-"""What is asked of the machine: memory that stays, and the fast arithmetic where there is one."""
+"""What is asked of the machine: large pages, and the fast arithmetic where there is one."""
 
-import platform
+import os
 import subprocess
 import sys
 import time
@@ -15,25 +15,33 @@ from support.machine import compiles, precision
 
 
 @pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like"
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="no large pages here",
 )
-def test_freed_memory_is_kept_and_comes_back_without_page_faults_unless_it_is_scarce():
+def test_large_tensors_lie_in_large_pages_and_are_given_back():
     code = """if True:
-        import resource, torch
-        from support.machine import keep_memory
-        for largest, rounds in ((10**15, 10), (0, 40)):
-            keep_memory(largest)
-            for _ in range(rounds):
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-                # 25,600 pages of 4 KiB, or 50 of 2 MiB
-                torch.empty(100 * 2 ** 20, dtype=torch.uint8).fill_(1)
-                print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    new = [int(faults) >= 10 for faults in done.stdout.split()]  # was the memory new?
-    assert len(new) == 50, done.stderr
-    assert all(new[:10])  # scarce: left alone
-    assert sum(new[10:]) <= 20  # it takes a few rounds until the free places fit
+        import resource, sys
+        if sys.argv[1:]:
+            import support
+        import torch
+        def held():
+            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        before = held()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        x = torch.empty(100 * 2**20, dtype=torch.uint8).fill_(1)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+        del x
+        print(held() - before)"""
+    faults = []
+    for more in ([], ["ours"]):
+        command = [sys.executable, "-c", code, *more]
+        env = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+        new, left = map(int, done.stdout.split())
+        assert left < 20 * 2**20, done.stderr
+        faults.append(new)
+    assert faults[1] < faults[0] / 2  # of 25,600 pages of 4 KiB, or 50 of 2 MiB
 
 
 def test_bfloat16_is_chosen_where_the_machine_has_fast_matrix_products_in_it(monkeypatch):

@@ -23,6 +23,7 @@ from model import (
     block_mask,
     choose,
     clamp_lookback,
+    head_loss,
     in_block,
     local_attention,
 )
@@ -111,7 +112,7 @@ def test_logits_and_loss_equal_transformers_and_back_again(tmp_path, shape):
     model = GPT.from_pretrained(tmp_path).eval()
     idx = torch.randint(0, reference.config.vocab_size, (2, 33))
     with torch.no_grad():
-        logits, loss = model(idx, targets=F.pad(idx[:, 1:], (0, 1), value=-1))
+        logits, loss = model(idx)[0], model(idx, targets=F.pad(idx[:, 1:], (0, 1), value=-1))[1]
         expected = reference(idx, labels=idx)
     assert (logits - expected.logits).abs().max() < 1e-4
     assert abs(loss - expected.loss) < 1e-5
@@ -154,21 +155,50 @@ def test_what_transformers_saves_loads_too(tmp_path):
         )
 
 
-def test_gradients_equal_transformers(tmp_path):
-    reference = published(tmp_path, **SMALL)
+@pytest.mark.parametrize("shape", [SMALL, {}], ids=["small", "gpt2 124M"])
+def test_the_gradient_of_every_parameter_equals_that_of_transformers(tmp_path, shape):
+    reference = published(tmp_path, **shape).eval()  # without dropout
     model = GPT.from_pretrained(tmp_path)
-    idx = torch.randint(0, 101, (2, 20))
+    V = model.config.vocab_size
+    idx = torch.randint(0, V, (2, 20))
     reference(idx, labels=idx).loss.backward()
-    model(idx, targets=F.pad(idx[:, 1:], (0, 1), value=-1))[1].backward()
-    assert torch.allclose(
-        model.wte.weight.grad[:101], reference.transformer.wte.weight.grad, atol=1e-5
-    )
-    assert torch.allclose(
-        model.h[1].attn.c_attn.weight.grad.T,
-        reference.transformer.h[1].attn.c_attn.weight.grad,
-        atol=1e-5,
-    )
-    assert not model.wte.weight.grad[101:].any()  # the padded vocabulary takes no part
+    loss = model(idx, targets=F.pad(idx[:, 1:], (0, 1), value=-1))[1]
+    assert type(loss.grad_fn).__name__ == "HeadLossBackward"
+    loss.backward()
+    expected = dict(reference.transformer.named_parameters())
+    for name, p in model.named_parameters():
+        mine, theirs = p.grad, expected.pop(name).grad
+        if name == "wte.weight":
+            assert not mine[V:].any()  # the padded vocabulary takes no part
+            mine = mine[:V]
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+            theirs = theirs.T  # they keep these transposed
+        assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max() + 1e-7, name
+    assert not expected
+
+
+@pytest.mark.parametrize("rows", [1, 7, 512, 1100])
+def test_the_loss_and_its_gradient_are_those_of_all_logits_at_once(rows):
+    torch.manual_seed(0)
+    V, leaves = 101, (torch.randn(1, rows, 16), torch.randn(128, 16))  # 27 rows of padding
+    targets = torch.randint(-1, V, (1, rows))  # some are not scored
+    targets[0, 0] = 5
+    found = []
+    for by_rows in (True, False):
+        x, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        if by_rows:
+            loss = 0.3 * head_loss(x, weight, targets, V)
+        else:
+            logits = (x.double() @ weight.double().T)[0, :, :V]
+            loss = 0.3 * F.cross_entropy(logits, targets[0], ignore_index=-1)
+        for _ in range(2):  # gradients add up
+            loss.backward(retain_graph=True)
+        found.append((loss.double(), x.grad.double(), weight.grad.double()))
+    for mine, expected in zip(*found):
+        assert (mine - expected).abs().max() < 1e-6 * max(1, expected.abs().max())
+    assert not found[0][2][V:].any()
+    with torch.no_grad():  # nothing to find along the way
+        assert head_loss(*leaves, targets, V).item() == pytest.approx(found[1][0].item() / 0.3)
 
 
 # ---- the dial

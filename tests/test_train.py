@@ -27,10 +27,12 @@ from support.files import InputError
 from support.settings import to_toml
 from train import (
     Config,
+    Muon,
     Text,
     build_model,
     build_optimizers,
     learning_rate,
+    orthogonalise,
     random_batch,
     read_config,
 )
@@ -395,7 +397,7 @@ def test_every_parameter_has_one_optimizer_and_matrices_alone_decay(name):
     ]
     assert sum(p.numel() for p, *_ in owned) == sum(p.numel() for p in model.parameters())
     assert all(g["betas"] == (0.8, 0.7) for _, g in groups if "betas" in g)
-    found = {p.data_ptr(): rest for p, *rest in owned}  # Muon has parts of c_attn
+    found = {p.data_ptr(): rest for p, *rest in owned}
     for parameter, p in model.named_parameters():
         plain = "ln_" in parameter or parameter.endswith("bias")
         assert found[p.data_ptr()][1] == (0 if plain else 0.3), parameter
@@ -416,6 +418,33 @@ def test_muon_steps_as_far_for_queries_keys_and_values_whatever_their_gradients(
     for layer, was in zip(model.h, before):
         q, k, v = (part.norm().item() for part in (layer.attn.c_attn.weight - was).chunk(3))
         assert q > 0 and (k, v) == pytest.approx((q, q), rel=0.1)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["bfloat16", "float32"])
+def test_muon_steps_as_that_of_pytorch_does(monkeypatch, fast):
+    monkeypatch.setattr("support.machine.fast_bfloat16", lambda device: fast)
+    torch.manual_seed(0)
+    shapes = (8, 24), (24, 8), (16, 16), (8, 24), (16, 16)
+    mine, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    stacked = torch.nn.Parameter(torch.ones(48, 16))  # three matrices in one
+    theirs += [torch.nn.Parameter(torch.ones(16, 16)) for _ in range(3)]
+    groups = [{"params": mine}, {"params": [stacked], "parts": 3}]
+    optimizers = [
+        Muon(groups, lr=0.1, weight_decay=0.5),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        for a, b in zip(mine, theirs):
+            a.grad = b.grad = torch.randn_like(a)
+        for b in theirs[-3:]:
+            b.grad = torch.randn_like(b)
+        stacked.grad = torch.cat([b.grad for b in theirs[-3:]])
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip([*mine, *stacked.chunk(3)], theirs):
+        moved = (b - 0.95**3).norm()  # without a gradient, decay alone
+        assert (a - b).norm() < 0.02 * moved and moved > 0.1  # theirs has bfloat16's digits
+    assert orthogonalise(torch.randn(2, 9, 5)).dtype == (torch.bfloat16 if fast else torch.float32)
 
 
 def test_a_compiled_run_is_the_same_run(train, monkeypatch):
@@ -553,7 +582,7 @@ def test_strided_windows_score_every_token_but_the_first_exactly_once(n, T, stri
     assert scored == list(range(1, n))
 
 
-def test_evaluate_equals_counting_by_hand():
+def test_evaluate_equals_counting_by_hand(monkeypatch):
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16}
     model = GPT(GPTConfig(5, 20, **shape, dropout=0.5, max_lookback=8)).eval()
@@ -591,7 +620,10 @@ def test_evaluate_equals_counting_by_hand():
                     layers[layer] += inside, pointer, entropy, row[0]
     n_bytes, layers = sum(len(vocabulary[t]) for t in tokens[1:]), layers / 129 / 2  # two heads
     assert 10 < correct < 60  # of 129
-    for training in (False, True):  # it measures without dropout, and leaves the model as it was
+    # it measures without dropout, leaves the model as it was, and takes as many queries at a time
+    # as it likes
+    for training, at_once in ((False, 10**9), (True, 1), (True, 7 * 8 * 2 * 20)):
+        monkeypatch.setattr("eval.AT_ONCE", at_once)
         results = evaluate(model.train(training), tokens, lookback, vocabulary, stride=5)
         assert model.training == training and results["tokens"] == 129
         assert results["loss"] == pytest.approx(nats / 129, rel=1e-5)
