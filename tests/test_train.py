@@ -443,7 +443,7 @@ def test_muon_steps_as_that_of_pytorch_does(monkeypatch, fast):
             optimizer.step()
     for a, b in zip([*mine, *stacked.chunk(3)], theirs):
         moved = (b - 0.95**3).norm()  # without a gradient, decay alone
-        assert (a - b).norm() < 0.02 * moved and moved > 0.1  # theirs has bfloat16's digits
+        assert (a - b).norm() < 0.05 * moved and moved > 0.1  # theirs has bfloat16's digits
     assert orthogonalise(torch.randn(2, 9, 5)).dtype == (torch.bfloat16 if fast else torch.float32)
 
 
