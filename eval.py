@@ -148,7 +148,7 @@ def turn(model, config, name=None, fidelity=None):
 # --------------------------------------------------------------------------------------------------
 # measuring
 
-AT_ONCE = 2**20  # attention weights looked at together: no more memory, and a processor's cache
+AT_ONCE = 2**20  # attention weights to measure at a time: they fit in a processor's cache
 
 
 def windows(n, block_size, stride):

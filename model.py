@@ -77,17 +77,15 @@ def in_block(lookback, anchor=False, first=0):
     return inside | (position == 0) if anchor else inside
 
 
-def attention_weights(q, k, block, locality, visible=None):
+def attention_weights(q, k, block, locality):
     """The blend written down densely: the definition, and the reference of the fast path below.
 
     q: (B, H, n, D), the last n of the T tokens of k, (B, H, T, D); block: (B, 1, n, T) booleans
-    from `in_block`; locality: the layer's lambda; visible: the keys there are for each query, by
-    default all up to its own.
+    from `in_block`; locality: the layer's lambda.
     Returns (B, H, n, T), the attention probabilities; rows sum to 1.
     """
-    if visible is None:
-        n, T = q.size(2), k.size(2)
-        visible = torch.ones(n, T, dtype=torch.bool, device=q.device).tril(T - n)
+    n, T = q.size(2), k.size(2)
+    visible = torch.ones(n, T, dtype=torch.bool, device=q.device).tril(T - n)  # up to its own
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, n, T)
     if locality < 1:
         a = scores.masked_fill(~visible, -math.inf).softmax(-1)
@@ -263,8 +261,8 @@ def head_loss(x, weight, targets, V):
 class HeadLoss(torch.autograd.Function):
     """The same, 512 rows of logits at a time, with the gradient found along the way.
 
-    To have all logits at once takes more memory than all the rest, and time to get it. Not where a
-    compiler joins what follows them, nor in bfloat16: there it is faster.
+    All logits at once take more memory than all the rest, and to get it takes time. A compiled
+    model, or one in bfloat16, has them at once all the same: there it was faster (docs/LOG.md).
     """
 
     @staticmethod

@@ -156,17 +156,16 @@ def in_new_process(function, *args):
 
 
 def peak_of(make, *args, device):
-    """The most MB that make(*args), which returns a turn, and two turns hold: what they add.
+    """The most MB that make(*args), which returns a turn, and one turn hold: what they add.
 
-    With the second turn an optimizer has its moments from the start. On a CPU in a new process,
-    where nothing else has raised the peak. None where the system does not say.
+    On a CPU in a new process, where nothing else has raised the peak. None where the system does
+    not say.
     """
     if device.type != "cuda":
         return in_new_process(peak_here, make, args)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    turn = make(*args)
-    turn(), turn()
+    make(*args)()
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
@@ -175,8 +174,7 @@ def peak_here(make, args):
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = read_mb("/proc/self/status", "VmRSS")
-        turn = make(*args)
-        turn(), turn()
+        make(*args)()
         return read_mb("/proc/self/status", "VmHWM") - before
     except (OSError, StopIteration):
         return None
@@ -286,6 +284,13 @@ def random_tokens(shape, B, device):
     return x, lookback, torch.randint(V, (B, T), device=device)
 
 
+def after_one(make, *args):
+    """The turn of make(*args), after a first one: then an optimizer has its moments."""
+    turn = make(*args)
+    turn()
+    return turn
+
+
 def our_step(dial, shape, B, device, **how):
     """A step of train.py with the schedule `dial`: a function to call. how: keys of its Config."""
     torch.manual_seed(0)
@@ -320,11 +325,9 @@ def apart(make, environment):
 
     environment: a dict, of its own variables.
     """
-    process, before = (
-        ProcessPoolExecutor(1, SPAWN),
-        {name: os.environ[name] for name in environment},
-    )
+    before = {name: os.environ[name] for name in environment}
     os.environ.update(environment)
+    process = ProcessPoolExecutor(1, SPAWN)
     try:
         if process.submit(prepare_turn, make).result():
             return lambda: process.submit(take_turn).result()
@@ -465,7 +468,8 @@ def race_steps(args, shape, B):
     speeds = {name: B * T / seconds for name, seconds in times.items()}
     others = [row("step", name, tokens_per_s=speeds[name]) for name in turns if name not in DIALS]
     rows, ours, peak = [*others], None, peak_flops(args.device)
-    held = peak_of(our_step, "distributed", shape, B, args.device, device=args.device)
+    size = shape, B, args.device
+    held = peak_of(after_one, our_step, "distributed", *size, device=args.device)
     for dial in DIALS:
         speed = speeds[dial]
         mfu = peak and speed * sized.flops_per_token(T) / peak
@@ -473,9 +477,8 @@ def race_steps(args, shape, B):
             rows.append(row("step", dial, tokens_per_s=speed, against=other, mfu=mfu))
             ours = ours or rows[-1]
     if args.nanogpt:
-        of = args.nanogpt, shape, B, args.device
-        theirs = row("step", "memory, nanoGPT", peak_mb=peak_of(nanogpt_step, *of, device=of[-1]))
-        rows.append(theirs)
+        other = peak_of(after_one, nanogpt_step, args.nanogpt, *size, device=args.device)
+        rows.append(row("step", f"memory, {OUR_WAY}", peak_mb=other))
     return [*rows, row("step", "memory, distributed", peak_mb=held)]
 
 

@@ -51,7 +51,7 @@ def test_the_peak_is_of_the_contestant_alone():
     cpu = torch.device("cpu")
     small, large = (peak_of(attention_turn, "local", T, cpu, device=cpu) for T in (2048, 8192))
     qkv = 3 * 2048 * 768 * 4 / 2**20
-    assert 12 * qkv > small > 2 * qkv  # these and their gradients, and more
+    assert 8 * qkv > small > 2 * qkv  # these and their gradients, and more
     assert large < 5 * small  # in proportion to T
 
 
