@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
 
 from support import weights
@@ -53,6 +54,8 @@ class GPTConfig:
 
 # --------------------------------------------------------------------------------------------------
 # localisation: attention inside the block
+
+TILE = 128  # queries, or keys, that a kernel of a GPU takes at a time
 
 
 def clamp_lookback(lookback, max_lookback):
@@ -96,23 +99,34 @@ def attention_weights(q, k, block, locality):
 
 
 class BlockMask(NamedTuple):
-    """Which keys each query's block holds, in the form that `local_attention` needs.
+    """Which keys each query's block holds, in one of three forms that `local_attention` takes.
 
     A short context has a dense mask. A long one is cut into n chunks of C queries; each chunk looks
     at the W + C keys that end with its own: W = max_lookback before it, and the chunk itself.
+    FlexAttention has tiles: see `tiled_mask`.
     """
 
-    dense: torch.Tensor | None  # (B, 1, T, T) booleans
+    dense: torch.Tensor | None = None  # (B, 1, T, T) booleans
     chunked: torch.Tensor | None = None  # (B * n, 1, C, W + C) booleans
     anchored: bool = False  # chunked has one more column, the last, for token 0
+    tiled: flex.BlockMask | None = None
 
 
-def block_mask(lookback, max_lookback, anchor=False):
-    """The BlockMask of a batch. lookback: (B, T) as `clamp_lookback` gives it."""
+def block_mask(lookback, max_lookback, anchor=False, tiled=False):
+    """The BlockMask of a batch. lookback: (B, T) as `clamp_lookback` gives it.
+
+    tiled: for FlexAttention. It has a backward pass on GPUs alone, and is fast where compiled.
+    """
+    if tiled:
+        return BlockMask(tiled=tiled_mask(lookback, anchor))
     B, T = lookback.shape
-    W, C = max_lookback, max(64, max_lookback // 2)  # shorter chunks make small, slow matmuls
-    if T <= W + C:  # to cut such a context would save nothing
+    W = max_lookback
+    # Shorter chunks make small, slow matmuls. And no mask ends with half a tile of keys: there
+    # cuDNN's attention, on a GPU, can have gradients that are NaN (pytorch issue 196678).
+    window = -(-(W + max(64, W // 2)) // TILE) * TILE  # W + C, and the anchor's column
+    if T <= window and T % TILE != TILE // 2:  # to cut such a context would save nothing
         return BlockMask(in_block(lookback, anchor)[:, None])
+    C = window - W - anchor
     n = -(-T // C)
     position = torch.arange(T, device=lookback.device)
     padded = F.pad(lookback, (0, n * C - T)).view(B * n, 1, C, 1)  # padding sees only itself
@@ -121,10 +135,10 @@ def block_mask(lookback, max_lookback, anchor=False):
     distance = i - j
     chunked = (distance >= 0) & (distance <= padded)  # (B * n, 1, C, W + C)
     if not anchor:
-        return BlockMask(None, chunked)
+        return BlockMask(chunked=chunked)
     outside = lookback < position  # (B, T): whose block lacks token 0
     outside = F.pad(outside, (0, n * C - T)).view(B * n, 1, C, 1)
-    return BlockMask(None, torch.cat((chunked, outside), -1), anchored=True)
+    return BlockMask(chunked=torch.cat((chunked, outside), -1), anchored=True)
 
 
 class Windows(torch.autograd.Function):
@@ -154,6 +168,8 @@ def local_attention(q, k, v, mask, dropout=0.0):
 
     q, k, v: (B, H, T, D); mask: a BlockMask. Returns (B, H, T, D).
     """
+    if mask.tiled is not None:
+        return flex.flex_attention(q, k, v, block_mask=mask.tiled)
     if mask.chunked is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense, dropout_p=dropout)
     B, H, T, D = q.shape
@@ -169,6 +185,37 @@ def local_attention(q, k, v, mask, dropout=0.0):
     q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (B * n, C)), k, v))  # (B * n, H, .., D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.chunked, dropout_p=dropout)
     return y.transpose(1, 2).reshape(B, n * C, H, D)[:, :T].transpose(1, 2)  # (B, H, T, D)
+
+
+def tiled_mask(lookback, anchor=False):
+    """The mask of FlexAttention (Dong et al. 2024, arXiv 2412.05496), a BlockMask of torch's.
+
+    lookback: (B, T), clamped. The kernel leaves out the tiles of keys that no query of a tile
+    needs. It asks for single keys only in tiles that are seen in part. Both lists of tiles are made
+    of the lookback alone, in O(T + (T / TILE)^2).
+    """
+    T = lookback.size(1)
+    lookback = F.pad(lookback, (0, -T % TILE))  # padding sees only itself
+    start = torch.arange(lookback.size(1), device=lookback.device) - lookback  # (B, n * TILE)
+
+    def sees(b, h, query, key):
+        inside = (key >= start[b, query]) & (key <= query)
+        return inside | (key == 0) if anchor else inside
+
+    tiles = start.unflatten(1, (-1, TILE))  # (B, n, TILE)
+    first = tiles.amin(2, keepdim=True) // TILE  # (B, n, 1): the first tile of keys that any needs,
+    clear = -(-tiles.amax(2, keepdim=True) // TILE)  # and the first that all of them see whole
+    key = torch.arange(tiles.size(1), device=lookback.device)
+    query = key[:, None]
+    needed = (key >= first) & (key <= query)  # (B, n, n)
+    needed = needed | (key == 0) if anchor else needed
+    whole = (key >= clear) & (key < query)  # its own tile holds keys that come after a query
+    lists = []
+    for listed in (needed & ~whole, whole):  # how many they are, and their numbers, those first
+        order = listed.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [listed.sum(-1, dtype=torch.int)[:, None], order[:, None].int()]
+    how = {"BLOCK_SIZE": TILE, "mask_mod": sees, "seq_lengths": (T, T)}
+    return flex.BlockMask.from_kv_blocks(*lists, **how)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,7 +423,14 @@ class GPT(nn.Module):
             needs = "it needs the lookback of its tokens"
             raise InputError(f"this model's attention is localised: {needs}")
         lookback = clamp_lookback(lookback, self.config.max_lookback)
-        return block_mask(lookback, self.config.max_lookback, self.config.anchor)
+        tiled = self.fuses(lookback)
+        return block_mask(lookback, self.config.max_lookback, self.config.anchor, tiled)
+
+    def fuses(self, lookback):
+        """Whether FlexAttention does the local half: compiled, on CUDA, and it has no dropout."""
+        small = lookback.size(1) < TILE or self.config.n_embd // self.config.n_head < 16
+        dropout = self.training and self.config.dropout
+        return lookback.is_cuda and torch.compiler.is_compiling() and not (small or dropout)
 
     def blocks(self, lookback):
         """Which keys are in the block of each query? (B, T) lookback -> (B, 1, T, T) booleans."""
@@ -392,9 +446,14 @@ class GPT(nn.Module):
             yield attention_weights(q, k, inside, locality)
 
     def flops_per_token(self, T):
-        """Floating-point operations to train on a token of a context of T (PaLM, appendix B)."""
+        """Floating-point operations to train on a token of a context of T (PaLM, appendix B).
+
+        The global half of a layer's attention is T wide, the local half as wide as a block can be.
+        """
         n = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
-        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
+        W = min(T, self.config.max_lookback + 1)
+        wide = sum(T * (x < 1) + W * (x > 0) for x in self.locality)
+        return 6 * n + 12 * self.config.n_embd * wide
 
     # -- generation
 

@@ -7,12 +7,15 @@ import hashlib
 import json
 import math
 import pickle
+import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention as flex
 
 from conftest import ROOT
 from locality import Partitioner, partition, reach, schedule
@@ -26,6 +29,7 @@ from model import (
     head_loss,
     in_block,
     local_attention,
+    tiled_mask,
 )
 from support import weights
 from support.files import InputError
@@ -241,7 +245,7 @@ def test_dial_zero_is_plain_gpt2_to_the_bit():
     assert torch.equal(plain, back) and not torch.allclose(plain, turned, atol=1e-4)
 
 
-@pytest.mark.parametrize("T", [1, 5, 72, 73, 128, 150, 200, 256])
+@pytest.mark.parametrize("T", [1, 5, 64, 128, 129, 192, 256, 320])
 @pytest.mark.parametrize("max_lookback", [1, 8, 31, 130, 300])
 @pytest.mark.parametrize("anchor", [False, True])
 def test_local_attention_equals_the_dense_reference(T, max_lookback, anchor):
@@ -258,6 +262,109 @@ def test_local_attention_equals_the_dense_reference(T, max_lookback, anchor):
         torch.autograd.grad((z * weight).sum(), dense),
     ):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("anchor", [False, True])
+def test_no_mask_ends_with_half_a_tile_of_keys(anchor):
+    """There cuDNN's attention, on a GPU, can have gradients that are NaN (pytorch issue 196678)."""
+    for cap in (1, 8, 31, 32, 63, 64, 65, 128, 160, 256, 300, 383, 512, 768, 1000, 1024):
+        r = torch.zeros(1, 4096, dtype=torch.long, device="meta")
+        assert block_mask(r, cap, anchor).chunked.size(-1) % 128 == 0
+        for T in (64, 192, 320, 960):
+            mask = block_mask(r[:, :T], cap, anchor)
+            assert mask.dense is None and mask.chunked.size(-1) % 128 == 0
+
+
+# ---- the path of a GPU, as far as a CPU can check it
+
+
+@pytest.mark.parametrize("T", [128, 200, 384, 500])
+@pytest.mark.parametrize("cap", [1, 100, 300])
+@pytest.mark.parametrize("anchor", [False, True])
+def test_tiles_are_those_that_the_queries_need(T, cap, anchor):
+    r = clamp_lookback(random_lookback(2, T, cap, seed=T), cap)
+    mask = tiled_mask(r, anchor)
+    sees = F.pad(in_block(r, anchor), (0, -T % 128, 0, -T % 128))
+    sees = (
+        sees.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).transpose(2, 3)
+    )  # (B, n, n, 128, 128)
+    some, whole = sees.any(-1).any(-1), sees.all(-1).all(-1)
+    partly = some & ~whole
+
+    def check(count, order, expected):
+        for b, i in np.ndindex(*expected.shape[:2]):
+            listed = order[b, 0, i, : count[b, 0, i]].tolist()
+            assert listed == expected[b, i].nonzero().flatten().tolist()
+
+    check(mask.kv_num_blocks, mask.kv_indices, partly)
+    check(mask.full_kv_num_blocks, mask.full_kv_indices, whole)
+    check(mask.q_num_blocks, mask.q_indices, partly.mT)  # for the way back
+    check(mask.full_q_num_blocks, mask.full_q_indices, whole.mT)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++"))), reason="needs a compiler")
+@pytest.mark.parametrize("anchor", [False, True])
+@torch.no_grad()
+def test_a_kernel_that_skips_tiles_finds_the_same(anchor):
+    torch._dynamo.reset()
+    attend = torch.compile(flex.flex_attention)
+    q, k, v = torch.randn(3, 2, 1, 500, 16).unbind(0)
+    r = random_lookback(2, 500, 400)
+    r[1] = torch.arange(500).clamp(max=400)  # here some tiles are seen whole
+    mask = tiled_mask(r, anchor)
+    expected = attention_weights(q, k, in_block(r, anchor)[:, None], 1.0) @ v
+    assert (attend(q, k, v, block_mask=mask) - expected).abs().max() < 1e-5
+    mask.full_kv_num_blocks.zero_()  # it does read the lists
+    assert (attend(q, k, v, block_mask=mask) - expected).abs().max() > 0.01
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The model takes the path of a GPU; a CPU can do it too, tracing but without a kernel."""
+    monkeypatch.setattr(GPT, "fuses", lambda model, lookback: torch.compiler.is_compiling())
+    monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
+
+
+@pytest.mark.parametrize("settings", [{}, {"anchor": True}])
+def test_the_fused_path_is_one_graph_with_the_same_gradients(settings, fused):
+    model = tiny(block_size=300, **settings)
+    model.set_locality([0, 0.5, 1])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):  # other tokens and blocks each time
+            idx, r = torch.randint(0, 101, (2, 300)), random_lookback(2, 300, 8, seed)
+            found = []
+            for forward in (model, compiled):
+                loss = forward(idx, r, idx)[1]
+                found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+            for a, b in zip(*found):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_taken_on_a_gpu_where_it_can_be(monkeypatch):
+    model, lookback = tiny(n_embd=64), torch.zeros(1, 128)
+    assert not model.fuses(lookback)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not model.fuses(lookback)
+    gpu = SimpleNamespace(is_cuda=True, size=lookback.size)
+    assert model.fuses(gpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    assert not model.fuses(gpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not model.fuses(SimpleNamespace(is_cuda=True, size=torch.zeros(1, 127).size))
+    assert not tiny(n_embd=32).fuses(gpu)  # heads of 8
+    model.config.dropout = 0.1
+    assert model.eval().fuses(gpu) and not model.train().fuses(gpu)
+
+
+def test_arithmetic_is_counted_as_wide_as_it_is():
+    model = tiny(max_lookback=15)
+    n = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    for dial, wide in (([0, 0, 0], 3 * 64), ([0, 0.5, 1], 64 + 80 + 16), ([1, 1, 1], 3 * 16)):
+        model.set_locality(dial)
+        assert model.flops_per_token(64) == 6 * n + 12 * 32 * wide
+    assert model.flops_per_token(8) == 6 * n + 12 * 32 * 3 * 8  # no block is wider than that
 
 
 @pytest.mark.parametrize("locality", [0.0, 0.3, 1.0])
@@ -406,7 +513,7 @@ def test_the_dial_wants_one_number_a_layer_and_a_lookback():
 
 @pytest.mark.parametrize("settings", [{}, {"anchor": True}])
 def test_compiles_to_one_graph_that_lasts_for_a_whole_run(settings):
-    model = tiny(block_size=100, **settings).train()
+    model = tiny(block_size=150, **settings).train()
     model.set_locality([0, 0.5, 1])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -414,7 +521,7 @@ def test_compiles_to_one_graph_that_lasts_for_a_whole_run(settings):
     with torch._dynamo.config.patch(error_on_recompile=True):
         # steps of other tokens and blocks, with a look at the validation split in between
         for seed in range(4):
-            idx, r = torch.randint(0, 101, (2, 90)), random_lookback(2, 90, 8, seed)
+            idx, r = torch.randint(0, 101, (2, 140)), random_lookback(2, 140, 8, seed)
             with torch.no_grad():
                 expected = model.eval()(idx, r, idx)[1]
             loss = compiled.train()(idx, r, idx)[1]
@@ -427,8 +534,8 @@ def test_compiles_to_one_graph_that_lasts_for_a_whole_run(settings):
 def test_dropout_is_in_training_alone_and_in_every_place():
     torch.manual_seed(0)
     model = GPT(GPTConfig(101, 100, n_layer=1, n_head=4, n_embd=32, dropout=0.5, max_lookback=8))
-    attn, mask = model.h[0].attn, block_mask(random_lookback(2, 100, 8), 8)
-    x, idx = torch.randn(2, 100, 32), torch.randint(0, 101, (2, 100))
+    attn, mask = model.h[0].attn, block_mask(random_lookback(2, 150, 8), 8)
+    x, idx = torch.randn(2, 150, 32), torch.randint(0, 101, (2, 100))
     with torch.no_grad():  # every value is 1: what comes out is the sum of the attention weights
         for p in attn.parameters():
             p.zero_()
