@@ -356,6 +356,8 @@ def validate(run, config, model, text, here):
 def start(config, resume=False, overwrite=False):
     """One run, from its config to its results. Raises InputError."""
     device, rank, world = here = machine.join(config.device, config.batch_size)
+    compiled = machine.compiles(device, config.compile)
+    machine.precision(device, config.dtype)  # before there is a folder: is it to be had?
     torch.manual_seed(config.seed)
     with Run(config.out, resume, overwrite, writes=rank == 0) as run:
         with machine.in_turn(rank, world):
@@ -366,7 +368,7 @@ def start(config, resume=False, overwrite=False):
         text = Text(folder, config)
         check_length(text, model, config)
         optimizers = build_optimizers(model, config)
-        fast_model = torch.compile(model) if machine.compiles(device, config.compile) else model
+        fast_model = torch.compile(model) if compiled else model
         if world > 1:
             fast_model = DistributedDataParallel(fast_model)
         run.begin(model, optimizers, config, text.identity())
@@ -382,6 +384,10 @@ def start(config, resume=False, overwrite=False):
                 finish(run, config, model, text, here)
         except Diverged as e:
             explain(run, e, config, model, text, here)
+        except (RuntimeError, MemoryError) as e:
+            if machine.out_of_memory(e):
+                raise InputError(too_large(run, config, model, world)) from None
+            raise
         except KeyboardInterrupt:
             machine.part()
             if rank == 0 and run.kept is not None:
@@ -407,6 +413,9 @@ def headline(run, model, config, here):
     where = f"{device} and {world - 1} more" if world > 1 else f"{device}"
     dial = ", ".join(f"{x:.3g}" for x in model.locality)
     since = f", from step {run.step} of {config.max_steps}" if run.goes_on else ""
+    missing = machine.missing_compiler(device)
+    if config.compile == "auto" and machine.fast_bfloat16(device) and missing:
+        where += f", not compiled, so slower ({missing} was not found)"
     return f"{run.folder}: {size} on {where}, {config.schedule}, dial by layer: {dial}{since}"
 
 
@@ -442,6 +451,22 @@ def explain(run, e, config, model, text, here):
         found = diagnose(model, batches)
     advice = f"lower learning_rate ({config.learning_rate:g})"
     run.diverged(e, found, advice, lr=learning_rate(e.step, config))
+
+
+def too_large(run, config, model, world):
+    """In words: memory is short, and what to change. A step keeps its size, if it can."""
+    share, T = config.batch_size // world, model.config.block_size
+    if share > 1:  # its smallest factor: 2, unless it is odd
+        n = next(n for n in range(2, share + 1) if share % n == 0)
+        change = f"--batch_size {config.batch_size // n} --grad_accum {config.grad_accum * n}"
+        gain = f"the same step in about 1/{n} of the memory"
+    else:
+        change, gain = f"--block_size {max(T // 2, 1)}", "contexts half as long"
+    told = f"out of memory at step {run.step + 1}, with {share} contexts of {T} tokens at a time"
+    anew = f"start anew with {change} --overwrite ({gain})"
+    if run.kept:
+        anew += f", or free memory and go on from step {run.kept} with --resume"
+    return f"{told}; {anew}"
 
 
 def finish(run, config, model, text, here):

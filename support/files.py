@@ -37,6 +37,12 @@ def run_script(main):
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        how = "end what else runs there, do less at a time, or use --device cpu"
+        print(f"error: the memory of the GPU is full; {how}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may take long to end: then once more
         sys.exit(128 + next((n for n in e.args if isinstance(n, int)), signal.SIGINT))

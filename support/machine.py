@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib.util
 import multiprocessing
 import os
 import shlex
@@ -50,7 +51,13 @@ def fast_bfloat16(device):
 
 
 def precision(device, dtype):
-    """The context of a forward pass: bfloat16 arithmetic, or float32. auto: whatever is faster."""
+    """The context of a forward pass: bfloat16 arithmetic, or float32. auto: whatever is faster.
+
+    Raises InputError where a card has no bfloat16.
+    """
+    if dtype == "bfloat16" and device.type == "cuda" and not fast_bfloat16(device):
+        card = torch.cuda.get_device_name(device)
+        raise InputError(f"{card} has no bfloat16; set dtype to auto, or to float32")
     if dtype == "bfloat16" or dtype == "auto" and fast_bfloat16(device):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -59,15 +66,25 @@ def precision(device, dtype):
 def compiles(device, choice):
     """Whether to use torch.compile: true, false, or auto.
 
-    auto: on CUDA and on CPUs with AMX, where there is a compiler for it to use. On other CPUs
-    nearly all the time goes into matrix products, and compiling won next to nothing.
+    auto: where bfloat16 is fast, if there is a compiler. Elsewhere nearly all the time goes into
+    matrix products, and compiling won next to nothing. Raises InputError for true without one.
     """
-    if choice != "auto":
-        return choice
+    if choice is True and (missing := missing_compiler(device)):
+        how = "install it, or set compile to auto or false"
+        raise InputError(f"compile is true, and {missing} was not found here; {how}")
+    if choice == "auto":
+        return fast_bfloat16(device) and not missing_compiler(device)
+    return choice
+
+
+def missing_compiler(device):
+    """What torch.compile would need and does not find, in words; empty if all is there."""
     cuda = device.type == "cuda"
     c, cpp = os.environ.get("CC", "cc"), os.environ.get("CXX", "c++")
+    if cuda and not importlib.util.find_spec("triton"):
+        return "the package triton"
     names = (c, "gcc", "clang") if cuda else (cpp, "g++")
-    return (cuda or fast_bfloat16(device)) and any(map(shutil.which, names))
+    return "" if any(map(shutil.which, names)) else f"a compiler ({', '.join(names)})"
 
 
 # dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
@@ -85,6 +102,12 @@ def peak_flops(device):
     """The most flop/s that this device can do, or None where we do not know."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for card, peak in PEAK.items() if card in name), None)
+
+
+def out_of_memory(error):
+    """Whether an error, of torch or of Python, says that memory is short."""
+    short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return short or "can't allocate memory" in str(error)  # torch says so on a CPU
 
 
 # --------------------------------------------------------------------------------------------------

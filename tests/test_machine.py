@@ -1,5 +1,6 @@
 """What is asked of the machine: large pages, and the fast arithmetic where there is one."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 
 from conftest import ROOT
 from forks import children, started
-from support.machine import compiles, precision
+from support.files import InputError
+from support.machine import compiles, fast_bfloat16, out_of_memory, precision
 
 
 @pytest.mark.skipif(
@@ -58,8 +60,41 @@ def test_bfloat16_is_chosen_where_the_machine_has_fast_matrix_products_in_it(mon
         with precision(device, "auto"):
             assert (torch.is_autocast_enabled("cpu"), compiles(device, "auto")) == expected
         with precision(device, "float32"):
-            assert not torch.is_autocast_enabled("cpu")
-            assert compiles(device, True) and not compiles(device, False)
+            assert not torch.is_autocast_enabled("cpu") and not compiles(device, False)
+        if compiler:
+            assert compiles(device, True)
+        else:
+            with pytest.raises(InputError, match="compile is true, and a compiler .* not found"):
+                compiles(device, True)
+
+
+def test_a_card_without_bfloat16_computes_in_float32(monkeypatch):
+    device, has = torch.device("cuda"), {"answer": True}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: has["answer"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card 7")
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert fast_bfloat16(device) and compiles(device, "auto")
+    has["answer"] = False
+    assert not fast_bfloat16(device) and not compiles(device, "auto") and compiles(device, True)
+    assert isinstance(precision(device, "auto"), contextlib.nullcontext)
+    with pytest.raises(InputError, match="Old Card 7 has no bfloat16; set dtype to auto"):
+        precision(device, "bfloat16")
+
+
+def test_triton_is_missed_where_a_gpu_would_need_it(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="compile is true, and the package triton was not found"):
+        compiles(torch.device("cuda"), True)
+    assert compiles(torch.device("cpu"), True)
+
+
+def test_what_torch_says_when_memory_is_short():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(2**50)
+    assert out_of_memory(found.value) and out_of_memory(torch.OutOfMemoryError("CUDA"))
+    assert out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("a shape is wrong"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")

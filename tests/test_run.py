@@ -23,6 +23,7 @@ import prepare_data
 from conftest import ROOT, TINY, flags, prepared_folder
 from eval import load_run
 from forks import children, started
+from model import GPT
 from prepare_data import read_meta
 from support.files import InputError
 from train import Config, random_batch, read_config
@@ -328,6 +329,7 @@ def test_ctrl_c_that_reaches_the_compiler_stops_the_run_cleanly(place, run, trai
     options = flags(max_steps=4, dropout=0.1, compile="true", out=out)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", compile)
+        patch.setenv("CXX", sys.executable)  # any program that is there
         status, _, error = run("train.py", TINY, *options)
     how = "go on with: python train.py 'runs/a compiled run' --resume"
     assert status == 130 and error == f"stopped at step 0; {how}\n"
@@ -340,8 +342,60 @@ def test_without_ctrl_c_an_error_of_the_compiler_is_an_error(run, monkeypatch):
         raise RuntimeError("C++ compile error")
 
     monkeypatch.setattr(torch, "compile", lambda model: call)
+    monkeypatch.setenv("CXX", sys.executable)
     with pytest.raises(RuntimeError, match="C.. compile error"):
         run("train.py", TINY, *flags(max_steps=2, compile="true", out="runs/uncompilable"))
+
+
+def test_without_a_compiler_a_run_says_so(place, run, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    command = ["train.py", TINY, *flags(max_steps=1, out="runs/no compiler")]
+    status, _, error = run(*command, "--compile", "true")
+    assert status == 2 and one_line(error) and "compile is true, and a compiler" in error
+    assert not (place / "runs" / "no compiler").exists()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    status, printed, _ = run(*command, "--compile", "auto", "--dtype", "float32")
+    assert status == 0 and "not compiled, so slower (a compiler (" in printed
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")]
+)
+def test_a_run_for_which_memory_is_too_small_says_what_to_change(error, place, run, monkeypatch):
+    forward, allowed = GPT.forward, []
+
+    def greedy(model, idx, *more):
+        if not allowed or idx.numel() > 3 * 64:
+            raise error
+        allowed.pop()
+        return forward(model, idx, *more)
+
+    monkeypatch.setattr(GPT, "forward", greedy)
+    few = flags(max_steps=3, eval_interval=1, block_size=64, out="runs/greedy")
+    status, _, told = run(
+        "train.py", TINY, *few, *"--batch_size 6 --grad_accum 2 --overwrite".split()
+    )
+    change = "start anew with --batch_size 3 --grad_accum 4 --overwrite"
+    assert status == 2 and one_line(told) and "memory at step 1, with 6 contexts of 64" in told
+    assert change in told and "1/2 of the memory" in told and "--resume" not in told
+    allowed += 8 * [None]
+    status, _, told = run("train.py", TINY, *few, *change.split()[3:])
+    assert status == 2 and "at step 3" in told and "go on from step 2 with --resume" in told
+    assert "--batch_size 1 --grad_accum 12 --overwrite" in told  # 3 has no smaller factor
+    allowed += 4 * [None]
+    assert run("train.py", "runs/greedy", "--resume")[0] == 0
+    status, _, told = run("train.py", TINY, *few, "--batch_size", 1, "--overwrite")
+    assert status == 2 and one_line(told) and "start anew with --block_size 32 --overwrite" in told
+
+
+@pytest.mark.parametrize("command", [("eval.py", "runs/tiny"), ("sample.py", "runs/tiny")])
+def test_so_does_any_other_script(command, run, monkeypatch):
+    def greedy(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(GPT, "hidden", greedy)
+    status, _, error = run(*command)
+    assert status == 2 and one_line(error) and "the memory of the GPU is full" in error
 
 
 def test_ctrl_c_at_the_end_of_a_run_says_how_to_go_on(place, run, train, monkeypatch):

@@ -455,6 +455,7 @@ def test_a_compiled_run_is_the_same_run(train, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
+    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
     few = {"n_layer": 1, "max_steps": 3, "eval_interval": 3, "log_interval": 1}
     folders = [train(f"compiled-{how}", **few, compile=how) for how in ("true", "false")]
     assert len(made) == 1
