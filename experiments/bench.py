@@ -7,6 +7,8 @@ attention: one layer's attention, forward and backward. Against PyTorch's own, o
            context and with a dense mask.
 step:      a training step. Against nanoGPT's (--nanogpt: a checkout), and against that of
            `transformers` with the same mask. Also the memory it takes, and the loading of batches.
+long:      a training step with one long context. Localist against distributed.
+blend:     two ways to find the two halves of a layer's attention. Against each other.
 small:     the step of configs/pretrain_cpu.toml, with Muon. Against AdamW.
 evaluate:  what `eval.py` does, with all its measures. Against the perplexity alone.
 generate:  tokens a second with the cache. Against reading the context again for every token.
@@ -14,16 +16,18 @@ data:      to partition a text into semantic blocks. Against encoding it (tiktok
            text once, 4 times and 16 times in a row.
 
 Contestants take turns, round after round, so that other work on the machine slows all of them
-alike. A time is the median of its rounds. On a CPU, other software takes its steps in processes of
-its own, without the settings of `support`: memory in large pages, threads that soon give up.
+alike. A time is the median of its rounds. All blocks reach back as far as they may.
+
+On a CPU, other software takes its steps in processes of its own, without the settings of `support`:
+memory in large pages, threads that soon give up.
 
 A CPU can be held to older instructions. With `ONEDNN_MAX_CPU_ISA=AVX512_CORE` in front of the
 command it does as if it had no AMX. With `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 MKL_ENABLE_INSTRUCTIONS=AVX2` it has AVX2 alone.
 
-Each row has `seconds` or `tokens_per_s`. Its `ratio` is to the same number of its `baseline`.
-What is not installed is left out, with a note. On a CUDA device the shapes are larger, and the
-model is compiled.
+Each row has `seconds` or `tokens_per_s`. Its `ratio` is to the same number of its `baseline`. It is
+printed and written as soon as it is known. What is not installed is left out, with a note. On a
+CUDA device the shapes are larger, the models are compiled, and the card's own clock is read.
 """
 
 import argparse
@@ -51,18 +55,30 @@ import support  # before torch: it sets what torch reads when it is loaded  # no
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention as flex
 
 from eval import evaluate
 from locality import Partitioner, background, partition, schedule
-from model import GPT, GPTConfig, block_mask, clamp_lookback, in_block, local_attention
+from model import (
+    GPT,
+    GPTConfig,
+    attention_weights,
+    block_mask,
+    clamp_lookback,
+    in_block,
+    local_attention,
+    tiled_mask,
+)
 from prepare_data import get_encoding, token_bytes
 from support.files import InputError, check_writable, run_script, write_json
 from support.machine import compiles, peak_flops, pick_device, precision
 from train import Config, build_optimizers, random_batch
 
-W = 128  # max_lookback of all but `data`
-WIDER = 256, 512, 768  # larger ones, for local attention in the shortest context
+W = 256  # max_lookback of all but `data`
+OTHERS = 128, 512, 768  # other ones, for local attention in the shortest context
+AT_ONCE = 2**14  # tokens that keep a GPU busy
 DIALS = ("distributed", "quintic", "localist")
+PRODUCTS = "matrix products alone"
 SMALL = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512}
 CPU = torch.device("cpu")
 SPAWN = multiprocessing.get_context("spawn")
@@ -108,9 +124,18 @@ def auto_dtype(device):
         return torch.get_autocast_dtype(device.type) if lower else torch.float32
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def clock(turn, device):
+    """The seconds that a call takes. CUDA's own clock does not count the time to ask for work."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        turn()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    turn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def race(contestants, device, rounds):
@@ -121,22 +146,22 @@ def race(contestants, device, rounds):
     times = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, turn in contestants.items():
-            synchronize(device)
-            start = time.perf_counter()
-            turn()
-            synchronize(device)
+            seconds = clock(turn, device)
             if i:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+ROWS, FILE = [], {}  # all rows so far; where they are written, and the machine that each names
+
+
 def row(section, name, seconds=None, tokens_per_s=None, against=None, **more):
-    """One row of the table, printed; a dict. against: the row of the baseline."""
+    """One row of the table, printed and written; a dict. against: the row of the baseline."""
     found = {"section": section, "name": name, "seconds": seconds, "tokens_per_s": tokens_per_s}
     found |= more
     value = ratio = ""
     if seconds:
-        value = f"{1e3 * seconds:12,.1f} ms   "
+        value = f"{1e3 * seconds:12,.2f} ms   "
     elif tokens_per_s:
         value = f"{tokens_per_s:12,.1f} tok/s"
     if against:
@@ -146,7 +171,11 @@ def row(section, name, seconds=None, tokens_per_s=None, against=None, **more):
     notes = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in more.items()}
     notes = ", ".join(f"{key} {note}" for key, note in notes.items() if note is not None)
     print(f"{name:44s} {value:18s} {ratio:56s} {notes}", flush=True)
-    return {key: value for key, value in found.items() if value is not None}
+    found = {key: value for key, value in found.items() if value is not None}
+    ROWS.append(found)
+    if FILE:
+        write_json(FILE["path"], [{**each, "machine": FILE["machine"]} for each in ROWS])
+    return found
 
 
 def in_new_process(function, *args):
@@ -180,11 +209,9 @@ def peak_here(make, args):
         return None
 
 
-def random_lookback(B, T, seed=0):
-    """Lookbacks of random blocks of 60 tokens on average, (B, T) int64."""
-    new = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < 1 / 60
-    start = torch.where(new, torch.arange(T), 0).cummax(1).values
-    return clamp_lookback(torch.arange(T) - start, W)
+def farthest(B, T, cap=W):
+    """The lookback of blocks that reach back as far as they may, (B, T) int64."""
+    return clamp_lookback(torch.full((B, T), cap), cap)
 
 
 def free(device):
@@ -200,14 +227,18 @@ def free(device):
 
 
 def attention_turn(name, T, device, heads=12, dtype=torch.float32, cap=W):
-    """One layer's attention over T tokens, forward and backward: a function to call."""
+    """One layer's attention in contexts of T tokens, forward and backward: a function to call."""
+    cuda = device.type == "cuda"
+    B = max(1, AT_ONCE // T) if cuda else 1
     q, k, v = (
-        torch.randn(1, T, heads, 64, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        torch.randn(B, T, heads, 64, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
         for _ in range(3)
     )
-    lookback = random_lookback(1, T).to(device)
-    if name == "local":
-        attend = partial(local_attention, mask=block_mask(lookback, cap))
+    lookback = farthest(B, T, cap).to(device)
+    if name.startswith("local"):
+        mask = block_mask(lookback, cap, tiled=cuda and "chunks" not in name)
+        attend = torch.compile(local_attention, dynamic=False) if cuda else local_attention
+        attend = partial(attend, mask=mask)
     elif name == "dense mask":
         attend = partial(F.scaled_dot_product_attention, attn_mask=in_block(lookback)[:, None])
     else:
@@ -222,40 +253,39 @@ def attention_turn(name, T, device, heads=12, dtype=torch.float32, cap=W):
 
 def bench_attention(args):
     cuda = args.device.type == "cuda"
-    lengths = (1024, 2048, 4096, 8192, 16384) + ((32768,) if cuda else ())
+    lengths = (1024, 8192, 32768) if cuda else (1024, 2048, 4096, 8192, 16384)
     if args.quick:
         lengths = (256, 512)
     dtype = torch.bfloat16 if cuda else torch.float32
-    what = f"12 heads x 64, blocks of at most {W} tokens back, batch 1"
-    print(f"{what}, {str(dtype).removeprefix('torch.')}")
-    rows, local = [], {}
+    size = f"{AT_ONCE} tokens at least" if cuda else "batch 1"
+    print(f"12 heads x 64, {W} tokens back, {size}, {str(dtype).removeprefix('torch.')}")
+    local = {}
     for T in lengths:
         # longer contexts take the others too long, or too much memory
-        names = ["local"] + ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096)
+        names = ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096) + ["local"]
+        names += ["local, in chunks"] * cuda
         how = {name: (name, T, args.device, 12, dtype) for name in names}
-        if T == lengths[0]:  # blocks that reach back further
-            wider = {f"local, {cap} back": cap for cap in WIDER}
-            how |= {name: ("local", T, args.device, 12, dtype, cap) for name, cap in wider.items()}
-            names = [*names, *wider]
-        times = race({n: attention_turn(*how[n]) for n in names}, args.device, args.rounds)
+        if T == lengths[0]:  # blocks that reach back further, or less far
+            other = {f"local, {cap} back": cap for cap in OTHERS}
+            how |= {name: ("local", T, args.device, 12, dtype, cap) for name, cap in other.items()}
+        times = race({n: attention_turn(*how[n]) for n in how}, args.device, args.rounds)
         found = {}
-        for name in [*names[1:], "local"]:
+        for name in how:
             peak = peak_of(attention_turn, *how[name], device=args.device)
             against = found.get("causal") if name.startswith("local") else None
             title = f"{name}, T = {T}"
             found[name] = row("attention", title, times[name], against=against, peak_mb=peak)
-        rows += found.values()
         local[T] = found["local"]
         if "dense mask" in found:
-            against = found["dense mask"]
-            rows.append(row("attention", f"local, T = {T}", times["local"], against=against))
+            row("attention", f"local, T = {T}", times["local"], against=found["dense mask"])
+        free(args.device)
     slopes = {}
     for key in ("seconds", "peak_mb"):
-        if all(local[T].get(key) for T in lengths):
+        if all(local[T].get(key) for T in lengths) and not cuda:  # there the batch changes with T
             values = np.log([local[T][key] for T in lengths])
             slopes[f"exponent_of_{key}"] = float(np.polyfit(np.log(lengths), values, 1)[0])
-    title = f"local, exponent of T from {lengths[0]} to {lengths[-1]}"
-    return [*rows, row("attention", title, **slopes)]
+    if slopes:
+        row("attention", f"local, exponent of T from {lengths[0]} to {lengths[-1]}", **slopes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,7 +310,7 @@ def step_turn(model, optimizers, loss_of, device):
 def random_tokens(shape, B, device):
     """A batch as `random_batch` gives it: ids, lookbacks, targets, (B, T) each."""
     T, V = shape["block_size"], shape.get("vocab_size", 50257)
-    x, lookback = torch.randint(V, (B, T), device=device), random_lookback(B, T).to(device)
+    x, lookback = torch.randint(V, (B, T), device=device), farthest(B, T).to(device)
     return x, lookback, torch.randint(V, (B, T), device=device)
 
 
@@ -417,22 +447,21 @@ def transformers_step(shape, B, device):
     return step_turn(model, [adamw(model)], loss_of, device)
 
 
-def rival_turns(args, shape, B):
-    """The steps of other software, as far as it is installed: {name: function}."""
-    cuda, rivals = args.device.type == "cuda", {}
+def rivals(args, shape, B):
+    """What makes the steps of other software, as far as it is there: {name: function}."""
+    cuda, found = args.device.type == "cuda", {}
     if load_nanogpt(args.nanogpt):
         nanogpt = partial(nanogpt_step, args.nanogpt, shape, B, args.device)
-        rivals["nanoGPT"] = nanogpt
+        found["nanoGPT"] = nanogpt
         if not cuda:
-            rivals[OUR_WAY] = nanogpt
+            found[OUR_WAY] = nanogpt
         compiled = not args.quick and any(map(shutil.which, ("c++", "g++")))
-        rivals["nanoGPT, its defaults"] = partial(nanogpt, defaults=True, compiled=compiled)
-    rivals["transformers, masked"] = partial(transformers_step, shape, B, args.device)
-    turns = {
-        name: make() if cuda else apart(make, {} if name == OUR_WAY else DEFAULTS)
-        for name, make in rivals.items()
-    }
-    return {name: turn for name, turn in turns.items() if turn}
+        found["nanoGPT, its defaults"] = partial(nanogpt, defaults=True, compiled=compiled)
+    found["transformers, masked"] = partial(transformers_step, shape, B, args.device)
+    if cuda:
+        return found
+    environments = {name: {} if name == OUR_WAY else DEFAULTS for name in found}
+    return {name: partial(apart, found[name], environments[name]) for name in found}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -442,58 +471,77 @@ def rival_turns(args, shape, B):
 def bench_step(args):
     cuda = args.device.type == "cuda"
     shape = {"block_size": 1024, "n_layer": 12 if cuda else 4, "n_head": 12, "n_embd": 768}
-    B = 16 if cuda else 1
+    B = AT_ONCE // 1024 if cuda else 1
     if args.quick:
         shape, B = SMALL, 1
-    print(f"{shape}, batch {B}, blocks of at most {W} tokens back, AdamW")
-    rows = race_steps(args, shape, B)
-    ours = next(found for found in rows if found["name"] == "distributed")
-    rows.append(bench_loader(shape["block_size"], B, ours))
-    for T in (8192, 32768) if cuda and not args.quick else ():
-        free(args.device)
-        rows += race_long_steps(args, {**shape, "block_size": T})
-    return rows
-
-
-def race_steps(args, shape, B):
-    """Our steps against those of other software, and against what no step can beat: rows."""
-    products = "matrix products alone"  # as if a step were nothing else, all as fast as the largest
-    turns = {dial: our_step(dial, shape, B, args.device) for dial in DIALS}
-    turns |= rival_turns(args, shape, B)
-    turns[products] = head_turn(shape, B, args.device)
-    times = race(turns, args.device, args.rounds)
-    sized, T = GPT(GPTConfig(**shape)), shape["block_size"]
+    print(f"{shape}, batch {B}, {W} tokens back, AdamW")
+    size, tokens = (shape, B, args.device), B * shape["block_size"]
+    makers = rivals(args, shape, B)
+    makers[PRODUCTS] = partial(head_turn, *size)
+    makers |= {dial: partial(our_step, dial, *size) for dial in DIALS}
+    sized = GPT(GPTConfig(**shape))
     matrices = sum(p.numel() for p in sized.parameters() if p.dim() == 2) - sized.wpe.weight.numel()
-    times[products] *= matrices / sized.wte.weight.numel()
-    speeds = {name: B * T / seconds for name, seconds in times.items()}
-    others = [row("step", name, tokens_per_s=speeds[name]) for name in turns if name not in DIALS]
-    rows, ours, peak = [*others], None, peak_flops(args.device)
-    size = shape, B, args.device
-    held = peak_of(after_one, our_step, "distributed", *size, device=args.device)
-    for dial in DIALS:
-        speed = speeds[dial]
-        mfu = peak and speed * sized.flops_per_token(T) / peak
-        for other in [ours, *others]:  # the first of ours is the baseline of the other two
-            rows.append(row("step", dial, tokens_per_s=speed, against=other, mfu=mfu))
-            ours = ours or rows[-1]
+    # on a CPU one race of all; a GPU is steadier: there a race, and a row, as each of them joins
+    turns = {}
+    for joining in [[name] for name in makers] if cuda else [[*makers]]:
+        turns |= {name: turn for name in joining if (turn := makers[name]())}
+        times = race(turns, args.device, args.rounds)
+        if PRODUCTS in times:  # as if a step were nothing else, all as fast as the largest
+            times[PRODUCTS] *= matrices / sized.wte.weight.numel()
+        speeds = {name: tokens / seconds for name, seconds in times.items()}
+        for name in joining:
+            if name in turns:
+                tell_step(name, speeds, shape, args.device)
+    bench_loader(
+        shape["block_size"], B, {"name": "distributed", "tokens_per_s": speeds["distributed"]}
+    )
     if args.nanogpt:
         other = peak_of(after_one, nanogpt_step, args.nanogpt, *size, device=args.device)
-        rows.append(row("step", f"memory, {OUR_WAY}", peak_mb=other))
-    return [*rows, row("step", "memory, distributed", peak_mb=held)]
+        row("step", f"memory, {'nanoGPT' if cuda else OUR_WAY}", peak_mb=other)
+    held = peak_of(after_one, our_step, "distributed", *size, device=args.device)
+    row("step", "memory, distributed", peak_mb=held)
 
 
-def race_long_steps(args, shape):
-    """Steps with one long context: rows."""
-    T, rows = shape["block_size"], []
-    turns = {dial: our_step(dial, shape, 1, args.device) for dial in ("distributed", "localist")}
-    times = race(turns, args.device, args.rounds)
-    for dial, turn in turns.items():
-        peak = peak_of(lambda turn: turn, turn, device=args.device)
-        against = rows[0] if rows else None
-        title = f"{dial}, T = {T}"
-        speed = T / times[dial]
-        rows.append(row("step", title, tokens_per_s=speed, against=against, peak_mb=peak))
-    return rows
+def tell_step(name, speeds, shape, device):
+    """The rows of one contestant: its speed, and if it is ours, against each of the others.
+
+    speeds: of one race, {name: tokens a second}.
+    """
+    if name not in DIALS:
+        row("step", name, tokens_per_s=speeds[name])
+        return
+    sized = GPT(GPTConfig(**shape, max_lookback=W))
+    sized.set_locality(schedule(name, sized.config.n_layer))
+    peak = peak_flops(device)
+    mfu = peak and speeds[name] * sized.flops_per_token(shape["block_size"]) / peak
+    for other in speeds:
+        if other not in DIALS or other == "distributed" != name:
+            against = {"name": other, "tokens_per_s": speeds[other]}
+            row("step", name, tokens_per_s=speeds[name], against=against, mfu=mfu)
+
+
+# --------------------------------------------------------------------------------------------------
+# long contexts
+
+
+def bench_long(args):
+    cuda = args.device.type == "cuda"
+    shape = {"n_layer": 12 if cuda else 2, "n_head": 12, "n_embd": 768}
+    lengths = (8192, 32768) if cuda else (4096,)
+    if args.quick:
+        shape, lengths = SMALL, (512,)
+    print(f"{shape}, batch 1, {W} tokens back, AdamW")
+    for T in lengths:
+        found, turns = None, {}
+        for dial in ("distributed", "localist"):
+            turns[dial] = our_step(dial, {**shape, "block_size": T}, 1, args.device)
+        times = race(turns, args.device, args.rounds)
+        for dial, turn in turns.items():
+            peak = peak_of(lambda turn: turn, turn, device=args.device) if cuda else None
+            how = {"against": found, "peak_mb": peak}
+            found = row("long", f"{dial}, T = {T}", tokens_per_s=T / times[dial], **how)
+        del turns, turn
+        free(args.device)
 
 
 def bench_loader(T, B, step):
@@ -511,7 +559,7 @@ def bench_loader(T, B, step):
         to_open = peak_of(open_and_read, path, T, device=CPU)
         del tokens
     speed = B * T / seconds
-    return row("step", "loader", tokens_per_s=speed, against=step, mb_for_a_file_of_10_GB=to_open)
+    row("step", "loader", tokens_per_s=speed, against=step, mb_for_a_file_of_10_GB=to_open)
 
 
 def reader(tokens, T, B, n):
@@ -536,10 +584,9 @@ def bench_small(args):
         name: our_step("distributed", shape, B, args.device, optimizer=name)
         for name in ("adamw", "muon")
     }
-    times, rows = race(turns, args.device, args.rounds), []
+    times, found = race(turns, args.device, args.rounds), None
     for name in turns:
-        rows.append(row("small", name, times[name], against=rows[0] if rows else None))
-    return rows
+        found = row("small", name, times[name], against=found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -553,7 +600,7 @@ def evaluation(shape, measure, device):
     model.set_locality(schedule("quintic", model.config.n_layer))
     n = 2 * T + 1
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, n, np.uint16)
-    lookback = random_lookback(1, n)[0].numpy().astype(np.uint16)
+    lookback = farthest(1, n)[0].numpy().astype(np.uint16)
     vocabulary = [b"a"] * model.config.vocab_size
     return partial(evaluate, model, tokens, lookback, vocabulary, T, measure=measure)
 
@@ -564,14 +611,78 @@ def bench_evaluate(args):
     turns = {alone: evaluation(shape, False, args.device)}
     turns[whole] = evaluation(shape, True, args.device)
     times = race(turns, args.device, min(args.rounds, 3))
-    rows = [row("evaluate", alone, times[alone])]
-    rows.append(row("evaluate", whole, times[whole], against=rows[0]))
+    row("evaluate", whole, times[whole], against=row("evaluate", alone, times[alone]))
     for T in (1024, 8192) if not args.quick else (128,):  # two layers: memory is not for each
         long = {**shape, "block_size": T, "n_layer": 2}
         peak = peak_of(evaluation, long, True, args.device, device=args.device)
         per_token = peak and 1024 * peak / (2 * T)
-        rows.append(row("evaluate", f"memory, T = {T}", peak_mb=peak, kb_a_token=per_token))
-    return rows
+        row("evaluate", f"memory, T = {T}", peak_mb=peak, kb_a_token=per_token)
+
+
+# --------------------------------------------------------------------------------------------------
+# two ways round the blend
+
+LAMBDA = 0.5
+
+
+def two_kernels(q, k, v, inside, outside):
+    """The blend as the model has it: global attention, local attention, and a lerp."""
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return torch.lerp(y, flex.flex_attention(q, k, v, block_mask=inside), LAMBDA)
+
+
+def block_and_rest(q, k, v, inside, outside):
+    """The same from the block and the rest of the context, each key read once.
+
+    They are joined by their log-sum-exps, m. A query's fidelity is what comes out as w.
+    """
+    lse = flex.AuxRequest(lse=True)
+    y_in, m_in = flex.flex_attention(q, k, v, block_mask=inside, return_aux=lse)
+    y_out, m_out = flex.flex_attention(q, k, v, block_mask=outside, return_aux=lse)
+    w = LAMBDA + (1 - LAMBDA) * torch.sigmoid(m_in.lse - m_out.lse)  # (B, H, T)
+    return torch.lerp(y_out, y_in, w[..., None].to(y_in.dtype))
+
+
+def blend_masks(lookback):
+    """The masks of FlexAttention for the block of each query, and for all that lies before it."""
+    T = lookback.size(1)
+    start = torch.arange(T, device=lookback.device) - lookback  # (B, T)
+    how = {"B": len(start), "H": None, "Q_LEN": T, "KV_LEN": T, "device": lookback.device}
+    before = flex.create_block_mask(lambda b, h, query, key: key < start[b, query], **how)
+    return tiled_mask(lookback), before
+
+
+def bench_blend(args):
+    if args.device.type != "cuda":
+        print("(left out: FlexAttention has a backward pass on GPUs alone)")
+        return
+    print(f"12 heads x 64, lambda {LAMBDA}, {W} tokens back, bfloat16")
+    for T in (256,) if args.quick else (1024, 8192):
+        B = max(1, AT_ONCE // T)
+        lookback = farthest(B, T).to(args.device)
+        masks = blend_masks(lookback)
+        how = {"device": args.device, "dtype": torch.bfloat16, "requires_grad": True}
+        q, k, v = (torch.randn(B, 12, T, 64, **how) for _ in range(3))
+        ways = {"two kernels": two_kernels, "block and rest": block_and_rest}
+        ways = {name: torch.compile(way, dynamic=False) for name, way in ways.items()}
+        turns = {name: partial(blend_turn, way, q, k, v, masks) for name, way in ways.items()}
+        times, found = race(turns, args.device, args.rounds), None
+        for name, way in ways.items():
+            error = blend_error(way, q, k, v, lookback, masks)
+            found = row("blend", f"{name}, T = {T}", times[name], against=found, error=error)
+        free(args.device)
+
+
+def blend_turn(way, q, k, v, masks):
+    y = way(q, k, v, *masks)
+    torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+
+
+def blend_error(way, q, k, v, lookback, masks):
+    """How far the first head of the first context is from `attention_weights`, at most."""
+    q1, k1, v1 = (x[:1, :1].detach().float() for x in (q, k, v))
+    a = attention_weights(q1, k1, in_block(lookback[:1])[:, None], LAMBDA)  # (1, 1, T, T)
+    return (way(q, k, v, *masks)[:1, :1].detach() - a @ v1).abs().max().item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -583,28 +694,28 @@ def nanogpt_twin(nanogpt, model):
     c = model.config
     with quiet():
         config = nanogpt.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-        twin = nanogpt.GPT(config).eval()
+        twin = nanogpt.GPT(config).to(model.wte.weight.device).eval()
     state = {f"transformer.{key}": value for key, value in model.state_dict().items()}
     head = state["transformer.wte.weight"][: c.vocab_size]  # without the padding
     twin.load_state_dict({**state, "transformer.wte.weight": head, "lm_head.weight": head})
     return twin
 
 
-def read_anew(forward, prompt, n):
+def read_anew(forward, prompt, n, copies, device):
     """The likeliest n tokens after a prompt, a list. Reads the context again for each of them.
 
-    nanoGPT's sample.py does so too.
+    nanoGPT's sample.py does so too; on a GPU in bfloat16. copies: of the prompt, side by side.
     """
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
+    tokens = torch.tensor([prompt] * copies, device=device)
+    with torch.no_grad(), precision(device, "auto" if device.type == "cuda" else "float32"):
         for _ in range(n):
             logits = forward(tokens)[0][:, -1]
             tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), 1)
     return tokens[0, len(prompt) :].tolist()
 
 
-def generate(model, dial, prompt, n, copies=1):
-    """The same with the cache, several copies of the prompt at once: the tokens of the first."""
+def generate(model, dial, prompt, n, copies):
+    """The same with the cache, as our sample.py does it, in float32."""
     model.set_locality(schedule(dial, model.config.n_layer))
     vocabulary = [b"a"] * model.config.vocab_size  # a window does not read what they say
     partitioners = [Partitioner(vocabulary, f"window:{W}", W) for _ in range(copies)]
@@ -612,49 +723,48 @@ def generate(model, dial, prompt, n, copies=1):
     return [tokens[0] for tokens in steps]
 
 
-def race_prompt(model, slow, name, prompt, n):
+def race_prompt(model, slow, name, prompt, n, copies=1):
     """Rows for one prompt: `slow`, the model called `name`, reads anew; ours has the cache."""
-    of = f"prompt of {len(prompt)}"
+    device, of = model.wte.weight.device, f"prompt of {len(prompt)}"
+    of += f", {copies} at once" if copies > 1 else ""
     model.set_locality([0.0] * model.config.n_layer)
-    with torch.no_grad():
-        slow(torch.tensor([prompt]))  # warm up
-    start = time.perf_counter()
-    expected = read_anew(slow, prompt, n)
-    speed = n / (time.perf_counter() - start)
-    base = row("generate", f"{name}, {of}", tokens_per_s=speed)
-    times = race({dial: partial(generate, model, dial, prompt, n) for dial in DIALS}, CPU, 2)
-    same = {"distributed": generate(model, "distributed", prompt, n) == expected}
-    rows = [base]
+    read_anew(slow, prompt, 1, copies, device)  # warm up
+    anew = partial(read_anew, slow, prompt, n, copies, device)
+    base = row("generate", f"{name}, {of}", tokens_per_s=copies * n / clock(anew, device))
     for dial in DIALS:
-        how = {"against": base, "same_tokens": same.get(dial)}
-        rows.append(row("generate", f"cached, {dial}, {of}", tokens_per_s=n / times[dial], **how))
-    return rows
+        turn, same = partial(generate, model, dial, prompt, n, copies), None
+        speed = copies * n / race({dial: turn}, device, 2)[dial]
+        if dial == "distributed" and device.type == "cpu":  # elsewhere the precision differs
+            same = turn() == anew()
+        row("generate", f"cached, {dial}, {of}", tokens_per_s=speed, against=base, same_tokens=same)
+    return base
 
 
 def bench_generate(args):
     shape, lengths, n = {}, (16, 512), 256
     if args.quick:
         shape, lengths, n = {**SMALL, "block_size": 128}, (16,), 32
+    device, cuda = args.device, args.device.type == "cuda"
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape, max_lookback=W)).eval()
-    weights = torch.randn(sum(p.numel() for p in model.parameters()))
+    model = GPT(GPTConfig(**shape, max_lookback=W)).to(device).eval()
+    weights = torch.randn(sum(p.numel() for p in model.parameters()), device=device)
     size = f"{len(weights) / 1e6:.0f} M parameters, random"
-    print(f"{size}; {n} new tokens, greedy, float32, on the CPU")
+    print(f"{size}; {n} new tokens, greedy; ours in float32")
+    # no token of a single text comes faster than the weights can be read
+    seconds = race({"reading": weights.sum}, device, args.rounds)["reading"]
+    row("generate", "reading the weights alone", tokens_per_s=1 / seconds)
     slow, name = model, "reading anew"
     if nanogpt := load_nanogpt(args.nanogpt):
         slow, name = nanogpt_twin(nanogpt, model), "nanoGPT, reading anew"
-    rows = []
     for length in lengths:
         prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
-        base, *cached = race_prompt(model, slow, name, prompt, n)
-        rows += [base, *cached]
-    name = f"cached, distributed, 8 prompts of {length}"
-    turn = partial(generate, model, "distributed", prompt, n, copies=8)
-    seconds = race({name: turn}, CPU, 1)[name]
-    rows.append(row("generate", name, tokens_per_s=8 * n / seconds, against=base))
-    # no token of a single text comes faster than the weights can be read
-    seconds = race({"reading": weights.sum}, CPU, args.rounds)["reading"]
-    return [row("generate", "reading the weights alone", tokens_per_s=1 / seconds), *rows]
+        base = race_prompt(model, slow, name, prompt, n)
+        if cuda:
+            race_prompt(model, slow, name, prompt, n, copies=32)
+    if not cuda:
+        name = f"cached, distributed, prompt of {length}, 8 at once"
+        seconds = race({0: lambda: generate(model, "distributed", prompt, n, 8)}, device, 1)[0]
+        row("generate", name, tokens_per_s=8 * n / seconds, against=base)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -722,7 +832,6 @@ def bench_data(args):
         raise InputError(f"cannot read {args.source} as UTF-8 text: {e}") from e
     if len(text) < 1000:
         raise InputError(f"{args.source} is too short to time: {len(text)} characters")
-    rows = []
     for times in (1, 4, 16):
         how = text, times, args.tokenizer, args.max_lookback
         # a new process, as prepare_data.py is one
@@ -730,8 +839,7 @@ def bench_data(args):
         size = f"{times * len(text.encode()) / 1e6:,.1f} MB"
         base = row("data", f"encode, {size}", encoded, tokens=n)
         more = {"against": base, "tokens": n, "peak_mb": peak}
-        rows += [base, row("data", f"partition, {size}", split, **more)]
-    return rows
+        row("data", f"partition, {size}", split, **more)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -739,6 +847,8 @@ def bench_data(args):
 SECTIONS = {
     "attention": bench_attention,
     "step": bench_step,
+    "long": bench_long,
+    "blend": bench_blend,
     "small": bench_small,
     "evaluate": bench_evaluate,
     "generate": bench_generate,
@@ -772,13 +882,12 @@ def main():
     args.device = pick_device(args.device)
     log = machine(args.device)
     print("\n".join(f"{key:12s} {value}" for key, value in log.items()))
-    rows = []
+    if args.json:
+        FILE.update(path=args.json, machine=log)
     for name in [args.only] if args.only else SECTIONS:
         print(f"\n{name}")
-        rows += SECTIONS[name](args)
+        SECTIONS[name](args)
         free(args.device)
-    if args.json:
-        write_json(args.json, [{**found, "machine": log} for found in rows])
 
 
 if __name__ == "__main__":
