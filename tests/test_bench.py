@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import SECTIONS, attention_turn, main, peak_of, race, row
+from experiments import bench as benchmark
+from experiments import parity
+from experiments.bench import (
+    SECTIONS,
+    attention_turn,
+    blend_error,
+    blend_masks,
+    block_and_rest,
+    main,
+    peak_of,
+    race,
+    row,
+    two_kernels,
+)
+from model import attention_weights, clamp_lookback, in_block
 from support.files import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +59,79 @@ def test_a_ratio_is_of_seconds_or_of_speeds():
     assert "ratio" not in slow
     assert row("x", "half", 2.0, against=slow)["ratio"] == 0.5
     assert row("x", "thrice", tokens_per_s=90.0, against=fast)["ratio"] == 3
+
+
+def test_a_row_is_written_as_soon_as_it_is_known(tmp_path, monkeypatch):
+    path = tmp_path / "b.json"
+    monkeypatch.setattr(benchmark, "FILE", {"path": path, "machine": {"device": "mine"}})
+    monkeypatch.setattr(benchmark, "ROWS", [])
+    for n in (1, 2):
+        row("x", f"row {n}", float(n))
+        rows = json.loads(path.read_text())
+        assert [found["seconds"] for found in rows] == [1.0, 2.0][:n]
+        assert {found["machine"]["device"] for found in rows} == {"mine"}
+
+
+@pytest.mark.parametrize("way", [two_kernels, block_and_rest])
+def test_both_ways_round_the_blend_find_it(way, monkeypatch):
+    """And its gradients. A CPU can do it too, tracing but without a kernel."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    T = 200
+    start = torch.where(torch.rand(2, T) < 0.03, torch.arange(T), 0).cummax(1).values
+    lookback = clamp_lookback(torch.arange(T) - start, 60)
+    masks = blend_masks(lookback)
+    compiled = torch.compile(way, fullgraph=True, backend="aot_eager")
+    q, k, v = torch.randn(3, 2, 2, T, 16).requires_grad_().unbind(0)
+    expected = attention_weights(q, k, in_block(lookback)[:, None], benchmark.LAMBDA) @ v
+    found = compiled(q, k, v, *masks)
+    assert (found - expected).abs().max() < 1e-5
+    weight = torch.randn_like(expected)
+    gradients = (torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, expected))
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert blend_error(lambda *args: expected + 0.5, q, k, v, lookback, masks) == pytest.approx(0.5)
+
+
+def test_parity_is_told_case_by_case_and_what_is_not_finite_is_an_error(
+    tmp_path, monkeypatch, capsys
+):
+    def start(name):
+        monkeypatch.setattr(parity, "ROWS", [])
+        monkeypatch.setattr(parity, "FILE", {})
+        command = ["parity", "--quick", "--device", "cpu", "--json", str(tmp_path / name)]
+        monkeypatch.setattr("sys.argv", command)
+        run_script(parity.main)
+
+    start("good.json")
+    rows = json.loads((tmp_path / "good.json").read_text())
+    assert all(found["finite"] for found in rows)
+    exact = [found for found in rows if "gradient_error" in found and "float32" in found["what"]]
+    assert len(exact) == 2 and all(found["gradient_error"] < 1e-4 for found in exact)
+    rough = [found["gradient_error"] for found in rows if "bfloat16" in found["what"]]
+    assert len(rough) == 2 and all(1e-4 < error < 0.1 for error in rough)
+
+    broken = lambda q, k, v, mask: (q + k + v) * torch.nan
+    monkeypatch.setattr(parity, "local_attention", broken)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        start("broken.json")
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("error: not finite: scores of -120")
+
+
+def test_the_script_for_a_gpu_names_what_there_is():
+    script = ROOT / "experiments" / "gpu.sh"
+    text = script.read_text()
+    assert {*re.findall(r"^  bench \d+ (\w+)", text, re.M)} <= set(SECTIONS)
+    assert all((ROOT / path).is_file() for path in re.findall(r"configs/\w+\.toml", text))
+    for part in re.split(r"^\d\)$", text, flags=re.M)[1:]:
+        limits = map(int, re.findall(r"^  (?:bench|limited) (\d+)", part, re.M))
+        assert 0 < sum(limits) < 600
+    for words in ([], ["1"], ["4", "out"], ["3", "out", "books"]):
+        done = subprocess.run(["bash", script, *words], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
