@@ -120,13 +120,13 @@ def block_mask(lookback, max_lookback, anchor=False, tiled=False):
     if tiled:
         return BlockMask(tiled=tiled_mask(lookback, anchor))
     B, T = lookback.shape
-    W = max_lookback
-    # Shorter chunks make small, slow matmuls. And no mask ends with half a tile of keys: there
-    # cuDNN's attention, on a GPU, can have gradients that are NaN (pytorch issue 196678).
-    window = -(-(W + max(64, W // 2)) // TILE) * TILE  # W + C, and the anchor's column
-    if T <= window and T % TILE != TILE // 2:  # to cut such a context would save nothing
+    W, C = max_lookback, max(64, max_lookback // 2)  # shorter chunks make small, slow matmuls
+    # On a GPU no mask ends with half a tile of keys: there cuDNN's attention can have gradients
+    # that are NaN (pytorch issue 196678).
+    cpu = lookback.is_cpu
+    C += 0 if cpu else -(W + C + anchor) % TILE
+    if T <= W + C and (cpu or T % TILE != TILE // 2):  # to cut such a context would save nothing
         return BlockMask(in_block(lookback, anchor)[:, None])
-    C = window - W - anchor
     n = -(-T // C)
     position = torch.arange(T, device=lookback.device)
     padded = F.pad(lookback, (0, n * C - T)).view(B * n, 1, C, 1)  # padding sees only itself

@@ -41,10 +41,10 @@ case $part in
   bench 370 step ${3:+--nanogpt "$3"}
   ;;
 2)
-  bench 160 long --rounds 3
-  bench 100 blend
-  bench 140 generate ${3:+--nanogpt "$3"}
-  bench 140 attention --rounds 5
+  bench 200 long --rounds 3
+  bench 90 blend
+  bench 130 generate ${3:+--nanogpt "$3"}
+  bench 120 attention --rounds 5
   ;;
 3)
   base=runs/pretrain_gpu sweep=runs/sweep_gpt2
