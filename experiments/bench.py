@@ -884,6 +884,11 @@ def main():
     print("\n".join(f"{key:12s} {value}" for key, value in log.items()))
     if args.json:
         FILE.update(path=args.json, machine=log)
+    if (
+        args.device.type == "cuda"
+    ):  # many models share one code: none is to run uncompiled unnoticed
+        limits = torch._dynamo.config
+        limits.recompile_limit, limits.fail_on_recompile_limit_hit = 64, True
     for name in [args.only] if args.only else SECTIONS:
         print(f"\n{name}")
         SECTIONS[name](args)
