@@ -427,10 +427,13 @@ class GPT(nn.Module):
         return block_mask(lookback, self.config.max_lookback, self.config.anchor, tiled)
 
     def fuses(self, lookback):
-        """Whether FlexAttention does the local half: compiled, on CUDA, and it has no dropout."""
-        small = lookback.size(1) < TILE or self.config.n_embd // self.config.n_head < 16
-        dropout = self.training and self.config.dropout
-        return lookback.is_cuda and torch.compiler.is_compiling() and not (small or dropout)
+        """Whether FlexAttention does the local half: compiled, on CUDA, and it has no dropout.
+
+        It takes heads of 16 at least. Above 64 its kernels do not fit on every card.
+        """
+        D, dropout = self.config.n_embd // self.config.n_head, self.training and self.config.dropout
+        fits = 16 <= D <= 64 and lookback.size(1) >= TILE and not dropout
+        return lookback.is_cuda and torch.compiler.is_compiling() and fits
 
     def blocks(self, lookback):
         """Which keys are in the block of each query? (B, T) lookback -> (B, 1, T, T) booleans."""

@@ -357,7 +357,7 @@ def start(config, resume=False, overwrite=False):
     """One run, from its config to its results. Raises InputError."""
     device, rank, world = here = machine.join(config.device, config.batch_size)
     compiled = machine.compiles(device, config.compile)
-    machine.precision(device, config.dtype)  # before there is a folder: is it to be had?
+    machine.precision(device, config.dtype)  # does the card have it? there is no folder yet
     torch.manual_seed(config.seed)
     with Run(config.out, resume, overwrite, writes=rank == 0) as run:
         with machine.in_turn(rank, world):
@@ -456,6 +456,9 @@ def explain(run, e, config, model, text, here):
 def too_large(run, config, model, world):
     """In words: memory is short, and what to change. A step keeps its size, if it can."""
     share, T = config.batch_size // world, model.config.block_size
+    if run.step >= config.max_steps or 0 < config.patience <= run.looks_since_best:
+        how = f"python eval.py {shlex.quote(config.out)} --batch-size {max(share // 2, 1)}"
+        return f"out of memory while scoring; all {run.step} steps are made, so go on with: {how}"
     if share > 1:  # its smallest factor: 2, unless it is odd
         n = next(n for n in range(2, share + 1) if share % n == 0)
         change = f"--batch_size {config.batch_size // n} --grad_accum {config.grad_accum * n}"

@@ -8,7 +8,7 @@ attention: one layer's attention, forward and backward. Against PyTorch's own, o
 step:      a training step. Against nanoGPT's (--nanogpt: a checkout), and against that of
            `transformers` with the same mask. Also the memory it takes, and the loading of batches.
 long:      a training step with one long context. Localist against distributed.
-blend:     two ways to find the two halves of a layer's attention. Against each other.
+blend:     two ways to compute the blend of global and local attention. Against each other.
 small:     the step of configs/pretrain_cpu.toml, with Muon. Against AdamW.
 evaluate:  what `eval.py` does, with all its measures. Against the perplexity alone.
 generate:  tokens a second with the cache. Against reading the context again for every token.
@@ -25,7 +25,8 @@ A CPU can be held to older instructions. With `ONEDNN_MAX_CPU_ISA=AVX512_CORE` i
 command it does as if it had no AMX. With `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 MKL_ENABLE_INSTRUCTIONS=AVX2` it has AVX2 alone.
 
-Each row has `seconds` or `tokens_per_s`. Its `ratio` is to the same number of its `baseline`. It is
+Each row has `seconds` or `tokens_per_s`. Its `ratio` is to the same number of its `baseline` in the
+same race. (On a GPU the baseline's own row may be of an earlier race, and differ a little.) It is
 printed and written as soon as it is known. What is not installed is left out, with a note. On a
 CUDA device the shapes are larger, the models are compiled, and the card's own clock is read.
 """
@@ -47,7 +48,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import support  # before torch: it sets what torch reads when it is loaded  # noqa: F401
@@ -107,6 +108,17 @@ def machine(device):
     }
 
 
+def begin(device, path):
+    """Print what the times depend on. From now on `row` writes all rows to `path`, unless None."""
+    log = machine(device)
+    print("\n".join(f"{key:12s} {value}" for key, value in log.items()))
+    if path:
+        FILE.update(path=path, machine=log)
+    if device.type == "cuda":  # many models share one code: none may run uncompiled, unnoticed
+        limits = torch._dynamo.config
+        limits.recompile_limit, limits.fail_on_recompile_limit_hit = 64, True
+
+
 def read_field(path, key):
     """What Linux says of `key` in a file of lines `key: value`. Raises OSError, StopIteration."""
     lines = Path(path).read_text().splitlines()
@@ -124,31 +136,36 @@ def auto_dtype(device):
         return torch.get_autocast_dtype(device.type) if lower else torch.float32
 
 
-def clock(turn, device):
-    """The seconds that a call takes. CUDA's own clock does not count the time to ask for work."""
+def clock(turn, device, n=1):
+    """The seconds that a call takes, the mean of n; on a GPU by its own clock."""
     if device.type != "cuda":
         start = time.perf_counter()
-        turn()
-        return time.perf_counter() - start
+        for _ in range(n):
+            turn()
+        return (time.perf_counter() - start) / n
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    turn()
+    for _ in range(n):  # work is asked for faster than it is done: gaps lie between the first alone
+        turn()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return start.elapsed_time(end) / 1000 / n
 
 
 def race(contestants, device, rounds):
     """{name: function} -> {name: median seconds of a call}.
 
-    They take turns. The first round warms up and does not count.
+    They take turns. The first round warms up and does not count. On a GPU a turn is as many calls
+    as take 50 ms.
     """
-    times = {name: [] for name in contestants}
-    for i in range(rounds + 1):
+    times, calls = {name: [] for name in contestants}, dict.fromkeys(contestants, 1)
+    for name, turn in contestants.items():
+        clock(turn, device)
+        if device.type == "cuda":
+            calls[name] = math.ceil(0.05 / clock(turn, device))
+    for _ in range(rounds):
         for name, turn in contestants.items():
-            seconds = clock(turn, device)
-            if i:
-                times[name].append(seconds)
+            times[name].append(clock(turn, device, calls[name]))
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -392,14 +409,19 @@ def load_nanogpt(folder):
         print("(nanoGPT left out: --nanogpt DIR names a checkout of it)")
         return None
     try:
-        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-        module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        _ = module.GPT, module.GPTConfig(**SMALL, bias=False)
-        return module
+        return load_module(Path(folder) / "model.py")
     except Exception as e:  # any code may stand there
         why = f"its model.py cannot be used as nanoGPT's ({type(e).__name__}: {e})"
         raise InputError(f"--nanogpt {folder}: {why}") from None
+
+
+@cache  # its code is compiled once, not once for each contestant
+def load_module(path):
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _ = module.GPT, module.GPTConfig(**SMALL, bias=False)
+    return module
 
 
 def nanogpt_step(folder, shape, B, device, defaults=False, compiled=False):
@@ -538,7 +560,7 @@ def bench_long(args):
         times = race(turns, args.device, args.rounds)
         for dial, turn in turns.items():
             peak = peak_of(lambda turn: turn, turn, device=args.device) if cuda else None
-            how = {"against": found, "peak_mb": peak}
+            how = {"against": found, "mb_for_activations": peak}
             found = row("long", f"{dial}, T = {T}", tokens_per_s=T / times[dial], **how)
         del turns, turn
         free(args.device)
@@ -620,7 +642,7 @@ def bench_evaluate(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# two ways round the blend
+# two ways to compute the blend
 
 LAMBDA = 0.5
 
@@ -880,15 +902,7 @@ def main():
     if args.json:
         check_writable(args.json)
     args.device = pick_device(args.device)
-    log = machine(args.device)
-    print("\n".join(f"{key:12s} {value}" for key, value in log.items()))
-    if args.json:
-        FILE.update(path=args.json, machine=log)
-    if (
-        args.device.type == "cuda"
-    ):  # many models share one code: none is to run uncompiled unnoticed
-        limits = torch._dynamo.config
-        limits.recompile_limit, limits.fail_on_recompile_limit_hit = 64, True
+    begin(args.device, args.json)
     for name in [args.only] if args.only else SECTIONS:
         print(f"\n{name}")
         SECTIONS[name](args)

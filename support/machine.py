@@ -32,6 +32,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # so that what asks for no device means this one
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise InputError(f"device {name} is not available here; use auto or cpu") from None
@@ -79,12 +81,15 @@ def compiles(device, choice):
 
 def missing_compiler(device):
     """What torch.compile would need and does not find, in words; empty if all is there."""
-    cuda = device.type == "cuda"
-    c, cpp = os.environ.get("CC", "cc"), os.environ.get("CXX", "c++")
-    if cuda and not importlib.util.find_spec("triton"):
-        return "the package triton"
-    names = (c, "gcc", "clang") if cuda else (cpp, "g++")
-    return "" if any(map(shutil.which, names)) else f"a compiler ({', '.join(names)})"
+    if device.type == "cuda":
+        if not importlib.util.find_spec("triton"):
+            return "the package triton"
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        names = [os.environ.get("CXX", usual)]
+    found = any(shutil.which(shlex.split(name)[0]) for name in names if name.strip())
+    return "" if found else f"a compiler ({' or '.join(names)})"
 
 
 # dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
@@ -135,8 +140,6 @@ def join(device, batch_size):
     own_gpu = world > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
     device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else device)
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return Here(device, rank, world)

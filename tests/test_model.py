@@ -364,7 +364,7 @@ def test_it_is_taken_on_a_gpu_where_it_can_be(monkeypatch):
     assert not model.fuses(gpu)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not model.fuses(SimpleNamespace(is_cuda=True, size=torch.zeros(1, 127).size))
-    assert not tiny(n_embd=32).fuses(gpu)  # heads of 8
+    assert not tiny(n_embd=32).fuses(gpu) and not tiny(n_embd=512).fuses(gpu)  # heads of 8, 128
     model.config.dropout = 0.1
     assert model.eval().fuses(gpu) and not model.train().fuses(gpu)
 

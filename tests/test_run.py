@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -386,6 +387,19 @@ def test_a_run_for_which_memory_is_too_small_says_what_to_change(error, place, r
     assert run("train.py", "runs/greedy", "--resume")[0] == 0
     status, _, told = run("train.py", TINY, *few, "--batch_size", 1, "--overwrite")
     assert status == 2 and one_line(told) and "start anew with --block_size 32 --overwrite" in told
+
+
+def test_or_if_only_the_last_score_is_too_much_how_to_go_on(run, monkeypatch):
+    def greedy(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    few = flags(max_steps=1, eval_interval=1, batch_size=6, out="runs/at the end")
+    with monkeypatch.context() as patch:
+        patch.setattr("support.run.Run.load_best", greedy)
+        status, _, told = run("train.py", TINY, *few)
+    how = "python eval.py 'runs/at the end' --batch-size 3"
+    assert status == 2 and one_line(told) and "all 1 steps are made" in told and how in told
+    assert run(*shlex.split(how)[1:])[0] == 0
 
 
 @pytest.mark.parametrize("command", [("eval.py", "runs/tiny"), ("sample.py", "runs/tiny")])
