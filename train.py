@@ -458,7 +458,7 @@ def too_large(run, config, model, world):
     share, T = config.batch_size // world, model.config.block_size
     if run.step >= config.max_steps or 0 < config.patience <= run.looks_since_best:
         how = f"python eval.py {shlex.quote(config.out)} --batch-size {max(share // 2, 1)}"
-        return f"out of memory while scoring; all {run.step} steps are made, so go on with: {how}"
+        return f"out of memory while scoring; training is done, so go on with: {how}"
     if share > 1:  # its smallest factor: 2, unless it is odd
         n = next(n for n in range(2, share + 1) if share % n == 0)
         change = f"--batch_size {config.batch_size // n} --grad_accum {config.grad_accum * n}"

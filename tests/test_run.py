@@ -398,7 +398,7 @@ def test_or_if_only_the_last_score_is_too_much_how_to_go_on(run, monkeypatch):
         patch.setattr("support.run.Run.load_best", greedy)
         status, _, told = run("train.py", TINY, *few)
     how = "python eval.py 'runs/at the end' --batch-size 3"
-    assert status == 2 and one_line(told) and "all 1 steps are made" in told and how in told
+    assert status == 2 and one_line(told) and "training is done" in told and how in told
     assert run(*shlex.split(how)[1:])[0] == 0
 
 
