@@ -22,6 +22,7 @@ part=$1 out=$2 python=${PYTHON:-python3} quick=${QUICK:-} runs=${RUNS:-runs/gpu}
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONUNBUFFERED=1 PYTHONPATH=$root
 mkdir -p "$out" || exit 2
+trap 'exit 130' INT  # Ctrl-C ends all of it, not only the command that just runs
 
 # seconds, name, command: run it, keep what it prints
 limited() {
