@@ -68,8 +68,8 @@ def precision(device, dtype):
 def compiles(device, choice):
     """Whether to use torch.compile: true, false, or auto.
 
-    auto: where bfloat16 is fast, if there is a compiler. Elsewhere nearly all the time goes into
-    matrix products, and compiling won next to nothing. Raises InputError for true without one.
+    auto: where bfloat16 is fast, if there is a compiler. On other CPUs nearly all the time goes
+    into matrix products, and compiling won next to nothing. Raises InputError for true without one.
     """
     if choice is True and (missing := missing_compiler(device)):
         how = "install it, or set compile to auto or false"
