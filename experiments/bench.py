@@ -514,9 +514,8 @@ def bench_step(args):
         for name in joining:
             if name in turns:
                 tell_step(name, speeds, shape, args.device)
-    bench_loader(
-        shape["block_size"], B, {"name": "distributed", "tokens_per_s": speeds["distributed"]}
-    )
+    ours = {"name": "distributed", "tokens_per_s": speeds["distributed"]}
+    bench_loader(shape["block_size"], B, ours)
     if args.nanogpt:
         other = peak_of(after_one, nanogpt_step, args.nanogpt, *size, device=args.device)
         row("step", f"memory, {'nanoGPT' if cuda else OUR_WAY}", peak_mb=other)
@@ -540,30 +539,6 @@ def tell_step(name, speeds, shape, device):
         if other not in DIALS or other == "distributed" != name:
             against = {"name": other, "tokens_per_s": speeds[other]}
             row("step", name, tokens_per_s=speeds[name], against=against, mfu=mfu)
-
-
-# --------------------------------------------------------------------------------------------------
-# long contexts
-
-
-def bench_long(args):
-    cuda = args.device.type == "cuda"
-    shape = {"n_layer": 12 if cuda else 2, "n_head": 12, "n_embd": 768}
-    lengths = (8192, 32768) if cuda else (4096,)
-    if args.quick:
-        shape, lengths = SMALL, (512,)
-    print(f"{shape}, batch 1, {W} tokens back, AdamW")
-    for T in lengths:
-        found, turns = None, {}
-        for dial in ("distributed", "localist"):
-            turns[dial] = our_step(dial, {**shape, "block_size": T}, 1, args.device)
-        times = race(turns, args.device, args.rounds)
-        for dial, turn in turns.items():
-            peak = peak_of(lambda turn: turn, turn, device=args.device) if cuda else None
-            how = {"against": found, "mb_for_activations": peak}
-            found = row("long", f"{dial}, T = {T}", tokens_per_s=T / times[dial], **how)
-        del turns, turn
-        free(args.device)
 
 
 def bench_loader(T, B, step):
@@ -592,6 +567,30 @@ def reader(tokens, T, B, n):
 
 def open_and_read(path, T):
     return reader(np.memmap(path, np.uint16, "r"), T, 8, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# long contexts
+
+
+def bench_long(args):
+    cuda = args.device.type == "cuda"
+    shape = {"n_layer": 12 if cuda else 2, "n_head": 12, "n_embd": 768}
+    lengths = (8192, 32768) if cuda else (4096,)
+    if args.quick:
+        shape, lengths = SMALL, (512,)
+    print(f"{shape}, batch 1, {W} tokens back, AdamW")
+    for T in lengths:
+        found, turns = None, {}
+        for dial in ("distributed", "localist"):
+            turns[dial] = our_step(dial, {**shape, "block_size": T}, 1, args.device)
+        times = race(turns, args.device, args.rounds)
+        for dial, turn in turns.items():
+            peak = peak_of(lambda turn: turn, turn, device=args.device) if cuda else None
+            how = {"against": found, "mb_for_activations": peak}
+            found = row("long", f"{dial}, T = {T}", tokens_per_s=T / times[dial], **how)
+        del turns, turn
+        free(args.device)
 
 
 # --------------------------------------------------------------------------------------------------
