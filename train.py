@@ -44,7 +44,7 @@ from prepare_data import (
     vocabulary_size,
 )
 from support import machine, settings
-from support.files import InputError, run_script, write_json
+from support.files import InputError, out_of_memory, run_script, write_json
 from support.machine import precision
 from support.run import Diverged, Run, check_finite, diagnose, read_checkpoint
 from support.settings import key
@@ -385,7 +385,7 @@ def start(config, resume=False, overwrite=False):
         except Diverged as e:
             explain(run, e, config, model, text, here)
         except (RuntimeError, MemoryError) as e:
-            if machine.out_of_memory(e):
+            if out_of_memory(e):
                 raise InputError(too_large(run, config, model, world)) from None
             raise
         except KeyboardInterrupt:

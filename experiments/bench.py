@@ -41,7 +41,6 @@ import math
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -72,7 +71,7 @@ from model import (
 )
 from prepare_data import get_encoding, token_bytes
 from support.files import InputError, check_writable, run_script, write_json
-from support.machine import compiles, peak_flops, pick_device, precision
+from support.machine import compiles, missing_compiler, peak_flops, pick_device, precision
 from train import Config, build_optimizers, random_batch
 
 W = 256  # max_lookback of all but `data`
@@ -145,7 +144,7 @@ def clock(turn, device, n=1):
         return (time.perf_counter() - start) / n
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(n):  # work is asked for faster than it is done: gaps lie between the first alone
+    for _ in range(n):  # the GPU falls behind Python, and then never waits for it
         turn()
     end.record()
     end.synchronize()
@@ -477,7 +476,7 @@ def rivals(args, shape, B):
         found["nanoGPT"] = nanogpt
         if not cuda:
             found[OUR_WAY] = nanogpt
-        compiled = not args.quick and any(map(shutil.which, ("c++", "g++")))
+        compiled = not args.quick and not missing_compiler(args.device)
         found["nanoGPT, its defaults"] = partial(nanogpt, defaults=True, compiled=compiled)
     found["transformers, masked"] = partial(transformers_step, shape, B, args.device)
     if cuda:

@@ -12,6 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -37,15 +39,21 @@ def run_script(main):
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":  # torch's
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
             raise
-        how = "end what else runs there, do less at a time, or use --device cpu"
-        print(f"error: the memory of the GPU is full; {how}", file=sys.stderr)
+        how = "end what else runs, do less at a time, or use another device"
+        print(f"error: out of memory; {how}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may take long to end: then once more
         sys.exit(128 + next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
+
+
+def out_of_memory(error):
+    """Whether an error, of torch or of Python, says that memory is short."""
+    short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return short or "can't allocate memory" in str(error)  # torch says so on a CPU
 
 
 def steady(stream, original):

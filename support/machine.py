@@ -109,12 +109,6 @@ def peak_flops(device):
     return next((peak for card, peak in PEAK.items() if card in name), None)
 
 
-def out_of_memory(error):
-    """Whether an error, of torch or of Python, says that memory is short."""
-    short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return short or "can't allocate memory" in str(error)  # torch says so on a CPU
-
-
 # --------------------------------------------------------------------------------------------------
 # several processes
 

@@ -12,8 +12,8 @@ import torch
 
 from conftest import ROOT
 from forks import children, started
-from support.files import InputError
-from support.machine import compiles, fast_bfloat16, out_of_memory, precision
+from support.files import InputError, out_of_memory
+from support.machine import compiles, fast_bfloat16, precision
 
 
 @pytest.mark.skipif(
