@@ -1,8 +1,8 @@
-"""Measure a run: perplexity, bits per byte, accuracy, and per layer how local its attention is.
+"""Measure a run: perplexity, bits per byte, accuracy, and how local the attention of each layer is.
 
     python eval.py runs/quickstart
     python eval.py runs/quickstart --schedule localist --figure localist.png  # turn the dial
-    python eval.py runs/quickstart --partition block:64 --json block64.json   # other blocks
+    python eval.py runs/quickstart --partition block:64 --json block64.json   # with other blocks
     python eval.py runs/quickstart --dial-sweep --figure dials.png            # what each dial costs
     python eval.py runs/quickstart --source my_book.txt --split train         # on another text
     python eval.py gpt2 --source my_book.txt --dial-sweep --contexts 32       # GPT-2 as published
@@ -27,122 +27,99 @@ from locality import (
     PARTITIONS,
     SCHEDULES,
     SEMANTIC,
-    background,
+    count_background,
     parse_partition,
-    partition,
+    partition_text,
     reach,
     schedule,
 )
 from model import GPT, attention_weights, clamp_lookback, in_block
 from prepare_data import (
-    SPLITS,
-    check_blocks,
-    check_shift,
+    TextConfig,
+    check_partition,
     check_tokenizer,
     get_encoding,
-    liveliest,
-    prepared,
+    prepare,
     read_contexts,
-    read_meta,
-    read_split,
     token_bytes,
     vocabulary_size,
 )
-from support import plots
+from report import plots
+from report.blocks import liveliest
+from report.tables import aligned
 from support.files import InputError, check_writable, run_script, write_json
 from support.machine import pick_device, provenance
-from support.plots import layer_mean
+from support.prepared import SPLITS
 from support.run import find_checkpoint, is_run, read_checkpoint
 from support.weights import PRETRAINED
 
 # --------------------------------------------------------------------------------------------------
 # a model from disk
 
-# what of a run's config says which text it was trained on, and how that was prepared
-TEXT_KEYS = {
-    "source": (str, list),
-    "data": str,
-    "tokenizer": str,
-    "partition": str,
-    "max_lookback": int,
-    "val": float,
-    "test": float,
-    "joined": bool,
-    "seed": int,
-}
 
+def load(name, device="cpu", source=None, plain=False):
+    """A run of train.py or published weights: (model, config, trained_on).
 
-def load_run(folder, device="cpu"):
-    """The best model of a run, its dial set as it was trained, and the run's config, a dict.
-
-    Raises InputError for a folder that holds no run, or a checkpoint that is not train.py's.
+    The model is in eval mode, with the locality of its training. config: the keys of train.Config,
+    a dict. trained_on: what the checkpoint says of the text, a dict; empty for published weights,
+    or if `source` names another text. plain: use the code of the lesson, without fast/.
+    Raises InputError for anything else, or a damaged checkpoint.
     """
-    path = find_checkpoint(folder)
+    if name in PRETRAINED or not is_run(name):
+        return load_published(name, device, source, plain)
+    path = find_checkpoint(name)
     state = read_checkpoint(path)
-    config = state["config"]
     try:
-        model = GPT.from_state(state, path)
-        model.set_locality(schedule(config["schedule"], model.config.n_layer, config["fidelity"]))
-        check_tokenizer(config["tokenizer"])
-        if not all(isinstance(config[key], kind) for key, kind in TEXT_KEYS.items()):
-            raise TypeError
+        config = state["config"] | {"plain": plain or state["config"]["plain"]}
+        trained_on = {key: state["text"][key] for key in ("source_sha256", "files", "background")}
+        trained_on["cwd"] = state["cwd"]
+        model = GPT.from_state(state, path, plain=config["plain"])
+        model.set_locality(schedule(config["schedule"], model.config.n_layer, config["floor"]))
+        TextConfig.of(config)
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: not a checkpoint of train.py") from None
-    have, size = model.config.vocab_size, vocabulary_size(config["tokenizer"])
-    if have != size:
-        named = f"that names a tokenizer of {size}, {config['tokenizer']}"
-        raise InputError(f"{path}: a model of {have} tokens {named}: not as train.py wrote it")
-    return model.to(device).eval(), config
+    if model.config.vocab_size != vocabulary_size(config["tokenizer"]):
+        raise InputError(
+            f"{path}: not a checkpoint of train.py: the model has {model.config.vocab_size} "
+            f"tokens, its tokenizer {vocabulary_size(config['tokenizer'])}"
+        )
+    if source:
+        config, trained_on = config | {"source": source, "data": ""}, {}
+    return model.to(device).eval(), config, trained_on
 
 
-def load_weights(name, device="cpu"):
-    """A GPT-2 that train.py never saw, its dial at 0, and a config for it, a dict without a text.
-
-    name: as in GPT.from_pretrained. The size of its vocabulary tells the tokenizer.
-    Raises InputError.
-    """
-    model = GPT.from_pretrained(name)
+def load_published(name, device, source, plain):
+    """`load` for a GPT-2 that train.py has not trained. The size of its vocabulary decides the
+    tokenizer."""
+    model = GPT.from_pretrained(name, plain=plain)
     size = model.config.vocab_size
     tokenizer = {50257: "gpt2", 256: "bytes"}.get(size, f"gpt2:{size}")
     try:
         check_tokenizer(tokenizer)
     except InputError:
-        raise InputError(f"{name} has {size} tokens, and no tokenizer here has as many") from None
+        raise InputError(f"{name} has {size} tokens, which fits none of our tokenizers") from None
     get_encoding(tokenizer)
     if tokenizer != "gpt2":
-        print(f"{name} has {size} tokens; read with the tokenizer {tokenizer}", file=sys.stderr)
-    text = {"source": None, "data": "", "tokenizer": tokenizer, "joined": False}
-    text |= {"val": 0.1, "test": 0.1, "seed": None}
-    blocks = {"partition": "semantic", "max_lookback": model.config.max_lookback}
-    dial = {"schedule": "distributed", "fidelity": 1.0}
-    return model.to(device).eval(), {**text, **blocks, **dial}
+        print(f"{name} has {size} tokens; using the tokenizer {tokenizer}", file=sys.stderr)
+    config = {f: getattr(TextConfig, f) for f in TextConfig.__dataclass_fields__}
+    config |= {"source": source, "tokenizer": tokenizer, "plain": plain}
+    config |= {"max_lookback": model.config.max_lookback}
+    return (
+        model.to(device).eval(),
+        config | {"schedule": "distributed", "floor": 1.0, "seed": None},
+        {},
+    )
 
 
-def load_model(name, device="cpu", source=None):
-    """A run or other weights, by `load_run` or `load_weights`.
+def turn(model, config, name=None, floor=None):
+    """Set the locality of a model to that of a schedule and a floor; None: those of the config.
 
-    source: the text to measure it on; None for a run's own. Raises InputError.
-    """
-    if name in PRETRAINED or not is_run(name):
-        model, config = load_weights(name, device)
-        return model, {**config, "source": source}
-    model, config = load_run(name, device)
-    if source:  # what its own text was, and where, does not count
-        own = "cwd", "source_sha256", "files"
-        config = {key: value for key, value in config.items() if key not in own}
-        config |= {"source": source, "data": ""}
-    return model, config
-
-
-def turn(model, config, name=None, fidelity=None):
-    """Set the dial to a schedule and a fidelity; what is None is as in the config, a dict.
-
-    Returns (schedule, fidelity). Raises InputError.
+    Returns (schedule, floor). Raises InputError.
     """
     name = name or config["schedule"]
-    fidelity = config["fidelity"] if fidelity is None else fidelity
-    model.set_locality(schedule(name, model.config.n_layer, fidelity))
-    return name, fidelity
+    floor = config["floor"] if floor is None else floor
+    model.set_locality(schedule(name, model.config.n_layer, floor))
+    return name, floor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,9 +131,9 @@ AT_ONCE = 2**20  # attention weights to measure at a time: they fit in a process
 def windows(n, block_size, stride):
     """Contexts that cover n tokens: a list of (start, first).
 
-    In each, predictions from position `first` on are scored. So every token is scored exactly once,
-    but for token 0, which nothing precedes. All windows but the first give a scored token at least
-    block_size - stride tokens of context.
+    In each, predictions from position `first` on are scored, so that every token is scored exactly
+    once, except token 0, which nothing precedes. In all windows but the first, a scored token has
+    at least block_size - stride tokens of context.
     """
     T = min(block_size, n - 1)
     starts = [*range(0, n - 1 - T, stride), n - 1 - T]
@@ -172,11 +149,11 @@ def evaluate(
 
     tokens, lookback: (n,) uint16. vocabulary: the bytes of each token, a list. stride: tokens
     between two contexts, by default half a context. measure: the attention of every layer too,
-    in O(T) memory, O(T * T) time. limit: at most so many contexts, evenly spread.
+    in O(T) memory and O(T * T) time. limit: at most this many contexts, evenly spread.
     Returns a dict: loss, nats per token; perplexity = exp(loss); bits_per_byte; accuracy (top-1);
-    the tokens scored and their bytes; mean_lookback of those that predict them; stride and context,
-    tokens; by_position, see there; by_context, a list of (loss in nats, summed; tokens scored);
-    reach, as `reached` has it; layers, the means of `add_measures`.
+    the number of tokens scored and their bytes; mean_lookback of those that predict them; stride
+    and context, tokens; by_position, see there; by_context, a list of (loss in nats, summed; tokens
+    scored); reach, see `reached`; layers, the means of `add_measures`.
     Raises InputError for an impossible stride.
     """
     was_training, device = model.training, model.wte.weight.device
@@ -184,50 +161,57 @@ def evaluate(
     T = min(model.config.block_size, len(tokens) - 1)
     stride = max(T // 2, 1) if stride is None else stride
     if not 1 <= stride <= T:
-        raise InputError(f"stride must be in 1 … {T}, the length of a context, not {stride}")
+        raise InputError(f"stride must be in 1 ... {T}, the length of a context, not {stride}")
     contexts = windows(len(tokens), T, stride)
     if limit and limit < len(contexts):
         contexts = [contexts[i] for i in np.linspace(0, len(contexts) - 1, limit, dtype=int)]
     n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
-    by_context, correct, size = [], 0, 0
+    by_context, correct, size, looked_back = [], 0, 0, 0
     sums = torch.zeros(model.config.n_layer, 4, dtype=torch.double)
-    nats_at = torch.zeros(2, T, dtype=torch.double)  # each position of a context: nats, how many
-    seen = 0
+    nats_at = torch.zeros(2, T, dtype=torch.double)  # per position of a context: nats, and count
     batches = range(0, len(contexts), batch_size)
     for at in tqdm(batches, desc="evaluating", leave=False, disable=None if measure else True):
         starts, firsts = zip(*contexts[at : at + batch_size])
-        arrays = tokens, lookback, tokens[1:]
-        x, back, y = read_contexts(arrays, starts, T, device)  # (B, T) each
+        x, back, y = read_contexts((tokens, lookback, tokens[1:]), starts, T, device)  # (B, T)
+        back = clamp_lookback(back, model.config.max_lookback)
         score = torch.arange(T, device=device) >= torch.tensor(firsts, device=device)[:, None]
         watch = partial(add_measures, sums, model, back, score) if measure else None
         nll, best = score_all(model, model.hidden(x, back, watch), y)  # (B, T) each
         count = anywhere(starts, T, len(tokens))
         nats_at += torch.stack([(nll * count).sum(0), count.sum(0)])
-        seen += clamp_lookback(back, model.config.max_lookback)[score].sum().item()
+        looked_back += back[score].sum().item()
         by_context += zip((nll * score.cpu()).sum(1).tolist(), score.sum(1).tolist())
         correct += best[score].sum().item()
         size += n_bytes[y[score]].sum().item()
     model.train(was_training)
     nats, scored = map(sum, zip(*by_context))
-    results = {"perplexity": math.exp(min(nats / scored, 700)), "loss": nats / scored}
-    results |= {"bits_per_byte": nats / math.log(2) / size, "accuracy": correct / scored}
-    results |= {"tokens": scored, "bytes": size, "stride": stride, "context": T}
-    results["mean_lookback"] = seen / scored
-    results["by_position"] = by_position(nats_at)
-    results["by_context"] = by_context
-    results["reach"] = reached(model, lookback, contexts, T)
+    results = {
+        "perplexity": math.exp(min(nats / scored, 700)),
+        "loss": nats / scored,
+        "bits_per_byte": nats / math.log(2) / size,
+        "accuracy": correct / scored,
+        "tokens": scored,
+        "bytes": size,
+        "stride": stride,
+        "context": T,
+        "mean_lookback": looked_back / scored,
+        "by_position": by_position(nats_at),
+        "by_context": by_context,
+        "reach": reached(model, lookback, contexts, T),
+    }
     if measure:
-        keys = "fidelity", "pointer_accuracy", "entropy", "first_token"
+        names = "fidelity", "pointer_accuracy", "entropy", "first_token"
         rows = zip(model.locality, (sums / scored).tolist())
-        results["layers"] = [{"locality": x, **dict(zip(keys, row))} for x, row in rows]
+        results["layers"] = [{"locality": x, **dict(zip(names, row))} for x, row in rows]
     return results
 
 
 def anywhere(starts, T, n):
-    """Which tokens of some contexts can stand at every position of a context? (B, T) booleans.
+    """Which tokens of some contexts can be at every position of a context? (B, T) booleans.
 
-    starts: where in a text of n tokens each of B contexts begins. It is all but the first and the
-    last T tokens of the text. In a text of less than three contexts hardly any are left; all count.
+    starts: where in a text of n tokens each of B contexts begins. They are all but the first and
+    the last T tokens of the text. In a text of less than three contexts hardly any are left, so all
+    of them count.
     """
     at = torch.tensor(starts)[:, None] + torch.arange(T)  # (B, T), places in the text
     return (at >= T - 1) & (at < n - T) | (n < 3 * T)
@@ -236,9 +220,9 @@ def anywhere(starts, T, n):
 def by_position(nats_at):
     """The loss with more and more context, a list of (tokens of context at least, loss in nats).
 
-    It falls for as long as the model uses more context. Steps no shorter than the stride compare
-    the same tokens. nats_at: (2, T), at each position the losses of tokens that can stand
-    `anywhere`, summed, and how many they are.
+    It falls as long as the model uses more context. Steps no shorter than the stride compare the
+    same tokens. nats_at: (2, T), per position the summed loss and the number of the tokens that can
+    be `anywhere`.
     """
     T = nats_at.size(1)
     edges = [0, *(2**i for i in range(4, 40) if 2**i < T), T]
@@ -249,22 +233,24 @@ def by_position(nats_at):
 def reached(model, lookback, contexts, T):
     """How many tokens back is the first that can change a prediction? See locality.reach.
 
-    {"median", "most"} over the predictions that contexts, as `windows` gives them, score; None
-    where it is the whole context.
+    Returns {"median", "most"} over the predictions that are scored in the contexts, which are those
+    of `windows`; None if that is the whole context.
     """
     if min(model.locality) < 1 or model.config.anchor:
         return None
-    tokens, found = np.arange(T), []
+    tokens, distances = np.arange(T), []
     for start, first in contexts:
         back = np.minimum(lookback[start : start + T], model.config.max_lookback)
-        found.append((tokens - reach(back, model.locality))[first:])
-    found = np.concatenate(found)
-    return {"median": float(np.median(found)), "most": int(found.max())}
+        distances.append((tokens - reach(back, model.locality))[first:])
+    distances = np.concatenate(distances)
+    return {"median": float(np.median(distances)), "most": int(distances.max())}
 
 
 def score_all(model, x, y):
-    """What the head makes of x, (B, T, C), as `GPT.hidden` gives it: (loss in nats, float64 on the
-    CPU; is the likeliest token the right one, booleans), (B, T) each. y: (B, T), what comes next.
+    """Score the predictions of the output head for x, (B, T, C), which is what GPT.hidden returns.
+
+    y: (B, T), the next tokens. Returns (loss in nats, float64 on the CPU; whether the most likely
+    token is the right one, booleans), (B, T) each.
     """
     losses, best = [], []
     for part, target in zip(x.flatten(0, 1).split(512), y.flatten().split(512)):
@@ -275,14 +261,14 @@ def score_all(model, x, y):
 
 
 def add_measures(sums, model, lookback, score, layer, q, k, v):
-    """Add to sums, (n_layer, 4) float64, how local one layer's attention is, query by query.
+    """Add to sums, (n_layer, 4) float64, how local the attention of a layer is, query by query.
 
     The columns: fidelity, the mass inside the block; pointer accuracy, whether the largest weight
     is inside; entropy in bits; the mass on the context's first token. Means over heads.
-    lookback: (B, T) int64; score: (B, T) booleans, the queries that count; q, k: (B, H, T, D).
+    lookback: (B, T) int64, clamped; score: (B, T) booleans, the queries that count; q, k, v: (B, H,
+    T, D).
     """
     B, H, T, _ = q.shape
-    lookback = clamp_lookback(lookback, model.config.max_lookback)
     n = max(AT_ONCE // (B * H * T), 1)
     for first in range(score.any(0).nonzero()[0].item(), T, n):
         end = min(first + n, T)
@@ -307,21 +293,30 @@ def entropy_of(a):
     return torch.special.entr(a).sum(-1) / math.log(2)
 
 
-def dial_sweep(model, split, vocabulary, **how):
-    """Turn the dial of one model through every schedule at four fidelities; nothing is retrained.
+@torch.no_grad()
+def attention_maps(model, idx, lookback):
+    """Yield each layer's attention probabilities, (B, H, T, T). idx, lookback: (B, T)."""
+    block, seen = model.in_block(lookback), []
+    model.hidden(idx, lookback, lambda layer, q, k, v: seen.append((q, k)))
+    for (q, k), locality in zip(seen, model.locality):
+        yield attention_weights(q, k, block, locality)
 
-    split: token ids and lookbacks, as `read_split` gives them; how: further arguments of
-    `evaluate`. Returns a list of dicts, distributed first: what `evaluate` returns, the schedule,
-    the fidelity, and the ratio of the perplexity to distributed's.
+
+def dial_sweep(model, split, vocabulary, **options):
+    """Turn the dial of one model through every schedule at four floors; nothing is retrained.
+
+    split: token ids and lookbacks, as in `evaluate`, which takes the options. Returns a list of
+    dicts, distributed first: what `evaluate` returns, the schedule, the floor, and the ratio of the
+    perplexity to that of distributed.
     """
     local = [name for name in SCHEDULES if name != "distributed"]
     dials = [("distributed", 1.0), *((name, f) for name in local for f in (0.25, 0.5, 0.75, 1.0))]
     rows = []
-    for name, f in tqdm(dials, desc="dials", unit="dial", disable=None):
-        model.set_locality(schedule(name, model.config.n_layer, f))
-        results = evaluate(model, *split, vocabulary, **how)
+    for name, floor in tqdm(dials, desc="dials", unit="dial", disable=None):
+        model.set_locality(schedule(name, model.config.n_layer, floor))
+        results = evaluate(model, *split, vocabulary, **options)
         ratio = math.exp(results["loss"] - (rows or [results])[0]["loss"])
-        rows.append({"schedule": name, "fidelity": f, "ratio": ratio, **results})
+        rows.append({"schedule": name, "floor": floor, "ratio": ratio, **results})
     return rows
 
 
@@ -330,114 +325,135 @@ def dial_sweep(model, split, vocabulary, **how):
 
 
 def table(results):
-    """The results as lines of text."""
-    lines = ["layer      dial  fidelity  pointer accuracy  entropy (bits)  on the first token"]
-    for number, layer in enumerate(results["layers"], 1):
-        lines.append(
-            f"{number:5d}  {layer['locality']:8.3f}  {layer['fidelity']:8.3f}"
-            f"  {layer['pointer_accuracy']:16.3f}  {layer['entropy']:14.2f}"
-            f"  {layer['first_token']:18.3f}"
+    """What `evaluate` returned, as lines of text."""
+    header = "layer", "locality", "fidelity", "pointer accuracy", "entropy (bits)", "on first token"
+    rows = [
+        (
+            f"{number}",
+            f"{layer['locality']:.3f}",
+            f"{layer['fidelity']:.3f}",
+            f"{layer['pointer_accuracy']:.3f}",
+            f"{layer['entropy']:.2f}",
+            f"{layer['first_token']:.3f}",
         )
-    lines.append(
+        for number, layer in enumerate(results["layers"], 1)
+    ]
+    losses = ", ".join(f"from {n} {nats:.3f}" for n, nats in results["by_position"])
+    span = "reach: the whole context (a layer below 1, or an anchor, sees all of it)"
+    if results["reach"]:
+        span = (
+            f"reach, certified: {results['reach']['median']:.0f} tokens (median), at most "
+            f"{results['reach']['most']}; as long as the blocks stay the same, no earlier token "
+            "can change a prediction, whatever the weights"
+        )
+    return (
+        f"{aligned(header, rows)}\n"
         f"perplexity {results['perplexity']:.3f}   bits per byte {results['bits_per_byte']:.4f}   "
         f"accuracy {100 * results['accuracy']:.2f} %   "
-        f"({results['tokens']:,} tokens, stride {results['stride']})"
+        f"({results['tokens']:,} tokens, stride {results['stride']})\n"
+        f"loss in nats by tokens of context: {losses}\n{span}"
     )
-    losses = ", ".join(f"from {n} {nats:.3f}" for n, nats in results["by_position"])
-    lines.append(f"loss, nats, by tokens of context: {losses}")
-    lines.append(say_reach(results["reach"]))
-    return "\n".join(lines)
-
-
-def say_reach(found):
-    """In words, what `reached` found."""
-    if found is None:
-        return (
-            "reach: the whole context (a layer with a dial below 1, or an anchor, sees all of it)"
-        )
-    median, most = found["median"], found["most"]
-    held = "no earlier token can change a prediction while the blocks stay, whatever the weights"
-    return f"reach, certified: {median:.0f} tokens (median), {most} at most; {held}"
 
 
 def dial_table(rows):
-    """The dials as lines of text."""
+    """What `dial_sweep` returned, as lines of text."""
+    header = (
+        "schedule",
+        "floor",
+        "perplexity",
+        "ratio to distributed",
+        "accuracy",
+        "mean over layers: locality",
+        "fidelity",
+        "entropy (bits)",
+    )
     lines = [
-        "schedule        floor  perplexity  ratio to distributed  accuracy  "
-        "mean over layers:     dial  fidelity  entropy (bits)"
-    ]
-    for row in rows:
-        floor = "–" if row["schedule"] == "distributed" else f"{row['fidelity']:.2f}"
-        dial, fidelity, bits = (layer_mean(row, k) for k in ("locality", "fidelity", "entropy"))
-        lines.append(
-            f"{row['schedule']:11s}  {floor:>8s}  {row['perplexity']:10.3f}"
-            f"  {row['ratio']:20.4f}  {100 * row['accuracy']:6.2f} %"
-            f"  {dial:26.3f}  {fidelity:8.3f}  {bits:14.2f}"
+        (
+            row["schedule"],
+            "–" if row["schedule"] == "distributed" else f"{row['floor']:.2f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['ratio']:.4f}",
+            f"{100 * row['accuracy']:.2f} %",
+            f"{plots.layer_mean(row, 'locality'):.3f}",
+            f"{plots.layer_mean(row, 'fidelity'):.3f}",
+            f"{plots.layer_mean(row, 'entropy'):.2f}",
         )
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return aligned(header, lines)
 
 
-@torch.no_grad()
 def figure(model, tokens, lookback, vocabulary, results, path, title):
-    """Draw `path`: the attention of the first and the last layer over one stretch of text, and the
-    layers in numbers.
+    """Draw the attention of the first and the last layer over a stretch of text, and the measures
+    of all layers.
 
-    vocabulary: the bytes of each token, to name the blocks by their first words. results: as
-    `evaluate` gives them.
+    vocabulary: the bytes of each token, to name blocks by their first words. results: what
+    `evaluate` returned. path: of the figure, .png, .svg or .pdf.
     """
     model.eval()
     T = min(model.config.block_size, len(tokens), 1024)
     at = liveliest(lookback, T)
-    device = model.wte.weight.device
-    idx, back = read_contexts((tokens, lookback), [at], T, device)  # (1, T) each
+    idx, back = read_contexts((tokens, lookback), [at], T, model.wte.weight.device)  # (1, T) each
     maps = {}
-    for layer, a in enumerate(model.attention_maps(idx, back)):
+    for layer, a in enumerate(attention_maps(model, idx, back)):
         if layer in (0, model.config.n_layer - 1):
             maps[layer] = a[0].mean(0).cpu().numpy()  # (T, T)
-    start = np.arange(T) - clamp_lookback(back, model.config.max_lookback)[0].cpu().numpy()
-    words = {}
+    back = clamp_lookback(back, model.config.max_lookback)[0].cpu().numpy()
+    start, words = np.arange(T) - back, {}
     for token in np.unique(start).tolist():
         text = b"".join(vocabulary[t] for t in tokens[at + token : at + token + 40].tolist())
         words[token] = " ".join(text.decode(errors="replace").split()[:4])[:40]
     plots.draw_attention(maps, start, words, results["layers"], path, title)
 
 
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+def add_model_arguments(parser, action="store"):
+    """What eval.py, sample.py and view.py share. action: of --schedule and --floor."""
+    add = parser.add_argument
+    add("run", help="a run of train.py; or weights: gpt2, gpt2-medium ... or a path")
+    add("--schedule", action=action, help="another schedule than that of the run")
+    add("--floor", type=float, action=action, help="another floor, above 0 and at most 1")
+    add("--plain", action="store_true", help="run the code of the lesson, without fast/")
+    add("--device", default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, mps")
+
+
 def main():
     parser = argparse.ArgumentParser(description="measure a run, at its own dial or another")
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("run", help="a run of train.py; or weights: gpt2, gpt2-medium … or a path, with --source")
-    add("--source", help="another text than the run's own, as in prepare_data.py")
+    add("--source", help="another text, named as for prepare_data.py; weights need one")
     add("--split", default="test", choices=SPLITS)
-    add("--schedule", help="another schedule than the one it was trained with")
-    add("--fidelity", type=float, help="another fidelity, in (0, 1]")
     add("--partition", help=f"other blocks: {PARTITIONS}")
-    add("--dial-sweep", action="store_true", help="every schedule at four fidelities")
-    add("--contexts", type=int, help="at most so many contexts, evenly spread (default: all)")
+    add("--dial-sweep", action="store_true", help="every schedule at four floors")
+    add("--contexts", type=int, help="at most this many contexts, evenly spread (default: all)")
     add("--stride", type=int, help="tokens between two contexts (default: half a context)")
     add("--batch-size", type=int, default=8)
-    add("--device", default="auto")
     add("--json", type=Path, help="write the results here")
     add("--figure", type=Path, help="draw the figure here, .png, .svg or .pdf")
     args = parser.parse_args()
     check_arguments(args)
 
     device = pick_device(args.device)
-    model, config = load_model(args.run, device, args.source)
-    name, fidelity = turn(model, config, args.schedule, args.fidelity)
-    split, method, vocabulary = read_text(config, args.split, args.partition)
-    how = {"stride": args.stride, "batch_size": args.batch_size, "limit": args.contexts}
+    model, config, trained_on = load(args.run, device, args.source, args.plain)
+    name, floor = turn(model, config, args.schedule, args.floor)
+    partition = args.partition or config["partition"]
+    split, vocabulary = read_text(config, trained_on, args.split, partition)
+    options = {"stride": args.stride, "batch_size": args.batch_size, "limit": args.contexts}
     results = {"run": str(args.run), "source": config["source"], "split": args.split}
-    results |= {"partition": method, **provenance(device, config["seed"])}
-    which = f"{args.split} split of {args.source}" if args.source else f"{args.split} split"
-    title = f"{args.run}, {which}, {method} blocks"
+    results |= {"partition": partition, **provenance(device, config["seed"])}
+    of = f" of {args.source}" if args.source else ""
+    title = f"{args.run}, {args.split} split{of}, {partition} blocks"
     if args.dial_sweep:
-        results["dials"] = rows = dial_sweep(model, split, vocabulary, **how)
-        n_tokens = f"{rows[0]['tokens']:,} tokens"
-        print(f"{title}: the dial turned, nothing retrained ({n_tokens})\n{dial_table(rows)}")
+        results["dials"] = rows = dial_sweep(model, split, vocabulary, **options)
+        print(f"{title}: the dial turned, nothing retrained ({rows[0]['tokens']:,} tokens)")
+        print(dial_table(rows))
     else:
-        results |= {"schedule": name, "fidelity": fidelity}
-        results |= evaluate(model, *split, vocabulary, **how)
-        title = f"{title}: {name}, floor {fidelity:g}"
+        results |= {"schedule": name, "floor": floor}
+        results |= evaluate(model, *split, vocabulary, **options)
+        title = f"{title}: {name}, floor {floor:g}"
         print(f"{title}\n{table(results)}")
     if args.json:
         write_json(args.json, results)
@@ -448,41 +464,43 @@ def main():
 
 
 def check_arguments(args):
-    """Raises InputError for what could only fail after the work is done."""
+    """Raises InputError for what would otherwise fail only after the work is done."""
     for path in filter(None, (args.json, args.figure)):
         check_writable(path)
     if args.figure:
         plots.check_suffix(args.figure)
     if args.batch_size < 1 or args.contexts is not None and args.contexts < 1:
         raise InputError("--batch-size and --contexts must be at least 1")
-    if args.dial_sweep and (args.schedule or args.fidelity is not None):
-        every = "goes through all schedules and fidelities; leave out --schedule and --fidelity"
-        raise InputError(f"--dial-sweep {every}")
+    if args.dial_sweep and (args.schedule or args.floor is not None):
+        raise InputError(
+            "--dial-sweep goes through all schedules and floors; leave out --schedule and --floor"
+        )
     if not args.source and (args.run in PRETRAINED or not is_run(args.run)):
-        which = "to measure other weights, say on which text: --source my_book.txt"
-        raise InputError(f"{args.run}: no checkpoint of a run here; {which}")
+        raise InputError(
+            f"{args.run}: there is no checkpoint of a run here; to measure other weights, name a "
+            "text: --source my_book.txt"
+        )
 
 
-def read_text(config, split, method=None):
-    """((tokens, lookback), partition, vocabulary) of a split of a config's text.
+def read_text(config, trained_on, split, partition):
+    """((tokens, lookback), vocabulary) of a split of a config's text.
 
-    method: another partition than the config's, with the same max_lookback. Raises InputError.
+    partition: of another one than the config's, the blocks are found anew. Raises InputError.
     """
-    folder = prepared(config)
-    tokens, lookback = read_split(folder, split)
-    meta = read_meta(folder)
-    vocabulary = token_bytes(get_encoding(meta["tokenizer"]))
-    method = method or config["partition"]
-    if method != config["partition"]:
-        check_blocks(method, config["max_lookback"], config["val"], config["test"])
-        check_shift(method, len(tokens), folder)
-        words = meta["background"]
-        if config["joined"] and method == "document":
-            raise InputError(f"{folder} is joined: it does not say where a document ends")
-        if words is None and parse_partition(method)[0] in SEMANTIC:
-            words = background(read_split(folder, "train")[0], vocabulary)
-        lookback = partition(tokens, vocabulary, method, config["max_lookback"], words)
-    return (tokens, lookback), method, vocabulary
+    data = prepare(TextConfig.of(config), trained_on)
+    tokens, lookback = data.split(split)
+    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+    if partition != config["partition"]:
+        cap, background = config["max_lookback"], data.meta["background"]
+        check_partition(partition, cap, len(tokens))
+        if config["joined"] and partition == "document":
+            raise InputError(f"{data.folder} is joined: it does not say where a document ends")
+        if background is None and parse_partition(partition)[0] in SEMANTIC:
+            background = count_background(data.split("train")[0], vocabulary)
+        lookback = partition_text(
+            tokens, vocabulary, partition, cap, background, plain=config["plain"]
+        )
+    return (tokens, lookback), vocabulary
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Write text with a run, at its own dial; the partitioner finds the blocks as the text grows.
+"""Generate text with a run, at its dial. The partitioner finds the blocks as the text grows.
 
     python sample.py runs/quickstart --prompt "Attention is"
     python sample.py runs/quickstart --prompt "Attention is" --prompt "The room" --samples 2
-    python sample.py gpt2 --prompt "The mind is"           # weights that were never localised
+    python sample.py gpt2 --prompt "The mind is"           # weights that were never localized
 
-Several texts are written side by side.
+Several texts are generated side by side. `prefill` reads the prompts and fills a key-value cache;
+`decode` then reads one token per text and step. With `plain`, there is no cache: every context is
+read again for every token.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -14,48 +16,206 @@ import codecs
 import math
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from eval import load_model, turn
+from eval import add_model_arguments, load, turn
+from fast.attention import BlockMask
 from locality import Partitioner
-from prepare_data import get_encoding, prepared, read_meta, token_bytes
+from model import clamp_lookback
+from prepare_data import get_encoding, token_bytes
 from support.files import InputError, run_script
 from support.machine import pick_device
+
+# --------------------------------------------------------------------------------------------------
+# generation
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, n, partitioners=None, temperature=1.0, top_k=0, top_p=1.0, generator=None
+):
+    """Yield n times a list with the next token id of each text.
+
+    model: a GPT in eval mode. prompts: lists of ids, none of them empty, of any lengths.
+    partitioners: a fresh Partitioner per prompt, which finds the blocks as the text grows; needed
+    unless every lambda is 0. For the other arguments see `sample_token`.
+    When a context has block_size tokens, its last half becomes the new context, as if the text
+    began there. Positions count from the start of the context, so moving on by a single token would
+    change every key and value.
+    """
+    size, device = model.config.block_size, model.wte.weight.device
+    texts, starts, caches = [list(prompt) for prompt in prompts], [0] * len(prompts), None
+    lookbacks = partitioners and [p.push(t).tolist() for p, t in zip(partitioners, texts)]
+    longest = min(size, max(map(len, texts)) + n)
+    for _ in range(n):
+        full = [len(text) - start > size for text, start in zip(texts, starts)]
+        for i, text in enumerate(texts):
+            starts[i] = len(text) - (size + 1) // 2 if full[i] else starts[i]
+        at = [len(text) - start - 1 for text, start in zip(texts, starts)]
+        at = torch.tensor(at, device=device)  # (B,), the position of each newest token
+        if caches is None or any(full):
+            if not model.config.plain:
+                caches = [KVCache(model.config, x, longest, at) for x in model.locality]
+            batch = (rows and cut(rows, starts, device) for rows in (texts, lookbacks))
+            x = prefill(model, *batch, at, caches)  # (B, C)
+        else:
+            newest = (
+                rows and torch.tensor([row[-1] for row in rows], device=device)
+                for rows in (texts, lookbacks)
+            )
+            x = decode(model, *newest, at, caches)  # (B, C)
+        logits = model.head(x).float()  # (B, V)
+        tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
+        yield tokens
+        for i, token in enumerate(tokens):
+            texts[i].append(token)
+            if partitioners:
+                lookbacks[i].extend(partitioners[i].push([token]).tolist())
+
+
+def cut(rows, starts, device):
+    """The rows from their starts on, (B, T), padded at the end: causality hides the padding."""
+    rows = [torch.tensor(row[start:]) for row, start in zip(rows, starts)]
+    return pad_sequence(rows, True).to(device)
+
+
+def prefill(model, idx, lookback, at, caches=None):
+    """Read contexts, (B, T), that end at positions `at`, (B,), and fill the caches, one per layer.
+
+    Returns the input of the output head at these positions, (B, C).
+    """
+    watch = caches and (lambda layer, q, k, v: caches[layer].fill(k, v))
+    x = model.hidden(idx, lookback, watch)  # (B, T, C)
+    return x[torch.arange(len(at), device=at.device), at]
+
+
+def decode(model, token, lookback, at, caches):
+    """Read one more token per text: its id, its lookback and its position, (B,) each.
+
+    Returns the input of the output head, (B, C).
+    """
+    masks = {}  # layers whose caches have the same size share a mask
+    if lookback is not None:
+        lookback = clamp_lookback(lookback[:, None], model.config.max_lookback, at[:, None])
+
+    def watch(layer, q, k, v):
+        cache = caches[layer]
+        if cache.size not in masks:
+            masks[cache.size] = cache.mask(at, lookback, k.dtype)
+        S = masks[cache.size].visible.size(-1)
+        return *cache.update(k, v, at, S), masks[cache.size]
+
+    return model.hidden(token[:, None], watch=watch, position=at[:, None])[:, 0]
+
+
+class KVCache:
+    """The keys and values of one layer while text is generated.
+
+    If the layer's locality is 1, it holds only the last max_lookback + 1 tokens, plus token 0 if
+    that is an anchor: no block reaches further back, so the cache does not grow. Position p is in
+    slot p % size; the newest token overwrites the oldest.
+    """
+
+    def __init__(self, config, locality, longest, at):
+        """longest: tokens of any context to come; at: (B,), where the contexts end now."""
+        self.size = min(config.max_lookback + 1, longest) if locality == 1 else longest
+        self.anchor = config.anchor
+        self.sink = config.anchor and self.size < longest  # a last slot, for token 0
+        self.at, self.rows = at, torch.arange(len(at), device=at.device)
+
+    def positions(self, at):
+        """The position in each slot when the newest is `at`, (B,) int64: (B, S). A negative one
+        means that the slot is empty."""
+        slots = torch.arange(self.size, device=at.device)
+        p = at[:, None] - (at[:, None] - slots) % self.size
+        return torch.cat((p, -(at[:, None] < self.size).long()), 1) if self.sink else p
+
+    def fill(self, k, v):
+        """Take what is needed of the keys and values of whole contexts, (B, H, T, D)."""
+        p = self.positions(self.at).clamp(min=0)[:, None, :, None]
+        self.k, self.v = k.take_along_dim(p, 2), v.take_along_dim(p, 2)  # (B, H, S, D)
+
+    def mask(self, at, lookback, dtype):
+        """What tokens at positions `at`, (B,), see in the slots: a BlockMask of floats to add to
+        the scores, (B, 1, 1, S). lookback: (B, 1), or None if no layer needs it."""
+        p = self.positions(at)  # (B, S)
+        newest = int(at.max())
+        p = p[:, : newest + 1] if newest < self.size else p  # later slots are still empty
+        start = at[:, None] if lookback is None else at[:, None] - lookback  # (B, 1)
+        block = p >= start
+        block = block | (p == 0) if self.anchor else block
+        masks = (
+            torch.zeros_like(m, dtype=dtype).masked_fill(~m, -math.inf) for m in (block, p >= 0)
+        )
+        block, visible = (m[:, None, None] for m in masks)
+        return BlockMask(dense=block, visible=visible)
+
+    def update(self, k, v, at, S):
+        """Add a token per text, k and v: (B, H, 1, D). Returns the first S slots, (B, H, S, D)."""
+        slot = at % self.size
+        self.k[self.rows, :, slot] = k[:, :, 0]
+        self.v[self.rows, :, slot] = v[:, :, 0]
+        return self.k[:, :, :S], self.v[:, :, :S]
+
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw a token from each row of logits, (B, V) float32 -> (B,) int64.
+
+    It is drawn from softmax(logits / temperature); temperature 0 takes the most likely token.
+    top_k: draw only from the k most likely tokens; 0: from all. top_p: draw only from the fewest
+    most likely tokens that have the probability p together.
+    """
+    # below 1e-6 the most likely token is certain by far; lower still, float32 would divide by 0
+    if temperature < 1e-6:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        likeliest, token = p.sort(descending=True)
+        # drop a token if those before it have the probability p already
+        likeliest[likeliest.cumsum(-1) - likeliest >= top_p] = 0
+        p = torch.zeros_like(p).scatter(1, token, likeliest)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description="write text with a run, or with other weights",
+        description="generate text with a run, or with published weights",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("run", help="a run of train.py; or weights: gpt2, gpt2-medium … or a path (dial at 0)")
-    add("--prompt", action="append", help="the text to go on from; a new line if not given")
-    add("--samples", type=int, default=1, help="texts from each prompt")
-    add("--tokens", type=int, default=200, help="how many to write")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    add("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="among the fewest that are so likely together")
-    add("--schedule", help="another schedule than the run's")
-    add("--fidelity", type=float, help="another fidelity than the run's")
+    add_model_arguments(parser)
+    add("--prompt", action="append", help="the text to continue; a newline if not given")
+    add("--samples", type=int, default=1, help="texts per prompt")
+    add("--tokens", type=int, default=200, help="tokens to generate per text")
+    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    add("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all")
+    add("--top-p", type=float, default=1.0, help="draw from the fewest with this probability")
     add("--seed", type=int, default=1)
-    add("--device", default="auto")
     args = parser.parse_args()
     prompts = [prompt for prompt in args.prompt or ["\n"] for _ in range(args.samples)]
     check_arguments(args, prompts)
 
     device = pick_device(args.device)
-    model, config = load_model(args.run, device)
-    turn(model, config, args.schedule, args.fidelity)
+    model, config, trained_on = load(args.run, device, plain=args.plain)
+    turn(model, config, args.schedule, args.floor)
     encoding = get_encoding(config["tokenizer"])
-    vocabulary, words = token_bytes(encoding), config.get("background")
-    if "background" not in config and config["source"]:  # a run of an earlier version
-        words = read_meta(prepared(config))["background"]
-    how = vocabulary, config["partition"], config["max_lookback"], words
-    partitioners = [Partitioner(*how) for _ in prompts]
+    vocabulary, background = token_bytes(encoding), trained_on.get("background")
+    partition, max_lookback = config["partition"], config["max_lookback"]
+    partitioners = [
+        Partitioner(vocabulary, partition, max_lookback, background, args.plain) for _ in prompts
+    ]
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = args.temperature, args.top_k, args.top_p, generator
     ids = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
-    write(prompts, model.generate(ids, args.tokens, partitioners, *choice), vocabulary)
+    write(prompts, generate(model, ids, args.tokens, partitioners, *choice), vocabulary)
 
 
 def check_arguments(args, prompts):
@@ -64,16 +224,16 @@ def check_arguments(args, prompts):
         raise InputError("the prompt is empty; give at least one character")
     numbers = args.temperature, args.top_k, args.tokens, args.seed
     if not all(0 <= n for n in numbers) or args.temperature == math.inf or args.seed >= 2**63:
-        raise InputError("--temperature, --top-k, --tokens and --seed are numbers of 0 or more")
+        raise InputError("--temperature, --top-k, --tokens and --seed take numbers of 0 or more")
     if args.samples < 1 or not 0 < args.top_p <= 1:
-        raise InputError("--samples is at least 1, --top-p above 0 and at most 1")
+        raise InputError("--samples must be at least 1, --top-p above 0 and at most 1")
 
 
 def write(texts, generated, vocabulary):
-    """Print some texts and what is written after them: the first as it grows, the others at the
-    end. generated: yields a token for each of them."""
+    """Print the texts and what is generated after them: the first as it grows, the others at the
+    end. generated: yields a token id per text."""
     texts = list(texts)
-    # a character may come in several tokens
+    # a character may take several tokens
     utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]
     print(texts[0], end="", flush=True)
     for tokens in generated:

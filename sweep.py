@@ -5,12 +5,12 @@
     python sweep.py configs/sweep_mind.toml --report        # the report again, from what is on disk
     python sweep.py configs/sweep_mind.toml --jobs 2        # two runs at a time
 
-A sweep is a config of train.py with one or more tables [[sweep]] of lists: each stands for all
-combinations of its lists. Finished cells are not run again, half-run ones go on where they stopped,
-broken ones are reported at the end. window:matched, block:matched and aligned:matched become the N
-that reaches back as far on average, in the same text, as the semantic or semantic:closed blocks of
-the same table (of the config, where the table has neither). The report is table.md, table.json and
-four figures.
+A sweep is a config of train.py with one or more tables [[sweep]] of lists: each table stands for
+all combinations of its lists, and each combination is a cell. Finished cells are not run again,
+interrupted ones are resumed, and broken ones are reported at the end. window:matched, block:matched
+and aligned:matched become the N that reaches back as far on average, in the same text, as the
+semantic or semantic:closed blocks of the same table (of the config, if the table has neither). The
+report consists of table.md, table.json and four figures.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from locality import partition
-from prepare_data import get_encoding, prepared, read_meta, read_split, token_bytes
+from locality import partition_text
+from prepare_data import TextConfig, get_encoding, prepare, token_bytes
+from report.sweep import read_results, report
 from support.files import InputError, alone, run_script, write_text
 from support.machine import pick_device, stop_signals
-from support.report import read_results, report
-from support.settings import lost, to_toml, usage
+from support.settings import to_toml, usage
 from support.weights import PRETRAINED
 from train import Config, read_config, read_values
 
@@ -48,42 +48,48 @@ def read_cells(values):
     tables = values.pop("sweep", None)
     tables = tables if isinstance(tables, list) else []
     if not tables or not all(isinstance(table, dict) and table for table in tables):
-        example = 'schedule = ["distributed", "quintic"]'
-        raise InputError(f"a sweep needs a table [[sweep]] of lists, for example {example}")
+        raise InputError(
+            "a sweep needs a table [[sweep]] of lists, for example "
+            'schedule = ["distributed", "quintic"]'
+        )
     known = Config.__dataclass_fields__.keys() - {"out"}
     for table in tables:
         for key, choices in table.items():
             if key not in known:
-                raise InputError(f"[[sweep]]: {key} is not a key that cells can differ in")
+                raise InputError(f"[[sweep]]: {key} is not a key in which cells can differ")
             if not isinstance(choices, list) or not choices:
                 raise InputError(f"[[sweep]]: {key} must be a list of one or more values")
     cells = {}
     for table in tables:
-        like = what_to_match(table.get("partition", ()), values.get("partition"))
+        reference = matching_reference(table.get("partition", ()), values.get("partition"))
         for choice in itertools.product(*table.values()):
-            cell = resolve({**values, **dict(zip(table, choice))}, like)
+            cell = resolve({**values, **dict(zip(table, choice))}, reference)
             others = (asdict(other) for other in cells.values())
             if any(asdict(cell) == {**other, "out": cell.out} for other in others):
-                continue  # another table has it too
+                continue  # another table contains it, too
             name = name_of(cell, table)
             cell.out = str(Path(values["out"]) / name)
             if name in cells:
-                twice = f"two cells would share the folder {cell.out}; put them in two files"
-                raise InputError(f"[[sweep]]: {twice}")
+                raise InputError(
+                    f"[[sweep]]: two cells would share the folder {cell.out}; put them in two files"
+                )
             cells[name] = cell
     return cells
 
 
-def what_to_match(partitions, otherwise):
-    """Which blocks the `:matched` of a table are matched to: its own semantic or semantic:closed
-    ones, else those of the config (`otherwise`), else semantic. Raises InputError for both."""
-    found = [name for name in ("semantic", "semantic:closed") if name in partitions]
-    if len(found) == 2 and any(str(name).endswith(":matched") for name in partitions):
-        two = "semantic and semantic:closed reach back differently"
-        raise InputError(f"[[sweep]]: {two}; give each a table, with rivals matched to it")
-    return (
-        found[0] if found else "semantic:closed" if otherwise == "semantic:closed" else "semantic"
-    )
+def matching_reference(partitions, default):
+    """The blocks to which the `:matched` partitions of a table are matched: its own semantic or
+    semantic:closed ones, else those of the config (`default`), else semantic. Raises InputError if
+    the table has both."""
+    candidates = [name for name in ("semantic", "semantic:closed") if name in partitions]
+    if len(candidates) == 2 and any(str(name).endswith(":matched") for name in partitions):
+        raise InputError(
+            "[[sweep]]: semantic and semantic:closed reach back differently; give each a table of "
+            "its own, with the rivals that are matched to it"
+        )
+    if candidates:
+        return candidates[0]
+    return "semantic:closed" if default == "semantic:closed" else "semantic"
 
 
 def name_of(cell, keys):
@@ -95,43 +101,47 @@ def name_of(cell, keys):
     return "".join(c for c in ".".join(words) if c.isalnum() or c in "_.+-")
 
 
-def resolve(values, like):
-    """The Config of one cell, with the N of `:matched` worked out: see `matched`.
+def resolve(values, reference):
+    """The Config of one cell, with the N of `:matched` computed: see `matched`.
 
-    like: semantic or semantic:closed, what it is matched to. Prepares the cell's data, so that
-    cells which run side by side find it. Raises InputError.
+    reference: semantic or semantic:closed, which it is matched to. It prepares the cell's data, so
+    that cells which run side by side find it. Raises InputError.
     """
     base = values.get("init_from", Config.init_from)
     if base not in ("scratch", *PRETRAINED) and not Path(str(base)).exists():
-        raise InputError(f"init_from: {base} is not there; make it first, as the config says")
+        raise InputError(f"init_from: {base} does not exist; make it first, as the config says")
     kind, _, n = str(values.get("partition", "")).partition(":")
     if n == "matched" and kind in ("window", "block", "aligned"):
-        config = Config(**{**values, "partition": like})
-        n, cap = matched(kind, prepared(asdict(config)))
+        config = Config(**{**values, "partition": reference})
+        n, cap = matched(kind, prepare_cell(config))
         values |= {"partition": f"{kind}:{n}", "max_lookback": max(config.max_lookback, cap)}
     config = Config(**values)
-    prepared(asdict(config))
+    prepare_cell(config)
     return config
 
 
-def matched(kind, folder):
-    """The N with which kind:N reaches back as far, on average, as the blocks of a prepared folder;
-    and a cap that does not cut it, in tokens.
+def prepare_cell(cell):
+    """The Prepared folder of a Config."""
+    return prepare(TextConfig.of(asdict(cell)))
+
+
+def matched(kind, data):
+    """The N with which kind:N reaches back as far, on average, as the blocks of a Prepared folder;
+    and a max_lookback that does not cut it, in tokens.
 
     A window of N tokens reaches back N - 1, a block of N tokens (N - 1) / 2. An aligned block is
-    longer than N by part of a sentence: there the N is searched, in the first million tokens.
-    Raises InputError where no N comes near.
+    longer than N by part of a sentence, so its N is searched, in the first million tokens.
+    Raises InputError if no N comes close.
     """
-    meta = read_meta(folder)
-    tokens, lookback = read_split(folder, "train", meta)
+    tokens, lookback = data.split("train")
     mean = float(lookback.mean(dtype=float))
     if kind != "aligned":
         n = round(mean) + 1 if kind == "window" else 2 * round(mean) + 1
         return n, n - 1
-    vocabulary, some = token_bytes(get_encoding(meta["tokenizer"])), tokens[: 1 << 20]
+    vocabulary, tokens = token_bytes(get_encoding(data.meta["tokenizer"])), tokens[: 1 << 20]
 
     def aligned(n):
-        return partition(some, vocabulary, f"aligned:{n}", 65535)
+        return partition_text(tokens, vocabulary, f"aligned:{n}", 65535)
 
     def gap(n):
         return aligned(n).mean(dtype=float) - mean
@@ -141,72 +151,76 @@ def matched(kind, folder):
     n = min(n, max(n - 1, 1), key=lambda n: abs(gap(n)))
     blocks = aligned(n)
     if abs(gap(n)) > max(0.05 * mean, 1):
-        near = f"aligned:{n} reaches back {blocks.mean(dtype=float):.0f}"
-        far = "the sentences of this text are too long for aligned:matched; leave it out"
-        raise InputError(f"semantic blocks reach back {mean:.0f} tokens on average, {near}: {far}")
-    return n, int(blocks.max()) + 1  # so that the cap hardly ever cuts
+        raise InputError(
+            f"semantic blocks reach back {mean:.0f} tokens on average, but aligned:{n} reaches "
+            f"back {blocks.mean(dtype=float):.0f}: the sentences of this text are too long for "
+            "aligned:matched; leave it out"
+        )
+    return n, int(blocks.max()) + 1  # so that max_lookback hardly ever cuts
 
 
 # --------------------------------------------------------------------------------------------------
 # running them
 
-
 MADE = "# made by sweep.py: one cell of a sweep\n"
 
 
 def check_folder(out):
-    """Raises InputError for a folder that holds something else than a sweep."""
+    """Raises InputError for a folder that contains something other than a sweep."""
     try:
         made = any(path.read_text(errors="replace").startswith(MADE) for path in out.glob("*.toml"))
         if out.exists() and any(out.iterdir()) and not made and not any(out.glob("*/config.toml")):
-            raise InputError(f"{out} is not empty and holds no sweep; give another --out")
+            raise InputError(f"{out} is not empty and contains no sweep; give another --out")
     except OSError as e:
         raise InputError(f"{out}: cannot be read ({e.strerror})") from None
 
 
-def run_cell(cell, threads, held, children, asked):
-    """Bring one cell to its end in a process of its own. Returns None, or why it broke, a line.
+def check_same(cell, out):
+    """Raises InputError if what ran in the folder `out` is not this cell, a Config."""
+    if (out / "results.json").is_file():
+        results = read_results(out / "results.json")
+        before = results["config"]
+        if results["source_sha256"] != prepare_cell(cell).meta["source_sha256"]:
+            raise InputError(f"{out} was run on another text; delete it, or give another --out")
+    else:
+        before = asdict(read_config([str(out / "config.toml")]))
+    changed = [key for key, value in asdict(cell).items() if before.get(key) != value]
+    if changed:
+        raise InputError(
+            f"{out} was run with another {', '.join(changed)}; delete it, or give another --out"
+        )
 
-    held: an open folder, whose lock the process holds as well. children: a set that has the process
-    while it runs. asked: a list, not empty if the sweep has to stop.
+
+def run_cell(cell, threads, held, children, received):
+    """Complete one cell in a process of its own. Returns None, or why it broke: one line.
+
+    held: an open folder, whose lock the process holds as well. children: a set that contains the
+    process while it runs. received: a list of signals; if it is not empty, the sweep has to stop.
     """
     out = Path(cell.out)
     finished, begun = (out / "results.json").is_file(), (out / "last.pt").is_file()
-    if finished or begun:
-        try:
-            if finished:
-                results = read_results(out / "results.json")
-                before, text = results["config"], read_meta(prepared(asdict(cell)))["source_sha256"]
-                if results.get("source_sha256", text) != text:
-                    return f"{out} was run on another text; delete it, or give another --out"
-            else:
-                before = asdict(read_config([str(out / "config.toml")]))
-        except InputError as e:
-            return str(e)
-        changed = [key for key, value in asdict(cell).items() if before.get(key) != value]
-        changed += lost(before)
-        if changed:
-            other = f"was run with another {', '.join(changed)}"
-            return f"{out} {other}; delete it, or give another --out"
-    if finished:
-        return None
     config, log = (out.with_name(out.name + end) for end in (".toml", ".log"))
     command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-    keep = () if held is None else (held,)
     try:
+        if finished or begun:
+            check_same(cell, out)
+        if finished:
+            return None
         if not begun:
             if config.exists() and not config.read_text(errors="replace").startswith(MADE):
                 return f"error: {config} was not made by sweep.py; move it, or give another --out"
             write_text(config, MADE + to_toml(cell))
         with open(log, "w") as f:
-            how = {"stdout": f, "stderr": f, "env": environment, "pass_fds": keep}
-            with subprocess.Popen(command, **how) as child:
+            keep = () if held is None else (held,)
+            with subprocess.Popen(
+                command, stdout=f, stderr=f, env=environment, pass_fds=keep
+            ) as child:
                 children.add(child)
-                if asked:
+                if received:
                     child.terminate()
                 status = child.wait()
-    except (InputError, OSError) as e:  # the disk is full, say
+    except (InputError, OSError) as e:  # another cell is there; or the disk is full
         return f"error: {e}"
     children.discard(child)
     if status == 0:
@@ -219,27 +233,27 @@ def run_cell(cell, threads, held, children, asked):
 def run(cells, jobs, held):
     """Run all cells, `jobs` at a time. Returns {name: why} of those that broke.
 
-    held: as in run_cell. Raises KeyboardInterrupt(n) after signal n, when all runs have stopped.
+    held: see run_cell. Raises KeyboardInterrupt(n) after signal n, once all runs have stopped.
     """
     device = pick_device(next(iter(cells.values())).device)
     cuda = device.type == "cuda"
-    if jobs is None:  # a small model leaves a large card idle
+    if jobs is None:  # a small model leaves a large GPU idle
         memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
         jobs = max(1, memory // 2**35)
     threads = max(1, os.cpu_count() // jobs) if jobs > 1 and not cuda else None
     broken, children = {}, set()
     bar = tqdm(total=len(cells), unit="run", disable=None)
-    with stop_signals() as asked, ThreadPoolExecutor(jobs) as pool, bar:
+    with stop_signals() as received, ThreadPoolExecutor(jobs) as pool, bar:
         running = {
-            pool.submit(run_cell, cell, threads, held, children, asked): name
+            pool.submit(run_cell, cell, threads, held, children, received): name
             for name, cell in cells.items()
         }
         left = set(running)
         try:
             while left:
                 done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-                if asked:
-                    raise KeyboardInterrupt(asked[0])
+                if received:
+                    raise KeyboardInterrupt(received[0])
                 for future in done:
                     name, why = running[future], future.result()
                     if why:
@@ -249,7 +263,7 @@ def run(cells, jobs, held):
                     if bar.disable:
                         number = len(cells) - len(left)
                         print(f"{number}/{len(cells)}: {name}{', broken' * bool(why)}", flush=True)
-        except BaseException:  # the runs save, and stop
+        except BaseException:  # the runs save and stop
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(children):
                 child.terminate()
@@ -264,34 +278,35 @@ def take_jobs(argv):
     at = argv.index("--jobs")
     jobs = "".join(argv[at + 1 : at + 2])
     if not (jobs.isascii() and jobs.isdigit() and len(jobs) < 5 and int(jobs) > 0):
-        raise InputError("--jobs takes a number of runs to go at a time")
+        raise InputError("--jobs takes the number of runs at a time")
     del argv[at : at + 2]
     return int(jobs)
 
 
 def main():
     argv = [word for word in sys.argv[1:] if word != "--report"]
+    only_report = "--report" in sys.argv
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nKeys, in the file or as --key value:\n{usage(Config)}")
         return
     jobs = take_jobs(argv)
     values = read_values(argv, more=("sweep",))
     out, broken, cells = Path(values["out"]), {}, {}
-    if "--report" not in sys.argv:
+    if not only_report:
         check_folder(out)
         try:
             cells = read_cells(values)
-            # runs that a sweep left when it was killed hold the lock too: they are waited for
+            # runs that outlived a killed sweep hold the lock, too: wait for them
             with alone(out) as held:
                 broken = run(cells, jobs, held)
         except KeyboardInterrupt:
-            print("stopped; the same command goes on", file=sys.stderr)
+            print("stopped; run the same command to continue", file=sys.stderr)
             raise
-    if "--report" in sys.argv or len(broken) < len(cells):
+    if only_report or len(broken) < len(cells):
         report(out)
         others = {path.parent.name for path in out.glob("*/results.json")} - cells.keys()
-        if others and "--report" not in sys.argv:
-            print(f"{len(others)} cells that this config does not name are in the table too")
+        if others and not only_report:
+            print(f"the table includes {len(others)} cells that this config does not name")
     for name, why in broken.items():
         print(f"broken: {name}: {why}", file=sys.stderr)
     sys.exit(1 if broken else 0)

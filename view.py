@@ -1,14 +1,15 @@
 """Look at a text through a model: one HTML file for any browser, which needs nothing else.
 
-    python read.py runs/quickstart                                     # a page of the test split
-    python read.py runs/quickstart --split train --from "In the early"  # from these words on
-    python read.py runs/quickstart --prompt "Attention is a habit. It is learned."
-    python read.py runs/quickstart --schedule localist --schedule linear  # compare these two dials
-    python read.py gpt2 --text my_page.txt                             # weights, without a run
+    python view.py runs/quickstart                                     # a page of the test split
+    python view.py runs/quickstart --split train --from "In the early"  # starting at these words
+    python view.py runs/quickstart --prompt "Attention is a habit. It is learned."
+    python view.py runs/quickstart --schedule localist --schedule linear  # compare these two dials
+    python view.py gpt2 --text my_page.txt                             # published weights
 
 For every token the page shows where each head looks, how much of that stays in the block, and what
 may come next. It also shows what the prediction depends on: each sentence before the token is
-replaced by foreign text. All this at two dials, with the same weights: the run's own, and 0.
+replaced with foreign text. It shows all this at two settings of the dial, with the same weights:
+the one that the run was trained with, and 0.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -22,26 +23,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import entropy_of, fidelity_of, load_model
+from eval import add_model_arguments, attention_maps, entropy_of, fidelity_of, load
 from locality import CHUNK, Partitioner, schedule
-from prepare_data import (
-    SPLITS,
-    get_encoding,
-    liveliest,
-    prepared,
-    read_meta,
-    read_split,
-    token_bytes,
-)
+from prepare_data import TextConfig, get_encoding, prepare, token_bytes
+from report.blocks import liveliest
+from report.page import fill, label, pack, pieces_of, visible
 from support.files import InputError, check_writable, run_script, write_text
 from support.machine import pick_device, provenance
-from support.page import fill, label, pack, pieces_of, visible
+from support.prepared import SPLITS
 from support.run import is_run
 from support.sentences import first_bytes
 from support.sources import pieces
 from support.weights import PRETRAINED
 
-TOKENS, MOST = 512, 4096  # of an excerpt: the default, the most
+TOKENS, MOST = 512, 4096  # tokens on a page: the default, the maximum
 LIKELIEST = 10  # next tokens that are shown
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
@@ -50,40 +45,35 @@ SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
 
 class Text(NamedTuple):
-    """A whole text, and what goes with it."""
+    """A whole text, and what belongs to it."""
 
     name: str
     tokens: np.ndarray  # (n,) ids
     start: int  # the first token to show
     background: dict | None  # of the partition
     foreign: np.ndarray  # ids of another text, to replace sentences with
-    lookback: np.ndarray | None = None  # (n,), where it was prepared
+    lookback: np.ndarray | None = None  # (n,), if it was prepared
 
 
-def own_text(config, split, T):
-    """A split of a run's text; the other text is another split. T: how many tokens to show.
-
-    Raises InputError.
-    """
-    folder = prepared(config)
-    meta = read_meta(folder)
-    tokens, lookback = read_split(folder, split, meta)
-    foreign = read_split(folder, "val" if split == "test" else "test", meta)[0]
+def own_text(data, split, T):
+    """A split of a run's Prepared text; the foreign text is another split. T: tokens to show."""
+    tokens, lookback = data.split(split)
+    foreign, _ = data.split("val" if split == "test" else "test")
     start = liveliest(lookback, T)
-    return Text(f"{split} split", tokens, start, meta["background"], foreign, lookback)
+    return Text(f"{split} split", tokens, start, data.meta["background"], foreign, lookback)
 
 
-def given_text(config, path, prompt):
-    """The text of a file, or else the prompt, for a run or for weights.
+def given_text(config, trained_on, path, prompt):
+    """The text of a file, or the prompt, for a run or for published weights.
 
-    The other text is the run's test split; for weights, the sample text. Raises InputError.
+    The foreign text is the run's test split; for weights, the sample text. Raises InputError.
     """
     encoding, background = get_encoding(config["tokenizer"]), None
     name, text = (path.name, "".join(pieces(path))) if path else ("a prompt", prompt)
     tokens = np.array(encoding.encode(text, allowed_special="all"), np.int64)
     if config["source"]:
-        folder = prepared(config)
-        background, foreign = read_meta(folder)["background"], read_split(folder, "test")[0]
+        data = prepare(TextConfig.of(config), trained_on)
+        background, (foreign, _) = data.meta["background"], data.split("test")
     else:
         foreign = np.array(encoding.encode("".join(pieces(SAMPLE)), allowed_special="all"))
     return Text(name, tokens, 0, background, foreign)
@@ -92,20 +82,20 @@ def given_text(config, path, prompt):
 def find_words(text, vocabulary, words):
     """The first token of some words in a Text, whatever white space is between them.
 
-    Raises InputError where they are not in it.
+    Raises InputError if the text does not contain them.
     """
     chunks = (text.tokens[i : i + CHUNK].tolist() for i in range(0, len(text.tokens), CHUNK))
     letters = b"".join(b"".join([vocabulary[t] for t in chunk]) for chunk in chunks)
     letters = letters.translate(bytes.maketrans(b"\t\n\v\f\r", b"     "))
     letters = np.frombuffer(letters, np.uint8)
     kept = letters != 32
-    kept[1:] |= letters[:-1] != 32  # of white space, the first character
+    kept[1:] |= letters[:-1] != 32  # the first character of each run of white space
     wanted = " ".join(words.split()).encode(errors="surrogateescape")
-    found = letters[kept].tobytes().find(wanted)
-    if found < 0 or not wanted:
-        raise InputError(f"{text.name}: the words {words!r} are not there; see --split")
+    at = letters[kept].tobytes().find(wanted)
+    if at < 0 or not wanted:
+        raise InputError(f"{text.name} does not contain the words {words!r}; see --split")
     ends = np.cumsum(np.array([len(b) for b in vocabulary])[text.tokens])
-    return int(np.searchsorted(ends, np.flatnonzero(kept)[found], side="right"))
+    return int(np.searchsorted(ends, np.flatnonzero(kept)[at], side="right"))
 
 
 class Excerpt(NamedTuple):
@@ -114,28 +104,31 @@ class Excerpt(NamedTuple):
     shown: str  # which tokens of which text
     tokens: np.ndarray  # (T,) int64
     lookback: np.ndarray  # (T,) int64
-    marks: list  # (token, block, words): there it was noticed that a block began at token `block`
+    marks: list  # (token, block, words): where it was recognized that a block began at `block`
     sentences: list  # (begin, end), at least one
 
 
-def cut(text, T, vocabulary, method, max_lookback):
+def cut(text, T, vocabulary, config):
     """The Excerpt of T tokens of a Text, or of as many as there are from its start on.
 
-    method, max_lookback: the partition, which reads the text from its beginning. Raises InputError
-    for fewer than 2 tokens.
+    config: a dict with the partition, which reads the text from its beginning. Raises InputError if
+    there are fewer than 2 tokens.
     """
     start, n = text.start, len(text.tokens)
     end = min(start + T, n)
     if end - start < 2:
-        raise InputError(f"{text.name}: 2 tokens are needed at least, and here is {end - start}")
-    how = vocabulary, method, max_lookback, text.background
-    lookback, moves = walk(text.tokens[:end], *how)
+        raise InputError(
+            f"{text.name}: a page needs at least 2 tokens, but there are {end - start}"
+        )
+    partition, cap = config["partition"], config["max_lookback"]
+    partitioner = Partitioner(vocabulary, partition, cap, text.background, config["plain"])
+    lookback, moves = walk(text.tokens[:end], partitioner)
     if text.lookback is not None:  # a joined text no longer says where a document ends
         lookback = text.lookback[:end].astype(np.int64)
     marks = [
-        (token - start, block - start, "cap" if bits is None else say_bits(bits))
+        (token - start, block - start, "cap" if bits is None else bits_in_words(bits))
         for token, block, bits in moves
-        if method in ("semantic", "semantic:closed") and block > start and bits != math.inf
+        if partition in ("semantic", "semantic:closed") and block > start and bits != math.inf
     ]
     which = f"tokens {start:,} … {end - 1:,} of {n:,}" if end - start < n else f"all {n:,} tokens"
     return Excerpt(
@@ -147,16 +140,13 @@ def cut(text, T, vocabulary, method, max_lookback):
     )
 
 
-def say_bits(bits):
+def bits_in_words(bits):
     return f"{bits:.1f} bits" if bits < 39.9 else "> 40 bits"  # see ChangePoints.bits_later
 
 
-def walk(tokens, *how):
-    """What a Partitioner finds in a text: the lookback, (n,) int64, and all moves of the block.
-
-    how: the arguments of Partitioner.
-    """
-    partitioner, lookback, moves = Partitioner(*how), [], []
+def walk(tokens, partitioner):
+    """What a fresh Partitioner finds in a text: the lookback, (n,) int64, and all moves."""
+    lookback, moves = [], []
     for i in range(0, len(tokens), CHUNK):
         lookback.append(partitioner.push(tokens[i : i + CHUNK]))
         moves += partitioner.moves[1:]
@@ -172,10 +162,10 @@ def sentence_starts(tokens, vocabulary):
 
 
 def join_short(starts, T, apart=()):
-    """The (begin, end) of the sentences of T tokens. starts: where they begin, the first at 0.
+    """The (begin, end) of the sentences of T tokens. starts: their first tokens, the first at 0.
 
-    One that is shorter than a 32nd of the T is joined with the next: each will take a forward pass.
-    apart: a sentence that begins there is not joined with what stands before it.
+    A sentence shorter than T / 32 is joined with the next, because each takes a forward pass.
+    apart: sentences that begin at these tokens are not joined with what precedes them.
     """
     edges = [0]
     for start in starts:
@@ -185,7 +175,7 @@ def join_short(starts, T, apart=()):
 
 
 # --------------------------------------------------------------------------------------------------
-# where it looks, and what that depends on
+# where the model looks, and what its predictions depend on
 
 
 @torch.no_grad()
@@ -193,30 +183,30 @@ def look(model, idx, lookback, n_keys):
     """Where every head of a model looks, a dict of tensors. idx, lookback: (1, T).
 
     fidelity: the attention that stays in the block, (L, H, T); entropy: in bits, (L, H, T); keys,
-    weights: the n_keys keys with the most attention, (L, H + 1, T, n_keys). There, the mean over
+    weights: the n_keys keys with the most attention, (L, H + 1, T, n_keys), where the mean over
     heads is one more head, the last.
     """
-    block = model.blocks(lookback)  # (1, 1, T, T)
-    found = {"fidelity": [], "entropy": [], "keys": [], "weights": []}
-    for a in model.attention_maps(idx, lookback):  # (1, H, T, T)
-        found["fidelity"].append(fidelity_of(a, block)[0])
-        found["entropy"].append(entropy_of(a)[0])
+    block = model.in_block(lookback)  # (1, 1, T, T)
+    layers = {"fidelity": [], "entropy": [], "keys": [], "weights": []}
+    for a in attention_maps(model, idx, lookback):  # (1, H, T, T)
+        layers["fidelity"].append(fidelity_of(a, block)[0])
+        layers["entropy"].append(entropy_of(a)[0])
         top = torch.cat((a, a.mean(1, keepdim=True)), 1)[0].topk(n_keys)  # (H + 1, T, n_keys)
-        found["keys"].append(top.indices)
-        found["weights"].append(top.values)
-    return {name: torch.stack(layers) for name, layers in found.items()}
+        layers["keys"].append(top.indices)
+        layers["weights"].append(top.values)
+    return {name: torch.stack(values) for name, values in layers.items()}
 
 
 @torch.no_grad()
 def influence(model, idx, lookback, log_p, sentence, foreign):
-    """How much later predictions depend on a sentence: replace it by K texts, one after another.
+    """How much later predictions depend on a sentence: replace it with K texts, one by one.
 
-    idx: (1, T); log_p: (T, V), the predictions with the sentence in its place, in nats; sentence:
-    its (begin, end); foreign: (K, end - begin) ids to put there; lookback: (1, T), what holds while
-    they are there. Positions stay as they are, and so does the first token. The model is in eval
-    mode, and all is on its device.
+    idx: (1, T); log_p: (T, V), the predictions with the original sentence, in nats; sentence: its
+    (begin, end); foreign: (K, end - begin) ids to replace it with; lookback: (1, T), which holds
+    meanwhile. Positions do not change, nor does the first token. The model is in eval mode, and
+    everything is on its device.
     Returns, for every token after the sentence, KL(p || p with it replaced) in bits, (K, T - end),
-    and p with it replaced, mean over the K, (T - end, V). One pass serves all of these tokens.
+    and p with it replaced, the mean over the K, (T - end, V). One pass serves all these tokens.
     """
     begin, end = max(sentence[0], 1), sentence[1]
     bits, mean_p = [], 0.0
@@ -233,59 +223,61 @@ def influence(model, idx, lookback, log_p, sentence, foreign):
 def draw_foreign(tokens, vocabulary, sentences, n, seed=0):
     """n foreign texts to replace each sentence with: a list of (n, length) int64.
 
-    The same seed draws the same ones. Each begins where a sentence of `tokens`, (n_tokens,), does,
-    and is as long as it has to be. (In place of the first sentence, `influence` leaves out its
-    first token.)
+    The same seed draws the same texts. Each begins where a sentence of `tokens`, (n_tokens,), does
+    and has the length of the sentence it replaces. (When the first sentence is replaced,
+    `influence` keeps its first token.)
     """
     tokens = tokens[:CHUNK].astype(np.int64)  # enough to choose from
     starts, drawn = np.array(sentence_starts(tokens, vocabulary)), []
     rng = np.random.default_rng(seed)
     for begin, end in sentences:
         long_enough = starts[starts <= len(tokens) - (end - begin)]
-        some = long_enough if len(long_enough) else starts
-        chosen = rng.choice(some, n, replace=len(some) < n)
+        candidates = long_enough if len(long_enough) else starts
+        chosen = rng.choice(candidates, n, replace=len(candidates) < n)
         texts = [np.resize(tokens[start : start + end - begin], end - begin) for start in chosen]
         drawn.append(torch.tensor(np.stack(texts)))
     return drawn
 
 
 # --------------------------------------------------------------------------------------------------
-# the file
+# the page
 
 
-def two_dials(schedules, fidelities, config, n_layer):
-    """The two dials to show: (schedule, fidelity, lambda of each layer).
+def two_dials(schedules, floors, config, n_layer):
+    """The two dials to show: (schedule, floor, locality of each layer).
 
-    What is not given, None, is as in the config, a dict. One schedule is shown beside
-    `distributed`, and that beside `quintic`. Raises InputError.
+    What is None is taken from the config, a dict. A single schedule is shown beside `distributed`,
+    and that beside `quintic`. Raises InputError.
     """
-    names, floors = schedules or [config["schedule"]], fidelities or [config["fidelity"]]
+    names, floors = schedules or [config["schedule"]], floors or [config["floor"]]
     if max(len(names), len(floors)) > 2:
-        raise InputError("a page shows two dials: --schedule and --fidelity come twice at most")
+        raise InputError("a page shows two dials: give --schedule and --floor at most twice each")
     if len(names) == 1 and len(floors) == 1:
         names = [*names, "quintic" if names[0] == "distributed" else "distributed"]
     pairs = zip([*names, names[-1]], [*floors, floors[-1]][:2])
-    return [(name, f, schedule(name, n_layer, f)) for name, f in pairs]
+    return [(name, floor, schedule(name, n_layer, floor)) for name, floor in pairs]
 
 
 def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
-    """All that support/page.html shows of a model and an Excerpt, a dict. Turns the model's dial.
+    """Everything that report/page.html shows of a model and an Excerpt, a dict.
 
-    foreign: (n,) token ids; dials: as `two_dials` gives them; n_draws: foreign texts to replace
-    each sentence with. Raises InputError.
+    It turns the model's dial. foreign: (n,) token ids; dials: what `two_dials` returned; n_draws:
+    foreign texts per sentence. Raises InputError.
     """
     L, H, T = model.config.n_layer, model.config.n_head, len(excerpt.tokens)
-    # 16 keys of each head; up to 32 where that takes less than 2 MB, at 3 bytes a key
+    # 16 keys of each head; up to 32 if that takes less than 2 MB, at 3 bytes per key
     n_keys = min(T, max(16, min(32, int(2e6 / (2 * 3 * T * L * (H + 1))))))
     drawn = draw_foreign(foreign, vocabulary, excerpt.sentences[:-1], n_draws)
     facts, arrays = [], {}
-    with tqdm(total=2 * len(excerpt.sentences), desc="reading", leave=False, disable=None) as bar:
-        for i, (name, fidelity, lambdas) in enumerate(dials):
-            model.set_locality(lambdas)
-            loss, found = measure_dial(model, excerpt, drawn, n_keys, bar)
-            known = {"locality": lambdas, "perplexity": math.exp(min(loss, 700))}
-            facts.append({"schedule": name, "fidelity": fidelity, **known})
-            arrays |= {f"{key}{i}": value for key, value in found.items()}
+    with tqdm(total=2 * len(excerpt.sentences), desc="viewing", leave=False, disable=None) as bar:
+        for i, (name, floor, locality) in enumerate(dials):
+            model.set_locality(locality)
+            loss, measured = measure_dial(model, excerpt, drawn, n_keys, bar)
+            perplexity = math.exp(min(loss, 700))
+            facts.append(
+                {"schedule": name, "floor": floor, "locality": locality, "perplexity": perplexity}
+            )
+            arrays |= {f"{key}{i}": value for key, value in measured.items()}
     # the page numbers the tokens that it names from 0 on
     named = [f"{key}{i}" for key in ("likely", "new") for i in (0, 1)]
     ids = [excerpt.tokens, *(arrays[key][0].flatten() for key in named)]
@@ -312,10 +304,10 @@ def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
 
 @torch.no_grad()
 def measure_dial(model, excerpt, drawn, n_keys, bar):
-    """What a page shows of a model at its dial: the excerpt's loss, nats per token, and arrays.
+    """What a page shows of a model at its dial: the loss, nats per token, and arrays.
 
-    drawn: as `draw_foreign` gives it; bar: counts the passes. The arrays are {name: (values,
-    scale)}, as support.page.pack takes them; the tokens in them are ids. Raises InputError.
+    drawn: what `draw_foreign` returned; bar: counts the passes. The arrays are {name: (values,
+    scale)} as report.page.pack takes them; the tokens in them are ids. Raises InputError.
     """
     device = model.wte.weight.device
     idx = torch.tensor(excerpt.tokens, device=device)[None]  # (1, T)
@@ -354,65 +346,62 @@ def measure_dial(model, excerpt, drawn, n_keys, bar):
 
 def main():
     parser = argparse.ArgumentParser(description="look at a text through a model: an HTML page")
+    add_model_arguments(parser, action="append")
     add = parser.add_argument
-    add("run", help="a run of train.py; or weights: gpt2, gpt2-medium … or a path, with a text")
     add("--split", choices=SPLITS, help="of the run's text (default: test)")
     add("--text", type=Path, help="another text, a file")
     add("--prompt", help="another text, given here")
-    add("--from", dest="words", help="words to begin with (default: where it shows most blocks)")
+    add("--from", dest="words", help="words to begin with (default: where most blocks begin)")
     add("--tokens", type=int, help=f"how many (default: {TOKENS}, or the model's context)")
-    add("--schedule", action="append", help="this, not the run's; twice, to compare two")
-    add(
-        "--fidelity", type=float, action="append", help="the floor of the last layer; once or twice"
-    )
-    add("--draws", type=int, default=2, help="texts to replace each sentence with (default: 2)")
+    add("--draws", type=int, default=2, help="foreign texts per sentence (default: 2)")
     add("--out", type=Path, help="a file (default: page.html, in the run's folder or here)")
-    add("--device", default="auto")
     args = parser.parse_args()
     out = check_arguments(args)
 
     device = pick_device(args.device)
-    model, config = load_model(args.run, device)
-    dials = two_dials(args.schedule, args.fidelity, config, model.config.n_layer)
+    model, config, trained_on = load(args.run, device, plain=args.plain)
+    dials = two_dials(args.schedule, args.floor, config, model.config.n_layer)
     T = args.tokens or min(TOKENS, model.config.block_size)
     if not 2 <= T <= model.config.block_size:
-        raise InputError(f"this model reads {model.config.block_size} tokens at most, not {T}")
+        raise InputError(f"this model reads at most {model.config.block_size} tokens, not {T}")
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     if args.text or args.prompt is not None:
-        text = given_text(config, args.text, args.prompt)
+        text = given_text(config, trained_on, args.text, args.prompt)
     else:
-        text = own_text(config, args.split or "test", T)
+        text = own_text(prepare(TextConfig.of(config), trained_on), args.split or "test", T)
     if args.words is not None:
         text = text._replace(start=find_words(text, vocabulary, args.words))
-    excerpt = cut(text, T, vocabulary, config["partition"], config["max_lookback"])
+    excerpt = cut(text, T, vocabulary, config)
     data = measure(model, excerpt, vocabulary, text.foreign, dials, args.draws)
     data |= {"run": visible(args.run), "partition": config["partition"]}
     data |= {"max_lookback": config["max_lookback"], **provenance(device, config["seed"])}
     write_text(out, fill(data))
-    names = [name if name == "distributed" else f"{name} {f:g}" for name, f, _ in dials]
+    names = [name if name == "distributed" else f"{name} {floor:g}" for name, floor, _ in dials]
     print(f"{excerpt.shown}; {' and '.join(names)}")
     print(f"page: {out} ({out.stat().st_size / 1e6:.1f} MB), for any browser")
 
 
 def check_arguments(args):
-    """Where to write the page, a Path. Raises InputError for what could only fail later."""
+    """The Path of the page. Raises InputError for what would otherwise fail only later."""
     run = args.run not in PRETRAINED and is_run(args.run)
     out = args.out or Path(args.run if run else "", "page.html")
-    if out.suffix != ".html":  # and so no text, no weights are overwritten
-        raise InputError(f"{out}: a page ends in .html")
+    if out.suffix != ".html":  # so that no text and no weights are overwritten
+        raise InputError(f"{out}: the name of a page must end in .html")
     check_writable(out)
     other = args.text or args.prompt is not None
     if args.text and args.prompt is not None:
         raise InputError("give --text or --prompt, not both")
     if other and args.split:
-        raise InputError("--split is of the run's own text; it does not go with another text")
+        raise InputError("--split selects a part of the run's text; do not combine it with another")
     if not other and not run:
-        which = "to look at weights, say which text: --text my_page.txt, or --prompt"
-        raise InputError(f"{args.run}: no checkpoint of a run here; {which}")
+        raise InputError(
+            f"{args.run}: there is no checkpoint of a run here; to look at other weights, give a "
+            "text: --text my_page.txt, or --prompt"
+        )
     if args.tokens is not None and not 2 <= args.tokens <= MOST:
-        raise InputError(f"--tokens is in 2 … {MOST}, not {args.tokens}")
+        raise InputError(f"--tokens must be in 2 ... {MOST}, not {args.tokens}")
     if not 1 <= args.draws <= 100:
-        raise InputError(f"--draws is in 1 … 100, not {args.draws}")
+        raise InputError(f"--draws must be in 1 ... 100, not {args.draws}")
     return out
 
 

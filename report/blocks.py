@@ -1,0 +1,117 @@
+"""Where blocks begin: found again in the lookbacks, counted, marked in the text, described."""
+
+import numpy as np
+
+STRETCH = 1 << 22  # tokens in memory at a time
+MOST_FORCED = 0.2  # of the starts; above this, blocks follow max_lookback more than the text
+
+
+def block_moves(lookback):
+    """Where the block changes: (n,) integers -> the tokens from which on a new one holds, and the
+    tokens at which it begins, (m,) int64 each, ascending.
+
+    If a block slides at max_lookback, one token at a time, no new one begins; but blocks of a
+    single token count. It reads a memory map piece by piece.
+    """
+    tokens, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for at in range(0, len(lookback), STRETCH):
+        before = max(at - 1, 0)
+        i = np.arange(before, min(at + STRETCH, len(lookback)))
+        back = lookback[before : at + STRETCH]
+        start = i - back
+        moved = (np.diff(start) > 1) | (back[1:] == 0)
+        tokens.append(i[1:][moved])
+        starts.append(start[1:][moved])
+    return np.concatenate(tokens), np.concatenate(starts)
+
+
+def block_starts(lookback):
+    """The tokens at which blocks begin, including the first: (n,) integers -> int64, ascending."""
+    return np.append(np.zeros(min(len(lookback), 1), np.int64), block_moves(lookback)[1])
+
+
+def liveliest(lookback, T):
+    """The block start from which T tokens contain the most new blocks that begin and are noticed.
+
+    lookback: (n,) integers. If there are several such places, the first.
+    """
+    (tokens, starts), T = block_moves(lookback), min(T, len(lookback))
+    places = np.append(0, starts)
+    places = places[places <= len(lookback) - T]
+    seen = np.searchsorted(tokens, places + T) - np.searchsorted(starts, places, side="right")
+    return int(places[np.argmax(seen)])
+
+
+def block_stats(tokens, lookback, vocabulary, partition, max_lookback):
+    """Statistics of a split, a dict: tokens, bytes, the mean lookback.
+
+    For blocks, also their number and the quartiles of their lengths in tokens. For blocks that
+    follow sentences, also `lag`, the median number of tokens from where a block begins to where
+    that is known; and `forced`, the share of the starts that moved because the block had reached
+    max_lookback.
+    """
+    length, n_bytes = np.array([len(b) for b in vocabulary]), 0
+    for at in range(0, len(tokens), STRETCH):
+        n_bytes += int(length[tokens[at : at + STRETCH]].sum())
+    mean = float(lookback.sum(dtype=np.int64)) / len(tokens)
+    stats = {"tokens": len(tokens), "bytes": n_bytes, "mean_lookback": round(mean, 2)}
+    name = partition.partition(":")[0]
+    if name == "window":
+        return stats
+    known, begun = block_moves(lookback)
+    starts = np.append(0, begun)
+    quartiles = np.percentile(np.diff(starts, append=len(tokens)), (25, 50, 75)).tolist()
+    stats |= {"blocks": len(starts), "block_length_quartiles": quartiles}
+    if name not in ("block", "document") and len(begun):
+        stats["lag"] = float(np.median(known - begun))
+        stats["forced"] = round(float((lookback[known - 1] == max_lookback).mean()), 3)
+    return stats
+
+
+def mark_blocks(tokens, lookback, vocabulary):
+    """The text of some tokens, with ▌ where a block begins. tokens, lookback: (n,) integers."""
+    starts = set(block_starts(np.minimum(lookback, np.arange(len(tokens)))).tolist())
+    marked = ["▌".encode() * (i in starts) + vocabulary[t] for i, t in enumerate(tokens)]
+    return b"".join(marked).decode(errors="replace")
+
+
+def describe(folder, meta, tokens, lookback, vocabulary):
+    """What a prepared folder contains, with three block boundaries in context: lines of text.
+
+    meta: its meta.json; tokens, lookback: (n,) integers of the training split.
+    """
+    stats, train, partition = meta["splits"], meta["splits"]["train"], meta["partition"]
+    sizes = ", ".join(f"{split} {stats[split]['tokens']:,}" for split in stats)
+    per_token = train["bytes"] / train["tokens"]
+    lines = [f"{folder}: {sizes} tokens ({meta['tokenizer']}), {per_token:.2f} bytes per token"]
+    mean = f"mean lookback {train['mean_lookback']:.0f} tokens"
+    if "blocks" not in train:
+        return f"{lines[0]}\n{partition}: a sliding window, {mean}"
+    q1, median, q3 = train["block_length_quartiles"]
+    lines.append(
+        f"{partition}: {train['blocks']:,} blocks in train, median length {median:.0f} tokens "
+        f"(quartiles {q1:.0f} and {q3:.0f}), {mean}"
+    )
+    if partition == "document" and train["blocks"] == 1:
+        lines.append("this text contains no <|endoftext|>: it is one document")
+    if "forced" in train:
+        lines.append(
+            f"a new block is recognized {train['lag']:.0f} tokens after it begins (median); "
+            f"max_lookback ({meta['max_lookback']}) forced {100 * train['forced']:.0f} % of the "
+            "starts"
+        )
+        if train["forced"] > MOST_FORCED:
+            lines.append(f"max_lookback cuts many blocks: raise it above {meta['max_lookback']}")
+    tokens, lookback = tokens[:STRETCH], lookback[:STRETCH]
+    starts = block_starts(lookback)[1:]
+    if len(starts) > 3:
+        starts = starts[np.linspace(0, len(starts), 5, dtype=int)[1:-1]]
+    if len(starts):
+        lines.append("some of the places where a block begins:")
+    width = round(60 / per_token)  # 60 bytes
+    for start in starts:
+        sides = tokens[max(start - width, 0) : start], tokens[start : start + width]
+        text = [b"".join(vocabulary[t] for t in side).decode(errors="replace") for side in sides]
+        before, after = (side.replace("\n", " ") for side in text)
+        lines.append(f"  … {before} ▌{after} …")
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""What training shows: a first line, progress, and advice if it runs out of memory."""
+
+import shlex
+import time
+
+from tqdm import tqdm
+
+from support import machine
+
+
+def headline(run, model, config, process):
+    """One line: the run, the size of the model, the device, and the locality of every layer."""
+    size = sum(p.numel() for p in model.parameters())
+    place = f"{process.device}"
+    if process.world_size > 1:
+        place += f" and {process.world_size - 1} more"
+    missing = machine.missing_compiler(process.device)
+    if config.compile == "auto" and machine.fast_bfloat16(process.device) and missing:
+        place += f", not compiled, so slower ({missing} was not found)"
+    locality = ", ".join(f"{x:.3g}" for x in model.locality)
+    resumed = f", from step {run.step} of {config.max_steps}" if run.resuming else ""
+    return (
+        f"{run.folder}: {size:,} parameters on {place}, {config.schedule}, "
+        f"locality by layer: {locality}{resumed}"
+    )
+
+
+def flops_per_token(model, T):
+    """Floating-point operations to train on one token in a context of T (PaLM, appendix B).
+
+    The global half of a layer's attention is T wide, the local half as wide as a block can be.
+    """
+    n = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    W = min(T, model.config.max_lookback + 1)
+    width = sum(T * (x < 1) + W * (x > 0) for x in model.locality)
+    return 6 * n + 12 * model.config.n_embd * width
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere, a line now and then. It measures the throughput.
+
+    Compilation and validation are excluded from the throughput: `restart_clock` after them.
+    """
+
+    def __init__(self, run, config, model, process):
+        self.run, self.config, self.model, self.process = run, config, model, process
+        self.tokens_per_step = config.grad_accum * config.batch_size * model.config.block_size
+        self.bar = tqdm(
+            initial=run.step,
+            total=config.max_steps,
+            desc=run.folder.name,
+            unit="step",
+            disable=True if process.rank else None,
+        )
+        self.restart_clock()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def restart_clock(self):
+        self.steps, self.since = 0, time.perf_counter()
+
+    def update(self):
+        """Count a step."""
+        self.steps += 1
+        self.bar.update()
+
+    def tokens_per_s(self):
+        """Tokens per second, of all processes together, since the clock was restarted."""
+        return self.steps * self.tokens_per_step / max(time.perf_counter() - self.since, 1e-9)
+
+    def show(self, loss, lr, tokens_per_s):
+        """Show how training is going."""
+        line = (
+            f"loss {loss:.3f}, val {self.run.val_loss:.3f}, lr {lr:.1e}, {tokens_per_s:,.0f} tok/s"
+        )
+        if peak := machine.peak_flops(self.process.device):
+            flops = flops_per_token(self.model, self.model.config.block_size)
+            mfu = tokens_per_s / self.process.world_size * flops / peak
+            line += f", MFU {100 * mfu:.0f} %"
+        self.bar.set_postfix_str(line)
+        if self.bar.disable and self.run.writes:
+            print(f"step {self.run.step}/{self.config.max_steps}: {line}", flush=True)
+
+
+def memory_advice(run, config, process, T, finished):
+    """Memory is too small: what to change. The size of a step stays the same if possible.
+
+    T: tokens per context; finished: whether only the final evaluation is missing.
+    """
+    share = config.batch_size // process.world_size
+    if finished:
+        return (
+            "out of memory in the final evaluation; training is done, so measure the run with: "
+            f"python eval.py {shlex.quote(config.out)} --batch-size {max(share // 2, 1)}"
+        )
+    if share > 1:  # divide by the smallest factor: 2, unless the share is odd
+        n = next(n for n in range(2, share + 1) if share % n == 0)
+        change = f"--batch_size {config.batch_size // n} --grad_accum {config.grad_accum * n}"
+        gain = f"the same step in about 1/{n} of the memory"
+    else:
+        change, gain = f"--block_size {max(T // 2, 1)}", "contexts half as long"
+    resume = ""
+    if run.last_saved:
+        resume = f", or free memory and continue from step {run.last_saved} with --resume"
+    return (
+        f"out of memory at step {run.step + 1}, with {share} contexts of {T} tokens at a time; "
+        f"start over with {change} --overwrite ({gain}){resume}"
+    )
