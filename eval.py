@@ -46,7 +46,7 @@ from prepare_data import (
 )
 from report import plots
 from report.blocks import liveliest
-from report.tables import aligned
+from report.tables import dial_table, measures_table
 from support.files import InputError, check_writable, run_script, write_json
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
@@ -320,69 +320,6 @@ def dial_sweep(model, split, vocabulary, **options):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
-# showing
-
-
-def table(results):
-    """What `evaluate` returned, as lines of text."""
-    header = "layer", "locality", "fidelity", "pointer accuracy", "entropy (bits)", "on first token"
-    rows = [
-        (
-            f"{number}",
-            f"{layer['locality']:.3f}",
-            f"{layer['fidelity']:.3f}",
-            f"{layer['pointer_accuracy']:.3f}",
-            f"{layer['entropy']:.2f}",
-            f"{layer['first_token']:.3f}",
-        )
-        for number, layer in enumerate(results["layers"], 1)
-    ]
-    losses = ", ".join(f"from {n} {nats:.3f}" for n, nats in results["by_position"])
-    span = "reach: the whole context (a layer below 1, or an anchor, sees all of it)"
-    if results["reach"]:
-        span = (
-            f"reach, certified: {results['reach']['median']:.0f} tokens (median), at most "
-            f"{results['reach']['most']}; as long as the blocks stay the same, no earlier token "
-            "can change a prediction, whatever the weights"
-        )
-    return (
-        f"{aligned(header, rows)}\n"
-        f"perplexity {results['perplexity']:.3f}   bits per byte {results['bits_per_byte']:.4f}   "
-        f"accuracy {100 * results['accuracy']:.2f} %   "
-        f"({results['tokens']:,} tokens, stride {results['stride']})\n"
-        f"loss in nats by tokens of context: {losses}\n{span}"
-    )
-
-
-def dial_table(rows):
-    """What `dial_sweep` returned, as lines of text."""
-    header = (
-        "schedule",
-        "floor",
-        "perplexity",
-        "ratio to distributed",
-        "accuracy",
-        "mean over layers: locality",
-        "fidelity",
-        "entropy (bits)",
-    )
-    lines = [
-        (
-            row["schedule"],
-            "–" if row["schedule"] == "distributed" else f"{row['floor']:.2f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['ratio']:.4f}",
-            f"{100 * row['accuracy']:.2f} %",
-            f"{plots.layer_mean(row, 'locality'):.3f}",
-            f"{plots.layer_mean(row, 'fidelity'):.3f}",
-            f"{plots.layer_mean(row, 'entropy'):.2f}",
-        )
-        for row in rows
-    ]
-    return aligned(header, lines)
-
-
 def figure(model, tokens, lookback, vocabulary, results, path, title):
     """Draw the attention of the first and the last layer over a stretch of text, and the measures
     of all layers.
@@ -454,7 +391,7 @@ def main():
         results |= {"schedule": name, "floor": floor}
         results |= evaluate(model, *split, vocabulary, **options)
         title = f"{title}: {name}, floor {floor:g}"
-        print(f"{title}\n{table(results)}")
+        print(f"{title}\n{measures_table(results)}")
     if args.json:
         write_json(args.json, results)
     if args.figure and args.dial_sweep:

@@ -279,7 +279,7 @@ class GPT(nn.Module):
         Raises InputError for anything that is not a complete GPT-2.
         """
         path = weights.find(name_or_path)
-        return cls.from_state(weights.read(path), path, block_size, **settings)
+        return cls.from_state(weights.load(path), path, block_size, **settings)
 
     @classmethod
     def from_state(cls, state, path, block_size=None, **settings):

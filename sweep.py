@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from locality import partition_text
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
-from report.sweep import read_results, report
+from report.sweep import read_results, write_report
 from support.files import InputError, alone, run_script, write_text
 from support.machine import pick_device, stop_signals
 from support.settings import to_toml, usage
@@ -303,7 +303,7 @@ def main():
             print("stopped; run the same command to continue", file=sys.stderr)
             raise
     if only_report or len(broken) < len(cells):
-        report(out)
+        write_report(out)
         others = {path.parent.name for path in out.glob("*/results.json")} - cells.keys()
         if others and not only_report:
             print(f"the table includes {len(others)} cells that this config does not name")

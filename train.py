@@ -24,7 +24,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from eval import evaluate, figure, table
+from eval import evaluate, figure
 from locality import Partitioner, schedule
 from model import GPT, GPTConfig
 from prepare_data import (
@@ -37,12 +37,13 @@ from prepare_data import (
     vocabulary_size,
 )
 from report.blocks import mark_blocks
+from report.tables import measures_table
 from sample import generate
 from support import console, ddp, machine, settings
 from support.files import InputError, out_of_memory, run_script, write_json
 from support.machine import precision
 from support.prepared import SPLITS
-from support.run import Diverged, Run, check_finite, diagnose, read_checkpoint
+from support.run import Diverged, Run, check_finite, check_resumable, check_same_run, diagnose
 from support.settings import key
 
 
@@ -413,7 +414,7 @@ def finish(run, config, model, data, process):
     figure(model, *split, vocabulary, results, picture, title)
     print(
         f"\n{run.folder}: the best model (step {best_step}, validation loss {val_loss:.3f}) on the "
-        f"test split\n{table(results)}"
+        f"test split\n{measures_table(results)}"
     )
     prompt, text = write_sample(model, config, data, vocabulary)
     blocks = "▌ marks the beginning of a block" if "▌" in text else "no new block begins"
@@ -469,36 +470,12 @@ def read_config(argv):
 
 
 def read_resumed(argv):
-    """The Config with which the run in the folder argv[0] is resumed.
-
-    Raises InputError if it would not be the same run.
-    """
+    """The Config with which the run in the folder argv[0] is resumed. Raises InputError if it would
+    not be the same run."""
     out = Path(argv[0]) if argv else Path()
-    if not (out / "last.pt").is_file():
-        if (out / "config.toml").is_file():
-            raise InputError(f"{out}: there is no last.pt to resume from; start the run again")
-        raise InputError(
-            f"{out}: there is no last.pt to resume from; give the folder of a run: "
-            "python train.py runs/NAME --resume"
-        )
+    check_resumable(out)
     config = read_config([str(out / "config.toml"), *argv[1:], "--out", str(out)])
-    state = read_checkpoint(out / "last.pt")
-    before = state["config"]
-    changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in asdict(config).items()
-        if name not in MAY_CHANGE and before.get(name) != value
-    ]
-    if changed:
-        raise InputError(
-            f"{out} cannot be resumed with another config ({'; '.join(changed)}); only "
-            f"{', '.join(sorted(MAY_CHANGE - {'out'}))} may change"
-        )
-    if config.max_steps < state["step"]:
-        raise InputError(
-            f"{out} has already run {state['step']} steps; max_steps ({config.max_steps}) cannot "
-            "be smaller"
-        )
+    check_same_run(out, config, MAY_CHANGE)
     return config
 
 

@@ -1,0 +1,1 @@
+"""Statistics, tables, figures and the HTML page. Nothing in this package computes attention."""

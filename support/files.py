@@ -1,4 +1,4 @@
-"""The user's error, the one way to write a file, digests, and how a script starts and ends."""
+"""User errors, the one way to write a file, locks, digests, and how a script starts and ends."""
 
 import ast
 import contextlib
@@ -21,13 +21,14 @@ except ImportError:  # Windows
 
 
 class InputError(ValueError):
-    """A mistake of the user's. Scripts print it as one line and exit with status 2."""
+    """A mistake of the user. Scripts print it as one line and exit with status 2."""
 
 
 def run_script(main):
-    """Call main(). A user's mistake ends in one line and status 2; a signal n in status 128 + n.
+    """Call main(). A user's mistake ends in one line and status 2, signal n in status 128 + n.
 
-    A script that stops for a signal raises KeyboardInterrupt(n); Ctrl-C raises it without a number.
+    A script that stops because of signal n raises KeyboardInterrupt(n); Ctrl-C raises it without a
+    number.
     """
     sys.stdout = steady(sys.stdout, sys.__stdout__)
     sys.stderr = steady(sys.stderr, sys.__stderr__)
@@ -35,32 +36,34 @@ def run_script(main):
         main()
         sys.stdout.flush()
         if Steady.failed:
-            raise InputError(f"not all of what it prints could be written ({Steady.failed})")
+            raise InputError(f"part of the output could not be written ({Steady.failed})")
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        how = "end what else runs, do less at a time, or use another device"
-        print(f"error: out of memory; {how}", file=sys.stderr)
+        print(
+            "error: out of memory; end other processes, do less at a time, or use another device",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt as e:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may take long to end: then once more
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may be slow to end; allow a second one
         sys.exit(128 + next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
 
 
 def out_of_memory(error):
-    """Whether an error, of torch or of Python, says that memory is short."""
+    """Whether an exception of torch or of Python means that memory is short."""
     short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return short or "can't allocate memory" in str(error)  # torch says so on a CPU
+    return short or "can't allocate memory" in str(error)  # the words of torch on a CPU
 
 
 def steady(stream, original):
-    """Standard output or error, as a stream on which no print fails; any other stream as it is.
+    """Standard output or error as a stream on which no print fails; any other stream unchanged.
 
-    Closed (>&-): nothing is printed. It cannot show a character: it shows "?". Its reader has left
-    (| head -1), or the disk is full: the script goes on.
+    If the stream is closed (>&-), nothing is printed. Characters that it cannot show become "?".
+    If its reader has left (| head -1) or the disk is full, the script continues.
     """
     if stream is None:
         return open(os.devnull, "w")
@@ -70,10 +73,14 @@ def steady(stream, original):
     raw = getattr(stream.buffer, "raw", stream.buffer)
     if type(raw) is not io.FileIO:  # a console of Windows
         return stream
-    raw, line = Steady(raw.fileno(), "w", closefd=False), stream.line_buffering
-    buffer = raw if stream.write_through else io.BufferedWriter(raw)
-    how = {"line_buffering": line, "write_through": stream.write_through}
-    return io.TextIOWrapper(buffer, stream.encoding, "replace", **how)
+    raw = Steady(raw.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),
+        stream.encoding,
+        "replace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 class Steady(io.FileIO):
@@ -85,7 +92,7 @@ class Steady(io.FileIO):
         try:
             return super().write(content)
         except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EIO):  # a pipe, a terminal, without a reader
+            if e.errno not in (errno.EPIPE, errno.EIO):  # a pipe or terminal without a reader
                 Steady.failed = e.strerror
             return len(content)
 
@@ -96,10 +103,10 @@ class Steady(io.FileIO):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`. If all goes well it is synced and takes `path`'s name.
+    """Yield a temporary path beside `path`. If all goes well, it is synced and renamed to `path`.
 
-    So `path` is always a whole file: the old one or the new one. Raises InputError where the file
-    cannot be written, because the disk is full or it is not allowed.
+    So `path` is always a whole file, the old one or the new one. Raises InputError if the file
+    cannot be written, for example on a full disk.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -109,7 +116,7 @@ def replacing(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
-        # torch covers the system's error with one of its own
+        # torch hides the error of the system behind one of its own
         reason = e if isinstance(e, OSError) else e.__context__
         if not isinstance(reason, OSError):
             raise
@@ -130,13 +137,13 @@ def write_json(path, value):
 
 
 def check_writable(path):
-    """Raises InputError, before the work is done, if a file cannot be written at `path`."""
+    """Raises InputError if no file can be written at `path`, a Path: before the work is done."""
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"{path}: a file cannot be written there")
 
 
 def append_line(file, text):
-    """Append a line to a file that is open unbuffered, whole or not at all. Raises InputError."""
+    """Append a line to a file opened unbuffered, whole or not at all. Raises InputError."""
     before, line = file.seek(0, os.SEEK_END), (text + "\n").encode()
     try:
         if file.write(line) < len(line):
@@ -149,8 +156,8 @@ def append_line(file, text):
 def lock(file, wait=False):
     """Hold the lock of an open file or folder until it is closed, here and in child processes.
 
-    wait: until another process lets go of it. Raises BlockingIOError if one has it, another OSError
-    where there are no locks.
+    wait: wait until another process releases it. Raises BlockingIOError if another process has it,
+    another OSError if the system or the disk has no locks.
     """
     if fcntl is None:
         raise OSError("this system has no flock")
@@ -159,60 +166,61 @@ def lock(file, wait=False):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Let one process at a time do this in a folder, made if it is missing; the others wait.
+    """Let one process at a time work in a folder, which is created if needed; the others wait.
 
-    Yields the number of the open folder, which holds the lock. At the end, an empty folder goes,
-    with the parents that were made for it. Raises InputError where it cannot be written.
+    Yields the file descriptor that holds the lock of the folder, or None on Windows. Afterwards an
+    empty folder is removed, with the parents that were created for it. Raises InputError if the
+    folder cannot be written.
     """
-    missing = [path for path in [folder, *folder.parents] if not path.exists()]
-    held = hold(folder)
+    created = [path for path in [folder, *folder.parents] if not path.exists()]
+    descriptor = open_locked(folder)
     try:
-        yield held
+        yield descriptor
     finally:
-        with contextlib.suppress(OSError):  # not empty: there is something in it
-            for path in missing:
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
                 path.rmdir()
-        if held is not None:
-            os.close(held)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def hold(folder, tries=100):
-    """Open a folder, made if it is missing, and hold its lock, once no other process has it.
+def open_locked(folder, tries=100):
+    """Open a folder, which is created if needed, and wait for its lock.
 
-    Returns its number; None on Windows, where a folder has no lock. Raises InputError.
+    Returns the file descriptor, or None on Windows, where a folder has no lock. Raises InputError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             return None
-        held = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as e:
         if tries and isinstance(e, (FileNotFoundError, FileExistsError)) and not folder.is_file():
-            return hold(folder, tries - 1)  # another process has just removed it
+            return open_locked(folder, tries - 1)  # another process has just removed it
         raise InputError(f"{folder}: could not be written ({e.strerror})") from None
     try:
-        lock(held)
+        lock(descriptor)
     except BlockingIOError:
         print(f"{folder}: waiting for another process that works there", file=sys.stderr)
-        lock(held, wait=True)
+        lock(descriptor, wait=True)
     except OSError:
         pass  # a disk without locks
     with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(held), os.stat(folder)):
-            return held
-    os.close(held)  # who had it has removed the folder
-    return hold(folder, tries)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    os.close(descriptor)  # the process that held the lock has removed the folder
+    return open_locked(folder, tries)
 
 
 @contextlib.contextmanager
 def filling(folder, last):
-    """Yield an empty folder to work in. If all goes well its files move to `folder`, `last` last.
+    """Yield an empty folder to work in. If all goes well, its files move to `folder`.
 
-    While `last` is missing the folder is not filled. After a failure nothing new is left.
-    Raises InputError where it cannot be written.
+    The file named `last` moves last: as long as it is missing, the folder is not complete. After a
+    failure nothing new is left. Raises InputError if the folder cannot be written.
     """
     work = folder / f".preparing-{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)  # in a container the next process has the same number
+    shutil.rmtree(work, ignore_errors=True)  # in a container, the next process has the same number
     try:
         work.mkdir()
         yield work
@@ -226,17 +234,17 @@ def filling(folder, last):
 
 
 def remove_stale(folder, pattern):
-    """Remove what killed processes left: `pattern` with the number of a process in place of {}."""
+    """Remove what killed processes left. pattern: a name with {} for the number of the process."""
     before, after = pattern.split("{}")
-    for path in folder.glob(before + "[0-9]*" + after) if folder.is_dir() else ():
+    for path in folder.glob(f"{before}[0-9]*{after}") if folder.is_dir() else ():
         number = path.name[len(before) : len(path.name) - len(after)]
         try:
             if number.isdecimal() and os.name == "posix":
-                os.kill(int(number), 0)  # signal 0 only asks whether there is such a process
+                os.kill(int(number), 0)  # signal 0 only checks whether the process exists
         except (ProcessLookupError, OverflowError):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
         except OSError:
-            pass  # it is someone else's, and alive
+            pass  # the process belongs to someone else and is alive
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,7 +252,7 @@ def remove_stale(folder, pattern):
 
 
 def digest(files):
-    """sha256 over the content of the files, in order."""
+    """sha256 over the content of the files, in order, as hex digits."""
     total = hashlib.sha256()
     for path in files:
         with open(path, "rb") as f:
@@ -255,7 +263,7 @@ def digest(files):
 def digest_code(paths, without=()):
     """sha256 over what Python files do. Comments, docstrings and layout do not count.
 
-    without: names of functions and variables at the top of a file that do not count either.
+    without: names of top-level functions, classes and variables that do not count either.
     """
     total = hashlib.sha256()
     for path in paths:
@@ -263,8 +271,9 @@ def digest_code(paths, without=()):
         tree.body = [node for node in tree.body if not names_of(node) & set(without)]
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and is_text(body[0]):
-                node.body = body[1:]
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                if isinstance(getattr(body[0].value, "value", None), str):  # a docstring
+                    node.body = body[1:]
         total.update(ast.unparse(tree).encode())
     return total.hexdigest()
 
@@ -275,21 +284,13 @@ def names_of(node):
     return {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
 
 
-def is_text(node):
-    """Whether a statement is nothing but a string: a docstring."""
-    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
-
-
 def seal(meta):
-    """A copy of a dict that holds a sha256 of all the rest."""
-    return {**meta, "sha256": seal_of(meta)}
-
-
-def seal_of(meta):
+    """A copy of a dict with one more key, "sha256": the digest of all other keys as JSON."""
     rest = {key: value for key, value in meta.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    content = json.dumps(rest, sort_keys=True).encode()
+    return {**rest, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def is_sealed(meta):
-    """Whether this is a dict that `seal` made, with nothing changed since."""
-    return isinstance(meta, dict) and meta.get("sha256") == seal_of(meta)
+    """Whether this is a dict made by `seal` and unchanged since."""
+    return isinstance(meta, dict) and meta.get("sha256") == seal(meta)["sha256"]

@@ -1,4 +1,4 @@
-"""The machine: device, precision, compiler, processes, signals, provenance."""
+"""The machine: device, precision, compiler, parallel work, signals, provenance."""
 
 import contextlib
 import datetime
@@ -11,13 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from queue import Empty
-from typing import NamedTuple
 
 import torch
-from torch import distributed
 
 from support.files import InputError
 
@@ -26,14 +23,14 @@ from support.files import InputError
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1, mps ... -> torch.device. Raises InputError for one not there."""
+    """auto, cpu, cuda, cuda:1, mps ... -> torch.device. Raises InputError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # so that what asks for no device means this one
+            torch.cuda.set_device(device)  # the default of every call that names no device
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise InputError(f"device {name} is not available here; use auto or cpu") from None
@@ -42,20 +39,20 @@ def pick_device(name):
 def fast_bfloat16(device):
     """Whether bfloat16 is faster than float32: on CUDA cards that have it, and on CPUs with AMX.
 
-    AVX-512 alone has the instructions too, but was slower with them where we tried (docs/LOG.md).
+    CPUs with only AVX-512 have bfloat16 too, but it was slower in our tests (docs/LOG.md).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()  # what the products may use
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()  # what matrix products may use
     allowed = "AMX" in limit or limit in ("ALL", "DEFAULT")
     return device.type == "cpu" and allowed and bool(capabilities.get("amx_bf16"))
 
 
 def precision(device, dtype):
-    """The context of a forward pass: bfloat16 arithmetic, or float32. auto: whatever is faster.
+    """The context manager of a forward pass: float32, bfloat16 (autocast), or auto, the faster one.
 
-    Raises InputError where a card has no bfloat16.
+    Raises InputError if the card has no bfloat16.
     """
     if dtype == "bfloat16" and device.type == "cuda" and not fast_bfloat16(device):
         card = torch.cuda.get_device_name(device)
@@ -68,31 +65,34 @@ def precision(device, dtype):
 def compiles(device, choice):
     """Whether to use torch.compile: true, false, or auto.
 
-    auto: where bfloat16 is fast, if there is a compiler. On other CPUs nearly all the time goes
-    into matrix products, and compiling won next to nothing. Raises InputError for true without one.
+    auto: if bfloat16 is fast and there is a compiler. On other CPUs nearly all the time goes into
+    matrix products, and compiling gains next to nothing. Raises InputError for true without a
+    compiler.
     """
     if choice is True and (missing := missing_compiler(device)):
-        how = "install it, or set compile to auto or false"
-        raise InputError(f"compile is true, and {missing} was not found here; {how}")
+        raise InputError(
+            f"compile is true, and {missing} was not found; install it, or set compile to auto"
+        )
     if choice == "auto":
         return fast_bfloat16(device) and not missing_compiler(device)
     return choice
 
 
 def missing_compiler(device):
-    """What torch.compile would need and does not find, in words; empty if all is there."""
+    """What torch.compile needs and does not find, in words; empty if nothing is missing."""
     if device.type == "cuda":
         if not importlib.util.find_spec("triton"):
             return "the package triton"
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     else:
-        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        names = [os.environ.get("CXX", usual)]
-    found = any(shutil.which(shlex.split(name)[0]) for name in names if name.strip())
-    return "" if found else f"a compiler ({' or '.join(names)})"
+        default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        names = [os.environ.get("CXX", default)]
+    if any(shutil.which(shlex.split(name)[0]) for name in names if name.strip()):
+        return ""
+    return f"a compiler ({' or '.join(names)})"
 
 
-# dense bfloat16 peak of a card in flop/s, without sparsity, from NVIDIA's data sheets
+# peak flop/s of a card in dense bfloat16 (no sparsity), from NVIDIA's data sheets
 PEAK = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -104,102 +104,33 @@ PEAK = {
 
 
 def peak_flops(device):
-    """The most flop/s that this device can do, or None where we do not know."""
+    """The peak flop/s of this device, or None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for card, peak in PEAK.items() if card in name), None)
 
 
 # --------------------------------------------------------------------------------------------------
-# several processes
-
-
-class Here(NamedTuple):
-    """Where this process runs: number `rank` of the `world` that torchrun started, or 0 of 1."""
-
-    device: torch.device
-    rank: int
-    world: int
-
-
-def join(device, batch_size):
-    """Here, after the other processes, if there are any, have been met.
-
-    Processes talk by NCCL, each on a GPU of its own, or by Gloo where the device is the CPU.
-    Raises InputError if they cannot share a batch of `batch_size`.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if batch_size % world:
-        share = f"must be divisible by the {world} processes that share it"
-        raise InputError(f"batch_size ({batch_size}) {share}")
-    own_gpu = world > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
-    device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else device)
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    return Here(device, rank, world)
-
-
-def part():
-    """Leave the other processes, if there are any.
-
-    Gloo's threads get a moment to let go of their last tensors, for which they need Python's lock.
-    Without it torch sometimes waits for them, holds that lock, and never ends (docs/LOG.md).
-    """
-    if distributed.is_initialized():
-        time.sleep(0.1)
-        distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def in_turn(rank, world):
-    """Let processes do this one after another: rank 0 downloads or writes, the others find it.
-
-    The first process of each other machine, which may have a disk of its own, comes second; then
-    all others.
-    """
-    turn = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    for _ in range(turn if world > 1 else 0):
-        distributed.barrier()
-    yield
-    for _ in range(2 - turn if world > 1 else 0):
-        distributed.barrier()
-
-
-def shared_mean(values, world, device):
-    """The mean over all processes of each of some numbers: a list of floats."""
-    values = torch.tensor([float(value) for value in values], device=device)
-    if world > 1:
-        distributed.all_reduce(values)
-    return (values / world).tolist()
-
-
-def from_first(values, world, device):
-    """What rank 0 gives as `values`, a list of as many numbers for everyone."""
-    if world == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.double, device=device)
-    distributed.broadcast(values, 0)
-    return values.tolist()
+# parallel work, signals
 
 
 def in_parallel(function, arguments):
-    """Everything that function(*a) yields for each of the arguments, in any order.
+    """Yield everything that function(*a) yields for each a in arguments, a list, in any order.
 
-    The work is shared by as many processes as there are processors, where the system can fork.
+    If the system can fork, as many processes as there are processors share the work.
     """
     n = min(len(arguments), os.cpu_count() or 1)
     if n < 2 or "fork" not in multiprocessing.get_all_start_methods():
         for a in arguments:
             yield from function(*a)
         return
-    fork = multiprocessing.get_context("fork")  # children read the arguments where they are
+    fork = multiprocessing.get_context("fork")  # children share the memory of the arguments
     queue = fork.Queue(4 * n)
 
-    def work(mine):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    def work(share):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
         threading.Thread(target=end_with_parent, daemon=True).start()
         try:
-            for a in mine:
+            for a in share:
                 for result in function(*a):
                     queue.put(result)
             queue.put(None)
@@ -229,51 +160,55 @@ def in_parallel(function, arguments):
 
 
 def end_with_parent():
-    """Wait until the process that made this one has ended, however it did, and end as well."""
+    """Wait until the parent of this process has ended, for whatever reason, and end as well."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collect SIGINT, SIGTERM and SIGHUP (the terminal is gone) in a list, in place of dying.
+    """Yield a list that collects SIGINT, SIGTERM and SIGHUP (the terminal is gone).
 
-    So the step in hand is finished and saved first. Ctrl-C reaches the compiler too, if it is just
-    running: what torch makes of that ends as KeyboardInterrupt(number), as in files.run_script.
+    Without the default handlers, the caller can finish and save its current step. Ctrl-C also
+    reaches a compiler that is running; the error that torch makes of it becomes
+    KeyboardInterrupt(number), as in files.run_script.
     """
-    asked, numbers = [], {signal.SIGINT, signal.SIGTERM}
+    received, numbers = [], {signal.SIGINT, signal.SIGTERM}
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    if signal.getsignal(hangup) is not signal.SIG_IGN:  # as after nohup
+    if signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it
         numbers.add(hangup)
-    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in numbers}
+    handlers = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
     try:
-        yield asked
+        yield received
     except RuntimeError:
-        if not asked:
+        if not received:
             raise
-        raise KeyboardInterrupt(asked[0]) from None
+        raise KeyboardInterrupt(received[0]) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------
-# where a number comes from
+# provenance
 
 
 def provenance(device, seed):
-    """Command, commit, device, date, seed, and torch's version: a dict."""
-    root = Path(__file__).parent.parent
+    """Where a number comes from: command, commit, device, date, seed and torch version, a dict."""
     try:
-        git = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(git, cwd=root, text=True, capture_output=True, check=True)
-        commit = done.stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent.parent,
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     name = f"{device.type}, {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # python -m
     script = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return {
         "command": shlex.join(["python", *script, *sys.argv[1:]]),

@@ -1,8 +1,8 @@
-"""Where a sentence ends, in bytes, as soon as it can be known; and the words in it, as numbers.
+"""Where sentences end, in bytes, as soon as it can be known; and their words, as numbers.
 
-An end is known when the first character of the next sentence has been read. The bytes up to and
-including that character decide every pattern below. Nothing further on can undo a match, or bring
-about an earlier one.
+The end of a sentence is known once the first character of the next sentence has been read. Every
+pattern below is decided by the bytes up to and including that character: later bytes can neither
+undo a match nor lead to an earlier one.
 """
 
 import re
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 END_OF_TEXT = b"<|endoftext|>"
-LONGEST = 800  # bytes; a longer sentence is cut at white space: text without punctuation needs it
+LONGEST = 800  # bytes; a longer sentence, as in text without punctuation, is cut at white space
 
 # --------------------------------------------------------------------------------------------------
 # the patterns
 
-# the first byte of every pattern: the search skips all others quickly
+# the first byte of every match; with it, the search skips other bytes quickly
 FIRST = rb"[.!?\n\xd6\xd8\xdb\xe0-\xe3\xef]"
 STOP = (  # . ! ? and … । ॥ ؟ ۔ ։ ።
     rb"(?:(?<=[.!?])|(?<=\xe2)\x80\xa6|(?<=\xe0)\xa5[\xa4\xa5]|(?<=\xd8)\x9f|(?<=\xdb)\x94"
@@ -28,7 +28,7 @@ STOP = (  # . ! ? and … । ॥ ؟ ۔ ։ ።
 WIDE_STOP = rb"(?:(?<=\xe3)\x80\x82|(?<=\xef)\xbc[\x81\x9f]|(?<=\xef)\xbd\xa1)"
 # more stops, quotes and brackets that belong to the sentence
 CLOSE = rb"(?:[\"')\]*_.!?]|\xe2\x80[\x99\x9d\xa6]|\xc2\xbb)*+"
-SPACED_CLOSE = rb"(?:[ \t]++(?:''|[)\]]|\xe2\x80\x9d)++)*+"  # tokenised text: said . ''
+SPACED_CLOSE = rb"(?:[ \t]++(?:''|[)\]]|\xe2\x80\x9d)++)*+"  # tokenized text: said . ''
 WIDE_CLOSE = (  # 」』】）
     rb"(?:\xe3\x80[\x82\x8d\x8f\x91]|\xef\xbc[\x81\x89\x9f]|\xef\xbd\xa1|[\"')\]]"
     rb"|\xe2\x80[\x99\x9d])*+"
@@ -36,7 +36,7 @@ WIDE_CLOSE = (  # 」』】）
 NOT_ASCII = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
 ANY = rb"[^\s'\x80-\xff]|'[^']|" + NOT_ASCII
 NOT_LOWER = rb"[^\s'\x80-\xffa-z,;:)\]]|'[^']|(?!\xe2\x80\x9d)(?:" + NOT_ASCII + rb")"
-NOT_AFTER = (  # titles, initials and the like: their full stop ends nothing
+NOT_AFTER = (  # titles, initials and the like, whose period ends no sentence
     rb"(?<![.!?][.!?])(?<!(?<![\x80-\xff'])\b[A-HJ-Za-z]\.)"
     rb"(?<!(?<![\x80-\xffA-Za-z])[\xce-\xd1][\x80-\xbf]\.)"
     rb"(?<!\b(?:Mr|Dr|St|Lt|Mt|vs|cf)\.)(?<!\b(?:Mrs|Rev|Hon|Gen|Col|Sgt|Maj|Mme|viz)\.)"
@@ -56,29 +56,25 @@ LONG_LINE = re.compile(rb"^[^\n\x80-\xff]{101}", re.M)
 
 
 def search_end(pattern, piece):
-    """The first end of a sentence in a piece of text, as a match. Its last group is the first
-    character of the next sentence."""
+    """The first end of a sentence in a piece of text (bytes), a match or None. Its last group is
+    the first character of the next sentence, which is not a lowercase letter."""
     match = pattern.search(piece)
-    while match and begins_small(match):
+    # the pattern excludes a to z; all other lowercase letters are excluded here
+    while (
+        match and match.lastgroup == "maybe" and match["maybe"].decode(errors="replace").islower()
+    ):
         match = pattern.search(piece, match.start() + 1)
     return match
 
 
-def begins_small(match):
-    """Whether what may be the next sentence begins with a small letter that is not ASCII."""
-    if match.lastgroup != "maybe" or match["maybe"][0] < 128:
-        return False
-    return match["maybe"].decode(errors="replace").islower()
-
-
 def sentence_end(piece, long_lines):
-    """Where the sentence at the start of `piece`, at most LONGEST bytes, ends, if one can tell yet.
+    """Where the sentence at the start of `piece` ends, or None if more text is needed.
 
-    long_lines: whether this paragraph is known to hold a line of over 100 characters. Then it is
-    not hard-wrapped, and each of its newlines ends something.
-    Returns (end, seen, long_lines, paragraph), or None where more text is needed. The next sentence
-    begins at byte `end`, which is known once byte `seen` >= end has been read; long_lines is for
-    it; paragraph: whether it begins one.
+    piece: at most LONGEST bytes. long_lines: whether this paragraph is known to have a line of more
+    than 100 characters; then it is not hard-wrapped, and each of its newlines ends a sentence.
+    Returns (end, seen, long_lines, paragraph): the next sentence begins at byte `end`, which is
+    known once byte `seen` >= end has been read; long_lines of the next sentence; whether the next
+    sentence begins a paragraph.
     """
     seen = 0
     match = search_end(LINE_END if long_lines else WRAPPED_END, piece)
@@ -96,7 +92,7 @@ def sentence_end(piece, long_lines):
     if len(piece) < LONGEST:
         return None
     end = max(piece.rfind(space, LONGEST // 2, LONGEST - 1) for space in (b" ", b"\n")) + 1
-    if not end:  # no white space: between two characters
+    if not end:  # no white space: cut between two characters
         end = LONGEST - 1
         while end > LONGEST - 4 and 128 <= piece[end] < 192:
             end -= 1
@@ -104,60 +100,59 @@ def sentence_end(piece, long_lines):
 
 
 # --------------------------------------------------------------------------------------------------
-# a text that arrives piece by piece
+# a text that arrives in pieces
 
 
 class Ended(NamedTuple):
-    """A sentence that has ended, or a document."""
+    """A sentence or a document that has ended."""
 
     next: int  # byte of the text at which the next sentence begins
-    seen: int  # byte of the text that told so
-    text: bytes | None  # the sentence; None where a document ended
+    seen: int  # byte of the text with which this became known
+    text: bytes | None  # the sentence; None if a document ended
     paragraph: bool  # whether the sentence begins a paragraph
 
 
 class Sentences:
-    """Finds the sentences of a text that arrives piece by piece."""
+    """Finds the sentences of a text that arrives in pieces."""
 
     def __init__(self):
-        self.data = b""  # from a little before the running sentence on
-        self.data_at = 0  # byte of the text that data[0] is
-        self.at = 0  # where in data the running sentence begins
-        self.seen = 0  # byte that told of the last end
+        self.data = b""  # of the text: the current sentence, and a few bytes before it
+        self.data_at = 0  # byte of the text at which data begins
+        self.at = 0  # where in data the current sentence begins
+        self.seen = 0  # byte with which the last end became known
         self.long_lines = False
-        self.paragraph = False  # whether the running sentence begins a paragraph
+        self.paragraph = False  # whether the current sentence begins a paragraph
 
     @property
     def begin(self):
-        """Byte of the text at which the running sentence begins."""
+        """Byte of the text at which the current sentence begins."""
         return self.data_at + self.at
 
     def push(self, data):
-        """Take in more bytes. Returns what has ended by now, a list of Ended, in order."""
+        """Add bytes to the text. Returns what has ended since, a list of Ended, in order."""
         self.data += data
         ended = self.scan()
-        # keep what may still be part of a sentence, or of an END_OF_TEXT
+        # keep what may be part of the next sentence, or of an END_OF_TEXT
         drop = max(0, self.at - len(END_OF_TEXT) + 1)
         self.data, self.data_at, self.at = self.data[drop:], self.data_at + drop, self.at - drop
         return ended
 
     def scan(self):
-        ended = []
-        begin = 0
+        ended, begin = [], 0
         while True:
             stop = self.data.find(END_OF_TEXT, begin)
-            over = stop >= 0
-            stop = stop + len(END_OF_TEXT) if over else len(self.data)
-            while found := sentence_end(
+            document_ended = stop >= 0
+            stop = stop + len(END_OF_TEXT) if document_ended else len(self.data)
+            while result := sentence_end(
                 self.data[self.at : min(stop, self.at + LONGEST)], self.long_lines
             ):
-                end, seen, self.long_lines, paragraph = found
+                end, seen, self.long_lines, paragraph = result
                 self.seen = max(self.seen, self.begin + seen)
                 text = self.data[self.at : self.at + end]
                 ended.append(Ended(self.begin + end, self.seen, text, self.paragraph))
                 self.at += end
                 self.paragraph = paragraph
-            if not over:
+            if not document_ended:
                 return ended
             ended.append(Ended(self.data_at + stop, self.data_at + stop - 1, None, False))
             begin = self.at = stop
@@ -165,19 +160,19 @@ class Sentences:
 
 
 def first_bytes(text):
-    """Where each sentence of a text (bytes) begins, a list; the first begins at 0."""
+    """The bytes at which the sentences of a text (bytes) begin, a list; the first is 0."""
     return [0, *(end.next for end in Sentences().push(text))]
 
 
 # --------------------------------------------------------------------------------------------------
 # words
 
-PERSONS = """
+FUNCTION_WORDS = """
     i me my mine myself we us our ours ourselves you your yours he him his himself she her hers
     herself they them their theirs themselves it its itself who whom whose is are was were be been
     am has have had do does did can could may might must shall should will would
     """.split()
-PERSONS = {word: i for i, word in enumerate(PERSONS)}
+FUNCTION_WORDS = {word: i for i, word in enumerate(FUNCTION_WORDS)}
 STOP_WORDS = frozenset(
     """about above after again against all also and any because before being below between both but
     doing don down during each even every few for from further having here how into just more most
@@ -185,24 +180,24 @@ STOP_WORDS = frozenset(
     these this those thou though through thus thy too under until upon very what when where which
     while why with yet yourself yourselves""".split()
 )
-CARRIES_ON = frozenset(  # a sentence that begins with one of these leans on the one before it
+LEANING = frozenset(  # a sentence that begins with one of these leans on the sentence before it
     b"""he she it they him them his her their its this these that those such however but also
     therefore thus moreover furthermore instead""".split()
 )
-# scripts that write no spaces; one character of them is a word
+# scripts without spaces: each character counts as a word
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 )
 WORD = re.compile(f"[{UNSPACED}]|[^\\W\\d_{UNSPACED}]+")
 LETTERS = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256)).lower()
-N_STEMS = 1 << 18
+N_WORD_IDS = 1 << 18
 
 
-class Stems(dict):
-    """The bytes of a word -> a tuple of the ids of the stems in it, remembered.
+class WordIds(dict):
+    """A cache: the bytes of a word -> a tuple of the ids of the words in it.
 
-    Ids below len(PERSONS) are pronouns and auxiliaries: who is spoken of, and when. Any other id is
-    a hash of the first five letters of a word, a crude stem. Stop words have none.
+    Ids below len(FUNCTION_WORDS) are pronouns and auxiliaries: who acts, and when. All other ids
+    are hashes of the first five letters of a word, a crude stem. Stop words have no id.
     """
 
     def __init__(self):
@@ -211,25 +206,25 @@ class Stems(dict):
     def __missing__(self, word):
         text = word.decode(errors="ignore").lower()
         words = [text] if text.isascii() else WORD.findall(text)
-        ids = tuple(i for w in words for i in self.stem(w))
-        if len(word) <= 40:  # a whole line without spaces is not worth remembering
+        ids = tuple(i for w in words for i in self.ids_of(w))
+        if len(word) <= 40:  # do not store whole lines without spaces
             if len(self) >= 500_000:
                 self.clear()
                 self.__init__()
             self[word] = ids
         return ids
 
-    def stem(self, word):
-        if word in PERSONS:
-            return (PERSONS[word],)
+    def ids_of(self, word):
+        if word in FUNCTION_WORDS:
+            return (FUNCTION_WORDS[word],)
         if word in STOP_WORDS or len(word.encode()) < 3:
             return ()
-        return (max(len(PERSONS), zlib.crc32(word[:5].encode()) % N_STEMS),)
+        return (max(len(FUNCTION_WORDS), zlib.crc32(word[:5].encode()) % N_WORD_IDS),)
 
     def of(self, sentences):
-        """The ids in each of a list of sentences (bytes), in order.
+        """The word ids of a list of n sentences (bytes), in order.
 
-        Returns all of them, int64, and how many each sentence has, int64.
+        Returns the ids of all of them, one after another, and how many each has, (n,); both int64.
         """
         marked = b" \n ".join(s.translate(LETTERS) for s in sentences)  # LETTERS leaves no newline
         ids = np.fromiter(chain.from_iterable(map(self.__getitem__, marked.split(b" "))), np.int64)
@@ -237,6 +232,6 @@ class Stems(dict):
         return ids[ids >= 0], np.diff(ends, prepend=-1) - 1
 
 
-def carries_on(sentence):
+def leans_on_previous(sentence):
     """Whether a sentence (bytes) begins with a word that leans on the sentence before it."""
-    return sentence[:40].translate(LETTERS).lstrip().partition(b" ")[0] in CARRIES_ON
+    return sentence[:40].translate(LETTERS).lstrip().partition(b" ")[0] in LEANING

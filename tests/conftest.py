@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread makes small mod
 import support  # before torch: it sets what torch reads when it is loaded  # noqa: E402, F401
 import torch  # noqa: E402
 
-from model import GPT  # noqa: E402
+import sample  # noqa: E402
 from prepare_data import get_encoding  # noqa: E402
 from support import files  # noqa: E402
 from support.files import InputError  # noqa: E402
@@ -143,12 +143,12 @@ def script_here(name, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
         if name == "train.py":
-            generate = GPT.generate
+            generate = sample.generate
 
-            def generate_few(model, prompts, n, *more, **how):
-                return generate(model, prompts, 9, *more, **how)
+            def generate_few(model, prompts, n, *more, **options):
+                return generate(model, prompts, 9, *more, **options)
 
-            patch.setattr(GPT, "generate", generate_few)
+            patch.setattr("sample.generate", generate_few)
             patch.setattr("eval.figure", lambda *args, **more: None)
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")

@@ -1,39 +1,18 @@
-"""GPT-2 is GPT-2, and localisation does what its definition says.
+"""GPT-2 is GPT-2, and localization does what its definition says."""
 
-Weights come and go whole, or not at all.
-"""
-
-import hashlib
-import json
 import math
-import pickle
-from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import flex_attention as flex
 
 from conftest import ROOT
-from locality import Partitioner, partition, reach, schedule
-from model import (
-    GPT,
-    GPTConfig,
-    attention_weights,
-    block_mask,
-    choose,
-    clamp_lookback,
-    head_loss,
-    in_block,
-    local_attention,
-    tiled_mask,
-)
-from support import weights
+from eval import attention_maps
+from locality import partition_text, reach
+from model import GPT, GPTConfig, attention_weights, in_block
+from support.console import flops_per_token
 from support.files import InputError
-from support.machine import missing_compiler
-from support.weights import download_gpt2
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -42,26 +21,12 @@ transformers.logging.disable_progress_bar()
 
 def tiny(max_lookback=8, **shape):
     torch.manual_seed(0)
-    return GPT(
-        GPTConfig(
-            **{
-                "vocab_size": 101,
-                "block_size": 64,
-                "n_layer": 3,
-                "n_head": 4,
-                "n_embd": 32,
-                **shape,
-            },
-            max_lookback=max_lookback,
-        )
-    ).eval()
+    defaults = {"vocab_size": 101, "block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 32}
+    return GPT(GPTConfig(**{**defaults, **shape}, max_lookback=max_lookback)).eval()
 
 
 def lively(model):
-    """The model with larger matrices.
-
-    So it does not repeat the last token for ever, and does not find all tokens as likely.
-    """
+    """The model with larger matrices, so that its tokens are not all equally likely."""
     with torch.no_grad():
         model.ln_f.weight.mul_(4)
         for p in model.h.parameters():
@@ -181,30 +146,6 @@ def test_the_gradient_of_every_parameter_equals_that_of_transformers(tmp_path, s
     assert not expected
 
 
-@pytest.mark.parametrize("rows", [1, 7, 512, 1100])
-def test_the_loss_and_its_gradient_are_those_of_all_logits_at_once(rows):
-    torch.manual_seed(0)
-    V, leaves = 101, (torch.randn(1, rows, 16), torch.randn(128, 16))  # 27 rows of padding
-    targets = torch.randint(-1, V, (1, rows))  # some are not scored
-    targets[0, 0] = 5
-    found = []
-    for by_rows in (True, False):
-        x, weight = (leaf.clone().requires_grad_() for leaf in leaves)
-        if by_rows:
-            loss = 0.3 * head_loss(x, weight, targets, V)
-        else:
-            logits = (x.double() @ weight.double().T)[0, :, :V]
-            loss = 0.3 * F.cross_entropy(logits, targets[0], ignore_index=-1)
-        for _ in range(2):  # gradients add up
-            loss.backward(retain_graph=True)
-        found.append((loss.double(), x.grad.double(), weight.grad.double()))
-    for mine, expected in zip(*found):
-        assert (mine - expected).abs().max() < 1e-6 * max(1, expected.abs().max())
-    assert not found[0][2][V:].any()
-    with torch.no_grad():  # nothing to find along the way
-        assert head_loss(*leaves, targets, V).item() == pytest.approx(found[1][0].item() / 0.3)
-
-
 # ---- the dial
 
 
@@ -245,177 +186,28 @@ def test_dial_zero_is_plain_gpt2_to_the_bit():
     assert torch.equal(plain, back) and not torch.allclose(plain, turned, atol=1e-4)
 
 
-class ElsewhereTensor(torch.Tensor):
-    """It says that it is on no CPU, so that a CPU takes the chunks of a GPU."""
-
-    is_cpu = False
-
-
-@pytest.mark.parametrize("T", [1, 5, 64, 72, 73, 128, 150, 200, 256])
-@pytest.mark.parametrize("max_lookback", [1, 8, 31, 130, 300])
-@pytest.mark.parametrize("anchor", [False, True])
-@pytest.mark.parametrize("where", [torch.Tensor, ElsewhereTensor])
-def test_local_attention_equals_the_dense_reference(T, max_lookback, anchor, where):
-    torch.manual_seed(T)
-    q, k, v = torch.randn(3, 2, 4, T, 12).unbind(0)
-    r = clamp_lookback(random_lookback(2, T, max_lookback, seed=T), max_lookback)
-    fast, dense = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
-    mask = block_mask(r.as_subclass(where), max_lookback, anchor)
-    if where is ElsewhereTensor and T % 128 == 64:
-        assert mask.dense is None
-    y = local_attention(*fast, mask).as_subclass(torch.Tensor)
-    z = attention_weights(dense[0], dense[1], in_block(r, anchor)[:, None], 1.0) @ dense[2]
-    assert (y - z).abs().max() < 1e-5
-    weight = torch.randn_like(y)
-    for a, b in zip(
-        torch.autograd.grad((y * weight).sum(), fast),
-        torch.autograd.grad((z * weight).sum(), dense),
-    ):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-# ---- the path of a GPU, as far as a CPU can check it
-
-
-@pytest.mark.parametrize("anchor", [False, True])
-def test_no_mask_of_a_gpu_ends_with_half_a_tile_of_keys(anchor):
-    """There cuDNN's attention can have gradients that are NaN (pytorch issue 196678)."""
-    r = torch.zeros(1, 4096, dtype=torch.long, device="meta")  # not a CPU
-    for cap in (1, 8, 31, 32, 63, 64, 65, 128, 160, 256, 300, 383, 512, 768, 1000, 1024):
-        assert block_mask(r, cap, anchor).chunked.size(-1) % 128 == 0
-        for T in (64, 128, 192, 300, 320, 960, 1000):
-            mask = block_mask(r[:, :T], cap, anchor)
-            keys = (mask.dense if mask.chunked is None else mask.chunked).size(-1)
-            assert keys % 128 != 64 and (mask.chunked is None or keys % 128 == 0)
-
-
-@pytest.mark.parametrize("T", [128, 200, 384, 500])
-@pytest.mark.parametrize("cap", [1, 100, 300])
-@pytest.mark.parametrize("anchor", [False, True])
-def test_tiles_are_those_that_the_queries_need(T, cap, anchor):
-    r = clamp_lookback(random_lookback(2, T, cap, seed=T), cap)
-    mask = tiled_mask(r, anchor)
-    sees = F.pad(in_block(r, anchor), (0, -T % 128, 0, -T % 128))
-    sees = (
-        sees.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).transpose(2, 3)
-    )  # (B, n, n, 128, 128)
-    some, whole = sees.any(-1).any(-1), sees.all(-1).all(-1)
-    partly = some & ~whole
-
-    def check(count, order, expected):
-        for b, i in np.ndindex(*expected.shape[:2]):
-            listed = order[b, 0, i, : count[b, 0, i]].tolist()
-            assert listed == expected[b, i].nonzero().flatten().tolist()
-
-    check(mask.kv_num_blocks, mask.kv_indices, partly)
-    check(mask.full_kv_num_blocks, mask.full_kv_indices, whole)
-    check(mask.q_num_blocks, mask.q_indices, partly.mT)  # for the way back
-    check(mask.full_q_num_blocks, mask.full_q_indices, whole.mT)
-
-
-@pytest.mark.skipif(missing_compiler(torch.device("cpu")) != "", reason="needs a compiler")
-@torch.no_grad()
-def test_a_kernel_that_skips_tiles_finds_the_same():
-    torch._dynamo.reset()
-    attend = torch.compile(flex.flex_attention)
-    q, k, v = torch.randn(3, 2, 1, 500, 16).unbind(0)
-    r = random_lookback(2, 500, 400)
-    r[1] = torch.arange(500).clamp(max=400)  # here some tiles are seen whole
-    mask = tiled_mask(r, anchor=True)
-    expected = attention_weights(q, k, in_block(r, anchor=True)[:, None], 1.0) @ v
-    assert (attend(q, k, v, block_mask=mask) - expected).abs().max() < 1e-5
-    mask.full_kv_num_blocks.zero_()  # it does read the lists
-    assert (attend(q, k, v, block_mask=mask) - expected).abs().max() > 0.01
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """The model takes the path of a GPU; a CPU can do it too, tracing but without a kernel."""
-    monkeypatch.setattr(GPT, "fuses", lambda model, lookback: torch.compiler.is_compiling())
-    monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
-
-
-@pytest.mark.parametrize("settings", [{}, {"anchor": True}])
-def test_the_fused_path_is_one_graph_with_the_same_gradients(settings, fused):
-    model = tiny(block_size=300, **settings)
-    model.set_locality([0, 0.5, 1])
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in range(3):  # other tokens and blocks each time
-            idx, r = torch.randint(0, 101, (2, 300)), random_lookback(2, 300, 8, seed)
-            found = []
-            for forward in (model, compiled):
-                loss = forward(idx, r, idx)[1]
-                found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-            for a, b in zip(*found):
-                assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_it_is_taken_on_a_gpu_where_it_can_be(monkeypatch):
-    model, lookback = tiny(n_embd=64), torch.zeros(1, 128)
-    assert not model.fuses(lookback)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not model.fuses(lookback)
-    gpu = SimpleNamespace(is_cuda=True, size=lookback.size)
-    assert model.fuses(gpu)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
-    assert not model.fuses(gpu)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not model.fuses(SimpleNamespace(is_cuda=True, size=torch.zeros(1, 127).size))
-    assert not tiny(n_embd=32).fuses(gpu) and not tiny(n_embd=512).fuses(gpu)  # heads of 8, 128
-    model.config.dropout = 0.1
-    assert model.eval().fuses(gpu) and not model.train().fuses(gpu)
-
-
 def test_arithmetic_is_counted_as_wide_as_it_is():
     model = tiny(max_lookback=15)
     n = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
-    for dial, wide in (([0, 0, 0], 3 * 64), ([0, 0.5, 1], 64 + 80 + 16), ([1, 1, 1], 3 * 16)):
-        model.set_locality(dial)
-        assert model.flops_per_token(64) == 6 * n + 12 * 32 * wide
-    assert model.flops_per_token(8) == 6 * n + 12 * 32 * 3 * 8  # no block is wider than that
-
-
-@pytest.mark.parametrize("locality", [0.0, 0.3, 1.0])
-def test_the_layer_equals_the_dense_blend(locality):
-    attn = tiny(max_lookback=8).h[1].attn
-    attn.locality = locality
-    x, r = torch.randn(2, 137, 32), random_lookback(2, 137, 8)
-    q, k, v = attn.qkv(x)
-    block = in_block(r)[:, None]
-    expected = attn.c_proj(
-        (attention_weights(q, k, block, locality) @ v).transpose(1, 2).flatten(2)
-    )
-    assert (attn(x, block_mask(r, 8)) - expected).abs().max() < 1e-5
+    for locality, width in (([0, 0, 0], 3 * 64), ([0, 0.5, 1], 64 + 80 + 16), ([1, 1, 1], 3 * 16)):
+        model.set_locality(locality)
+        assert flops_per_token(model, 64) == 6 * n + 12 * 32 * width
+    assert flops_per_token(model, 8) == 6 * n + 12 * 32 * 3 * 8  # no block is wider than that
 
 
 def test_the_anchor_widens_the_blocks_and_nothing_else():
     r = random_lookback(2, 40, 8)
     plain, wide = tiny(), tiny(anchor=True)
     first = torch.arange(40) == 0
-    assert torch.equal(wide.blocks(r), plain.blocks(r) | first)
+    assert torch.equal(wide.in_block(r), plain.in_block(r) | first)
     idx = torch.randint(0, 101, (2, 40))
     wide.set_locality([1, 1, 1])
     plain.set_locality([1, 1, 1])
-    for a in wide.attention_maps(idx, r):
-        assert not a[~wide.blocks(r).expand_as(a)].any()
+    for a in attention_maps(wide, idx, r):
+        assert not a[~wide.in_block(r).expand_as(a)].any()
         assert torch.allclose(a.sum(-1), torch.ones(()), atol=1e-5)
     with torch.no_grad():
         assert not torch.allclose(wide(idx, r)[0], plain(idx, r)[0], atol=1e-4)
-
-
-def test_dial_one_gives_exactly_nothing_outside_the_block():
-    T, i = 150, 130
-    q, k, v = torch.randn(3, 1, 2, T, 16).unbind(0)
-    r = clamp_lookback(random_lookback(1, T, 8), 8)
-    block = in_block(r)[:, None]
-    assert not attention_weights(q, k, block, 1.0)[~block.expand(1, 2, T, T)].any()
-    before = local_attention(q, k, v, block_mask(r, 8))[:, :, i]
-    far = torch.ones(T, dtype=torch.bool)
-    far[i - int(r[0, i]) : i + 1] = False
-    k[:, :, far], v[:, :, far] = 1e3, 1e3
-    assert torch.equal(local_attention(q, k, v, block_mask(r, 8))[:, :, i], before)
 
 
 TOKENS = np.frombuffer((ROOT / "data" / "sample.txt").read_bytes()[:9000], np.uint8).astype(int)
@@ -434,12 +226,12 @@ def localist(seed, lookback, cap=250):
 
 
 @pytest.mark.parametrize("cap", [250, 64])  # attention with one dense mask; in chunks
-@pytest.mark.parametrize("method", ["semantic:closed", "sentence", "block:60", "aligned:40"])
+@pytest.mark.parametrize("partition", ["semantic:closed", "sentence", "block:60", "aligned:40"])
 @torch.no_grad()
-def test_closed_blocks_are_blind_to_what_lies_before_them_to_the_bit(method, cap):
+def test_closed_blocks_are_blind_to_what_lies_before_them_to_the_bit(partition, cap):
     """A certificate from end to end: whatever the text before the block, and whatever the weights,
     with every layer at 1 the output is the same."""
-    found = partition(TOKENS, BYTES, method, cap).astype(int)
+    found = partition_text(TOKENS, BYTES, partition, cap).astype(int)
     checked = 0
     for seed, at in enumerate((1000, 4200, 7700)):
         rng = np.random.default_rng(seed)
@@ -460,7 +252,7 @@ def test_closed_blocks_are_blind_to_what_lies_before_them_to_the_bit(method, cap
 def test_semantic_blocks_are_not_and_what_can_reach_a_token_does():
     """The reach is attained: the earliest token that may change an output does change it, and no
     earlier one does."""
-    found = partition(TOKENS, BYTES, "semantic", 60).astype(int)
+    found = partition_text(TOKENS, BYTES, "semantic", 60).astype(int)
     inside = further = 0
     for seed, at in enumerate((1000, 4200)):
         idx = TOKENS[at : at + 300]
@@ -490,7 +282,7 @@ def test_fidelity_is_certified_and_entropy_bounded_whatever_the_weights():
     idx, r = torch.randint(0, 101, (4, 64)), random_lookback(4, 64, 16)
     size = (r + 1).double()[:, None]  # (B, 1, T): |B_i|
     outside = torch.arange(1, 65) - size
-    for locality, a in zip(model.locality, model.attention_maps(idx, r)):
+    for locality, a in zip(model.locality, attention_maps(model, idx, r)):
         a = a.double()
         m = (a * in_block(r)[:, None]).sum(-1).clamp(0, 1)  # (B, H, T)
         assert (m >= locality - 1e-6).all()
@@ -541,332 +333,32 @@ def test_compiles_to_one_graph_that_lasts_for_a_whole_run(settings):
             optimizer.zero_grad(set_to_none=True)
 
 
-def test_dropout_is_in_training_alone_and_in_every_place():
+@pytest.mark.parametrize("plain", [False, True])
+def test_dropout_is_only_in_training_and_in_every_place(plain):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(101, 100, n_layer=1, n_head=4, n_embd=32, dropout=0.5, max_lookback=8))
-    attn, mask = model.h[0].attn, block_mask(random_lookback(2, 100, 8), 8)
+    shape = {"n_layer": 1, "n_head": 4, "n_embd": 32, "dropout": 0.5, "max_lookback": 8}
+    model = GPT(GPTConfig(101, 100, **shape, plain=plain))
+    attn, lookback = model.h[0].attn, random_lookback(2, 100, 8)
     x, idx = torch.randn(2, 100, 32), torch.randint(0, 101, (2, 100))
-    with torch.no_grad():  # every value is 1: what comes out is the sum of the attention weights
+    with torch.no_grad():  # every value is 1, so the output is the sum of the attention weights
         for p in attn.parameters():
             p.zero_()
         attn.c_attn.bias[64:] = 1
         attn.c_proj.weight.copy_(torch.eye(32))
     for locality in (0, 0.5, 1):
-        attn.locality = locality
+        model.set_locality([locality])
+        mask = model.mask(lookback)
         y = attn.train()(x, mask)
         left = y[y != 0]
         assert 0.3 < len(left) / y.numel() < 0.6  # of the output
         assert (left - 2).abs().mean() > 0.1  # of the weights
         assert torch.allclose(attn.eval()(x, mask), torch.ones(()))
-    for part, value in ((model.embed, idx), (model.h[0].mlp, x)):
+    model.set_locality([0])
+    model.h[0] = torch.nn.Identity()
+    model.h[0].forward = lambda x, mask, watch: x  # only the embedding is left
+    for part, value in ((model.hidden, idx), (GPT(model.config).h[0].mlp, x)):
         model.train()
+        part.__self__.train() if hasattr(part, "__self__") else part.train()
         assert 0.4 < (part(value) == 0).float().mean() < 0.6
-        model.eval()
+        part.__self__.eval() if hasattr(part, "__self__") else part.eval()
         assert (part(value) != 0).all() and torch.equal(part(value), part(value))
-
-
-# ---- generation
-
-VOCABULARY = [b"ab. "[i % 4 : i % 4 + 1] for i in range(101)]
-
-
-def uncached_logits(model, tokens, prompt, method):
-    """The logits that each of the tokens after the prompt was chosen from, (n, V).
-
-    The whole context is read anew for each. A full context goes on with its last half.
-    """
-    size, start, logits = model.config.block_size, 0, []
-    lookback = torch.from_numpy(
-        partition(tokens, VOCABULARY, method, model.config.max_lookback).astype(int)
-    )
-    for end in range(prompt, len(tokens)):
-        if end - start > size:
-            start = end - (size + 1) // 2
-        with torch.no_grad():
-            logits.append(
-                model(torch.tensor([tokens[start:end]]), lookback[None, start:end])[0][0, -1]
-            )
-    return torch.stack(logits)
-
-
-def record_logits(model):
-    """A list that fills with the logits, (B, V), that `generate` chooses from."""
-    seen, head = [], model.head
-    model.head = lambda x: seen.append(head(x)) or seen[-1]
-    return seen
-
-
-@pytest.mark.parametrize("settings", [{}, {"anchor": True}])
-@pytest.mark.parametrize("name", ["distributed", "quintic", "localist"])
-@pytest.mark.parametrize("block_size", [64, 16, 5, 1])
-def test_the_cache_changes_nothing(settings, name, block_size):
-    model = lively(tiny(block_size=block_size, **settings))
-    model.set_locality(schedule(name, 3))
-    prompts = [
-        [3, 1, 4, 1, 5],
-        [9],
-        list(range(2, 32)),
-    ]  # the third does not fit, but where the block size is 64
-    seen = record_logits(model)
-    for temperature in (0, 9):  # greedy; and hot enough for a text in which no two tokens are alike
-        seen.clear()
-        partitioners = [Partitioner(VOCABULARY, "sentence", 8) for _ in prompts]
-        generator = torch.Generator().manual_seed(0)
-        found = list(
-            zip(*model.generate(prompts, 40, partitioners, temperature, generator=generator))
-        )
-        for prompt, tokens, logits in zip(prompts, found, torch.stack(seen[:40], 1)):
-            expected = uncached_logits(
-                model, prompt + list(tokens), len(prompt), "sentence"
-            )  # (40, V)
-            assert (logits - expected).abs().max() < 1e-3
-            if temperature == 0:  # the same tokens, but where two are as likely to within rounding
-                chosen = expected.take_along_dim(torch.tensor(tokens)[:, None], 1)[:, 0]
-                assert (chosen > expected.amax(-1) - 2e-3).all()
-            else:
-                assert len(set(tokens)) > 20
-
-
-def test_a_local_layer_keeps_its_last_keys_and_no_more():
-    model, kept = tiny(block_size=64, anchor=True), []
-    model.set_locality([0, 0.9, 1])
-    step = model.step
-    model.step = lambda *args: kept.append([cache.k.size(2) for cache in args[-1]]) or step(*args)
-    list(model.generate([[1, 2, 3]], 60, [Partitioner(VOCABULARY, "window:9", 8)]))
-    assert (
-        kept == [[63, 63, 8 + 1 + 1]] * 59
-    )  # the block reaches 8 back from the token itself; and token 0
-
-
-def test_generation_needs_the_blocks_where_the_dial_is_up():
-    model = tiny()
-    assert len(list(model.generate([[1, 2]], 3, generator=torch.Generator().manual_seed(0)))) == 3
-    model.set_locality([0, 0, 1])
-    with pytest.raises(InputError, match="lookback"):
-        list(model.generate([[1, 2]], 3))
-
-
-def test_temperature_and_top_k_and_top_p_shape_the_choice():
-    logits, generator = (
-        3 * torch.randn(1, 101, generator=torch.Generator().manual_seed(0)),
-        torch.Generator().manual_seed(0),
-    )
-    order = logits[0].argsort(descending=True)
-    p = logits[0].softmax(-1)[order]
-
-    def ranks(**how):  # how many tokens were likelier than the one that was chosen
-        tokens = choose(logits.expand(3000, -1), generator=generator, **how)
-        return torch.bincount((logits[0] > logits[0][tokens, None]).sum(-1), minlength=101) / 3000
-
-    assert (ranks() - p).abs().max() < 0.04
-    assert (
-        ranks(temperature=0)[0]
-        == ranks(temperature=1e-4)[0]
-        == ranks(top_k=1)[0]
-        == ranks(top_p=1e-6)[0]
-        == 1
-    )
-    hot = ranks(temperature=50, top_k=3)
-    assert hot[3:].sum() == 0 and hot[:3].min() > 0.25  # any of three, each about as often
-    assert ranks(temperature=50)[60:].sum() > 0.3
-    for k in (1, 2, 5, 20):  # exactly so many are needed
-        kept = ranks(top_p=float(p[:k].sum() - p[k - 1] / 2))
-        assert kept[k:].sum() == 0 and (kept[:k] - p[:k] / p[:k].sum()).abs().max() < 0.04
-    both = choose(torch.stack((logits[0], -logits[0])), temperature=0)  # each row on its own
-    assert both.tolist() == [order[0], order[-1]]
-
-
-# ---- weights that are not what they should be
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def break_truncate(path):
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
-def break_garbage(path):
-    path.write_bytes(b"<html>not found</html>")
-
-
-def break_empty(path):
-    path.write_bytes(b"")
-
-
-def break_missing(path):
-    state = torch.load(path, weights_only=True)
-    del state["h.1.mlp.c_fc.bias"]
-    torch.save(state, path)
-
-
-def break_shape(path):
-    state = torch.load(path, weights_only=True)
-    state["h.1.mlp.c_fc.bias"] = torch.zeros(7)
-    torch.save(state, path)
-
-
-def break_list(path):
-    torch.save([torch.zeros(3)], path)
-
-
-def break_pickle(path):
-    path.write_bytes(pickle.dumps(Bomb(path.with_name("executed"))))
-
-
-def break_zip_pickle(path):
-    torch.save({"wte.weight": Bomb(path.with_name("executed"))}, path)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        break_truncate,
-        break_garbage,
-        break_empty,
-        break_missing,
-        break_shape,
-        break_list,
-        break_pickle,
-        break_zip_pickle,
-    ],
-)
-def test_a_bad_weights_file_is_refused_by_name(tmp_path, damage):
-    published(tmp_path, **SMALL)
-    damage(tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        InputError,
-        match="pytorch_model.bin.*refused" if "pickle" in damage.__name__ else "pytorch_model.bin",
-    ):
-        GPT.from_pretrained(tmp_path)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("activation_function", "relu"),
-        ("layer_norm_epsilon", 1e-6),
-        ("n_inner", 100),
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-    ],
-)
-def test_another_model_than_gpt2_is_refused(tmp_path, key, value):
-    published(tmp_path, **SMALL)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(InputError, match=key):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_weights_that_do_not_say_enough_or_say_too_much_are_refused(tmp_path):
-    reference = published(tmp_path, **SMALL)
-    path, untied = tmp_path / "pytorch_model.bin", tmp_path / "untied.bin"
-    torch.save({**reference.state_dict(), "lm_head.weight": torch.zeros(101, 48)}, untied)
-    with pytest.raises(InputError, match="lm_head"):
-        GPT.from_pretrained(untied)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match="config.json.*heads"):  # 48 wide: of how many heads?
-        GPT.from_pretrained(path)
-    whole = asdict(tiny().config)
-    for config in ({}, {**whole, "vocab_size": 2**62}, {**whole, "n_layer": torch.zeros(2)}):
-        torch.save({"model": tiny().state_dict(), "model_config": config}, tmp_path / "best.pt")
-        with pytest.raises(InputError, match="best.pt"):
-            GPT.from_pretrained(tmp_path)
-
-
-def test_the_export_says_what_the_model_is(tmp_path):
-    tiny(dropout=0.25).save_pretrained(tmp_path)
-    config = transformers.GPT2Config.from_pretrained(tmp_path)
-    assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.25
-    assert (
-        config.vocab_size,
-        config.n_positions,
-        config.n_layer,
-        config.n_head,
-        config.n_embd,
-    ) == (101, 64, 3, 4, 32)
-    assert (
-        GPT.from_pretrained(tmp_path, dropout=0.25, max_lookback=8).config
-        == tiny(dropout=0.25).config
-    )
-
-
-def test_names_that_lead_nowhere(tmp_path):
-    for name in ("gpt3", tmp_path / "nothing", tmp_path):
-        with pytest.raises(InputError):
-            GPT.from_pretrained(name)
-
-
-# ---- download, from a server on this machine
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch, serve):
-    """A mirror that serves a small GPT-2 as `gpt2`.
-
-    Returns its files, a dict that tests may break, and the published folder.
-    """
-    published(tmp_path / "published", **{**SMALL, "n_layer": 1, "n_embd": 768, "n_head": 12})
-    content = (tmp_path / "published" / "pytorch_model.bin").read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\n"
-    gpt2, medium = "/openai-community/gpt2", "/openai-community/gpt2-medium"
-    base, files = serve(
-        {
-            f"{gpt2}/resolve/main/pytorch_model.bin": content,
-            f"{medium}/resolve/main/pytorch_model.bin": content,
-            f"{medium}/raw/main/pytorch_model.bin": f"{pointer}size {len(content)}\n".encode(),
-        }
-    )
-    monkeypatch.setenv("HF_ENDPOINT", base)
-    monkeypatch.setattr(weights, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(
-        weights,
-        "PRETRAINED",
-        {"gpt2": (len(content), sha256), "gpt2-medium": (len(content), None)},
-    )
-    return files, tmp_path / "published"
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium"])
-def test_downloads_once_and_equals_what_was_published(hub, name, tmp_path):
-    files, folder = hub
-    model = GPT.from_pretrained(name)
-    files.clear()  # a second time it comes from the cache
-    again = GPT.from_pretrained(name)
-    expected = GPT.from_pretrained(folder).state_dict()
-    for key, value in expected.items():
-        assert torch.equal(model.state_dict()[key], value)
-        assert torch.equal(again.state_dict()[key], value)
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (lambda content: content[:-100], "bytes"),  # another length
-        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "sha256"),  # another content
-        (lambda content: (content[:1000], len(content)), "broke off"),  # breaks off in the middle
-        (lambda content: None, "404"),
-    ],
-)
-def test_a_download_that_is_not_whole_is_named_and_not_kept(hub, change, says, tmp_path):
-    files, _ = hub
-    path = "/openai-community/gpt2/resolve/main/pytorch_model.bin"
-    files[path] = change(files[path])
-    with pytest.raises(InputError, match=says):
-        download_gpt2("gpt2")
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-
-
-def test_no_network_is_said_with_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(weights, "CACHE", tmp_path)
-    with pytest.raises(InputError, match="local folder"):
-        GPT.from_pretrained("gpt2")

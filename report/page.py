@@ -1,7 +1,8 @@
-"""One HTML page from numbers and text: a single file, no library, no request.
+"""One HTML page from numbers and text: a single file that needs no library and requests nothing.
 
-The template, page.html, is whole but for two marks: @DATA@, the data as JSON, and @HASHES@, which
-let a browser run its own script and style and nothing else. Text reaches the page as data alone.
+The template, page.html, is complete except for two marks: @DATA@, the data as JSON, and @HASHES@,
+which let a browser run the script and the style of the page and nothing else. Text reaches the page
+only as data.
 """
 
 import base64
@@ -19,14 +20,14 @@ TEMPLATE = Path(__file__).with_name("page.html")
 # --------------------------------------------------------------------------------------------------
 # text
 
-# characters that turn the direction of what follows them
+# characters that change the direction of the text after them
 TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 ENDS = ".,;:!?…—-\"')]”’"
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 def visible(text):
-    """A text with every character that would not show, or would turn the text, as \\u202e."""
+    """The text with each character that is invisible or changes the direction as, say, \\u202e."""
     hidden = {
         c
         for c in set(text) - {"\n", "\t"}
@@ -36,18 +37,18 @@ def visible(text):
 
 
 def label(token):
-    """A token (bytes) by itself, spaces and newlines too as signs; part of a character as \\xe2."""
+    """A token (bytes) on its own: spaces and newlines as signs, parts of a character as \\xe2."""
     text = visible(token.decode(errors="backslashreplace"))
     return "".join(SIGNS.get(c, c) for c in text) or "(empty)"
 
 
 def pieces_of(tokens):
-    """What a page shows for each of some tokens (bytes): a list of str; together, the text.
+    """What the page shows for each token (bytes): a list of strings, which make up the text.
 
-    A character of several tokens stands at the last of them; the others show nothing. Bytes that
-    are no character stand as \\xe2. A single newline after a long line is a space: such a text was
-    cut into lines, and a page makes lines of its own. (It stays where the line ends with one of
-    ENDS and no small letter follows: that may be verse, or a list.)
+    A character of several tokens belongs to the last of them; the others are empty. Invalid bytes
+    are shown as \\xe2. A single newline after a long line becomes a space, because such a text was
+    wrapped and the page wraps it again. The newline stays if the line ends with one of ENDS and no
+    lower-case letter follows, because that may be verse or a list.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     pieces = [decoder.decode(token) for token in tokens]
@@ -69,21 +70,20 @@ def pieces_of(tokens):
 
 
 def pack(arrays):
-    """Many arrays as one string: {"arrays": {name: where and how}, "numbers": base64 of deflate}.
+    """Many arrays as one string: {"arrays": {name: its place and type}, "numbers": base64}.
 
-    arrays: {name: (values, scale)}. What is stored is round(values * scale), in one byte each or,
-    where that is not enough, in two. So values are at least 0; what is too large is cut.
+    arrays: {name: (values, scale)}, values >= 0. Each is stored as round(values * scale), in one
+    byte or, if that is too small, in two (and clipped to them). All are then compressed (deflate).
     """
-    where, stored, at = {}, [], 0
+    places, stored, at = {}, [], 0
     for name, (values, scale) in arrays.items():
         values = np.rint(np.asarray(values, np.float64) * scale)
-        kind = np.uint8 if values.max(initial=0) < 256 else np.uint16
-        raw = values.clip(0, 65535).astype(kind).astype(np.dtype(kind).newbyteorder("<")).tobytes()
-        where[name] = {"at": at, "n": values.size, "bytes": kind().itemsize, "scale": scale}
-        stored.append(raw)
-        at += len(raw)
+        dtype = np.dtype(np.uint8 if values.max(initial=0) < 256 else "<u2")
+        stored.append(values.clip(0, 65535).astype(dtype).tobytes())
+        places[name] = {"at": at, "n": values.size, "bytes": dtype.itemsize, "scale": scale}
+        at += len(stored[-1])
     numbers = base64.b64encode(zlib.compress(b"".join(stored), 9)).decode()
-    return {"arrays": where, "numbers": numbers}
+    return {"arrays": places, "numbers": numbers}
 
 
 def fill(data):
@@ -95,5 +95,5 @@ def fill(data):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         hashes.append(f"{kind}-src 'sha256-{digest}'")
     html = html.replace("@HASHES@", "; ".join(hashes))
-    # JSON's own way to write "<": so no text can end the element that holds it
+    # "<" as an escape of JSON, so that no text can end the element that holds it
     return html.replace("@DATA@", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))

@@ -1,0 +1,143 @@
+"""Generation: the key-value cache changes nothing, and tokens are drawn as asked."""
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from locality import Partitioner, partition_text, schedule
+from model import GPT, GPTConfig
+from sample import KVCache, generate, sample_token
+from support.files import InputError
+
+VOCABULARY = [b"ab. "[i % 4 : i % 4 + 1] for i in range(101)]
+
+
+def tiny(**shape):
+    torch.manual_seed(0)
+    defaults = {"vocab_size": 101, "block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 32}
+    return GPT(GPTConfig(**{**defaults, "max_lookback": 8, **shape})).eval()
+
+
+def lively(model):
+    """The model with larger matrices, so that it does not repeat the last token forever and its
+    tokens are not all equally likely."""
+    with torch.no_grad():
+        model.ln_f.weight.mul_(4)
+        for p in model.h.parameters():
+            if p.dim() == 2:
+                p.mul_(4)
+    return model
+
+
+def uncached_logits(model, tokens, prompt, partition):
+    """The logits that each token after the prompt is drawn from, (n, V).
+
+    The whole context is read again for each. A full context is replaced by its last half.
+    """
+    size, start, logits = model.config.block_size, 0, []
+    lookback = partition_text(tokens, VOCABULARY, partition, model.config.max_lookback)
+    lookback = torch.from_numpy(lookback.astype(int))
+    for end in range(prompt, len(tokens)):
+        if end - start > size:
+            start = end - (size + 1) // 2
+        with torch.no_grad():
+            context = torch.tensor([tokens[start:end]])
+            logits.append(model(context, lookback[None, start:end])[0][0, -1])
+    return torch.stack(logits)
+
+
+def record_logits(model):
+    """A list that fills with the logits, (B, V), that `generate` draws from."""
+    seen, head = [], model.head
+    model.head = lambda x: seen.append(head(x)) or seen[-1]
+    return seen
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("anchor", [False, True])
+@pytest.mark.parametrize("name", ["distributed", "quintic", "localist"])
+@pytest.mark.parametrize("block_size", [64, 16, 5, 1])
+def test_the_cache_changes_nothing(plain, anchor, name, block_size):
+    model = lively(tiny(block_size=block_size, anchor=anchor, plain=plain))
+    model.set_locality(schedule(name, 3))
+    prompts = [[3, 1, 4, 1, 5], [9], list(range(2, 32))]  # the last fits only a block_size of 64
+    seen = record_logits(model)
+    for temperature in (0, 9):  # greedy; and hot enough that no two tokens of a text are alike
+        seen.clear()
+        partitioners = [Partitioner(VOCABULARY, "sentence", 8) for _ in prompts]
+        generator = torch.Generator().manual_seed(0)
+        steps = generate(model, prompts, 40, partitioners, temperature, generator=generator)
+        for prompt, tokens, logits in zip(prompts, zip(*steps), torch.stack(seen[:40], 1)):
+            text = prompt + list(tokens)
+            expected = uncached_logits(model, text, len(prompt), "sentence")  # (40, V)
+            assert (logits - expected).abs().max() < 1e-3
+            if temperature == 0:  # the same tokens, unless two are equally likely within rounding
+                chosen = expected.take_along_dim(torch.tensor(tokens)[:, None], 1)[:, 0]
+                assert (chosen > expected.amax(-1) - 2e-3).all()
+            else:
+                assert len(set(tokens)) > 20
+
+
+def test_the_cache_of_a_local_layer_does_not_grow(monkeypatch):
+    model, sizes = tiny(anchor=True), []
+    model.set_locality([0, 0.9, 1])
+    decode = sample.decode
+
+    def record(model, token, lookback, at, caches):
+        sizes.append([cache.k.size(2) for cache in caches])
+        return decode(model, token, lookback, at, caches)
+
+    monkeypatch.setattr("sample.decode", record)
+    list(generate(model, [[1, 2, 3]], 60, [Partitioner(VOCABULARY, "window:9", 8)]))
+    # the block consists of the token, the 8 before it, and token 0
+    assert sizes == [[63, 63, 8 + 1 + 1]] * 59
+
+
+def test_slots_are_overwritten_from_the_oldest_on():
+    config = GPTConfig(101, 64, 1, 1, 16, max_lookback=4)
+    at = torch.tensor([6, 2])
+    cache = KVCache(config, 1.0, 64, at)
+    assert cache.positions(at).tolist() == [[5, 6, 2, 3, 4], [0, 1, 2, -2, -1]]
+    keys = torch.arange(7.0).view(1, 1, 7, 1).expand(2, 1, 7, 1)
+    cache.fill(keys, keys)
+    new = torch.tensor([7.0, 3.0]).view(2, 1, 1, 1)
+    k, _ = cache.update(new, new, at + 1, 5)
+    assert k[0].flatten().tolist() == [5, 6, 7, 3, 4] and k[1].flatten()[:4].tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_generation_needs_the_blocks_if_a_layer_is_local():
+    model = tiny()
+    assert len(list(generate(model, [[1, 2]], 3))) == 3
+    model.set_locality([0, 0, 1])
+    with pytest.raises(InputError, match="lookback"):
+        list(generate(model, [[1, 2]], 3))
+
+
+def test_temperature_and_top_k_and_top_p_shape_the_draw():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, 101, generator=generator)
+    order = logits[0].argsort(descending=True)
+    p = logits[0].softmax(-1)[order]
+
+    def ranks(**options):  # how many tokens were more likely than the one that was drawn
+        tokens = sample_token(logits.expand(3000, -1), generator=generator, **options)
+        return torch.bincount((logits[0] > logits[0][tokens, None]).sum(-1), minlength=101) / 3000
+
+    assert (ranks() - p).abs().max() < 0.04
+    for options in ({"temperature": 0}, {"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
+        assert ranks(**options)[0] == 1
+    hot = ranks(temperature=50, top_k=3)
+    assert hot[3:].sum() == 0 and hot[:3].min() > 0.25  # any of three, about equally often
+    assert ranks(temperature=50)[60:].sum() > 0.3
+    for k in (1, 2, 5, 20):  # exactly this many are needed
+        kept = ranks(top_p=float(p[:k].sum() - p[k - 1] / 2))
+        assert kept[k:].sum() == 0 and (kept[:k] - p[:k] / p[:k].sum()).abs().max() < 0.04
+    both = sample_token(torch.stack((logits[0], -logits[0])), temperature=0)  # row by row
+    assert both.tolist() == [order[0], order[-1]]
+    assert np.isfinite(p).all()
