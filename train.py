@@ -321,10 +321,13 @@ def validate(run, config, model, data, process):
     If there are several processes, the first one does it and the others get the result.
     """
     if process.rank == 0:
+        tokens, lookback = data.split("val")
         results = evaluate(
             model,
-            *data.split("val"),
+            tokens,
+            lookback,
             token_bytes(get_encoding(config.tokenizer)),
+            stride=min(model.config.block_size, len(tokens) - 1),  # no overlap: fast
             batch_size=max(1, config.batch_size // process.world_size),
             measure=False,
             limit=config.eval_contexts,
