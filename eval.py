@@ -128,17 +128,20 @@ def turn(model, config, name=None, floor=None):
 AT_ONCE = 2**20  # attention weights to measure at a time: they fit in a processor's cache
 
 
-def windows(n, block_size, stride):
+def windows(n, block_size, stride, limit=None):
     """Contexts that cover n tokens: a list of (start, first).
 
     In each, predictions from position `first` on are scored, so that every token is scored exactly
     once, except token 0, which nothing precedes. In all windows but the first, a scored token has
-    at least block_size - stride tokens of context.
+    at least block_size - stride tokens of context. limit: at most this many, evenly spread.
     """
     T = min(block_size, n - 1)
     starts = [*range(0, n - 1 - T, stride), n - 1 - T]
     ends = [0] + [start + T for start in starts]
-    return [(start, end - start) for start, end in zip(starts, ends)]
+    contexts = [(start, end - start) for start, end in zip(starts, ends)]
+    if limit and limit < len(contexts):
+        return [contexts[i] for i in np.linspace(0, len(contexts) - 1, limit, dtype=int)]
+    return contexts
 
 
 @torch.no_grad()
@@ -162,9 +165,7 @@ def evaluate(
     stride = max(T // 2, 1) if stride is None else stride
     if not 1 <= stride <= T:
         raise InputError(f"stride must be in 1 ... {T}, the length of a context, not {stride}")
-    contexts = windows(len(tokens), T, stride)
-    if limit and limit < len(contexts):
-        contexts = [contexts[i] for i in np.linspace(0, len(contexts) - 1, limit, dtype=int)]
+    contexts = windows(len(tokens), T, stride, limit)
     n_bytes = torch.tensor([len(b) for b in vocabulary], device=device)
     by_context, correct, size, looked_back = [], 0, 0, 0
     sums = torch.zeros(model.config.n_layer, 4, dtype=torch.double)
@@ -190,10 +191,7 @@ def evaluate(
         "loss": nats / scored,
         "bits_per_byte": nats / math.log(2) / size,
         "accuracy": correct / scored,
-        "tokens": scored,
-        "bytes": size,
-        "stride": stride,
-        "context": T,
+        **{"tokens": scored, "bytes": size, "stride": stride, "context": T},
         "mean_lookback": looked_back / scored,
         "by_position": by_position(nats_at),
         "by_context": by_context,

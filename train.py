@@ -262,9 +262,8 @@ def train(run, config, model, compiled, optimizers, data, process):
     with machine.stop_signals() as received, progress:
         while not is_finished(run, config):
             lr = learning_rate(run.step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = lr
 
             # forward, backward
             loss = 0.0
@@ -291,10 +290,8 @@ def train(run, config, model, compiled, optimizers, data, process):
             progress.update()
 
             # log, evaluate, save
-            stop, is_eval_step = (
-                bool(received) and world_size == 1,
-                run.step % config.eval_interval == 0,
-            )
+            is_eval_step = run.step % config.eval_interval == 0
+            stop = bool(received) and world_size == 1
             if is_log_step:
                 loss, stop = ddp.mean([loss, bool(received)], process)
                 speed = progress.tokens_per_s()

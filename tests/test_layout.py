@@ -7,16 +7,15 @@ import pytest
 
 from conftest import ROOT
 
+FOLDERS = ".", "fast", "support", "report", "experiments"
 FILES = [
-    path.relative_to(ROOT)
-    for folder in (".", "support", "experiments")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))
 ]
 TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in FILES}
-# each may import what stands before it; in support/ and experiments/ what stands beside it, too
-ORDER = ["files", "support", "locality model", "prepare_data", "eval", "train", "sample read sweep"]
+# each may import what comes before it, and in a folder also what is beside it
+ORDER = ["files", "support", "fast report", "locality model", "prepare_data", "eval", "sample"]
+ORDER += ["train", "view sweep", "experiments"]
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
-RANKS["experiments"] = len(ORDER)
 
 
 def module(path):
@@ -24,10 +23,10 @@ def module(path):
 
 
 def rank(name):
-    """Where in ORDER a module, or a name in it, stands; None if it is not of this project."""
-    return (
-        RANKS["files"] if f"{name}.".startswith("support.files.") else RANKS.get(name.split(".")[0])
-    )
+    """The position in ORDER of a module, or of a name in it; None if it is not of this project."""
+    if f"{name}.".startswith("support.files."):
+        return RANKS["files"]
+    return RANKS.get(name.split(".")[0])
 
 
 def imported(tree):
@@ -42,7 +41,7 @@ def imported(tree):
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_one_way(path):
     mine = rank(module(path))
-    assert mine is not None, "its place is not known"
+    assert mine is not None, "the position of this file in ORDER is not known"
     for name in imported(TREES[path]):
         beside = path.parent.name and name.startswith(f"{path.parent.name}.")
         assert rank(name) is None or rank(name) < mine or beside and mine > 0, name
@@ -56,10 +55,16 @@ def test_functions_are_short_and_share_no_variables(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_the_top_level_holds_the_lesson_and_not_what_protects_it():
-    protects = re.compile(r"flock|fsync|mallopt|zipfile|signal\.signal|re\.compile")
-    for path in ROOT.glob("*.py"):
-        assert not protects.findall(path.read_text(encoding="utf-8")), path.name
+def test_the_top_level_holds_the_lesson_and_no_supporting_code(capsys):
+    """It also prints the size of every file of the lesson, so that growth is seen."""
+    supporting = re.compile(r"flock|fsync|mallopt|zipfile|signal\.signal|re\.compile|hashlib\.file")
+    sizes = []
+    for path in sorted(ROOT.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not supporting.findall(text), path.name
+        sizes.append(f"{path.name} {len(text.splitlines())}")
+    with capsys.disabled():
+        print(f"\nlines of the lesson: {', '.join(sizes)}")
 
 
 def test_every_promise_names_tests_that_there_are():
@@ -73,7 +78,7 @@ def test_every_promise_names_tests_that_there_are():
     assert len(promises) >= 10
     for promise in promises:
         named = re.findall(r"Tests: ((?:`[\w.]+`(?:, )?)+)", promise)
-        names = [name for some in named for name in re.findall(r"[\w.]+", some)]
+        names = [name for group in named for name in re.findall(r"[\w.]+", group)]
         assert names, promise
         for name in names:
             assert any(name in test for test in known), name
