@@ -1,11 +1,11 @@
-# make quickstart: install into .venv; train a small localist GPT-2 on the sample text, measure, draw,
-#                  and make a page to look at
-# make test:       install what the tests need as well; check the format, run the tests
+# make quickstart: install into .venv; train a small localized GPT-2 on the sample text, measure it,
+#                  draw it, and make a page to look at
+# make test:       install what the tests need as well; check the format; run the tests
 PYTHON ?= python3
 
 quickstart: .venv/run-time
 	.venv/bin/python train.py configs/quickstart.toml --overwrite
-	.venv/bin/python read.py runs/quickstart
+	.venv/bin/python view.py runs/quickstart
 
 test: .venv/tests
 	.venv/bin/ruff format --check .

@@ -120,9 +120,9 @@ def resolve(values, reference):
     return config
 
 
-def prepare_cell(cell):
-    """The Prepared folder of a Config."""
-    return prepare(TextConfig.of(asdict(cell)))
+def prepare_cell(cell, **changes):
+    """The Prepared folder of a Config with some keys changed. Raises InputError."""
+    return prepare(TextConfig.of(asdict(cell), **changes))
 
 
 def matched(kind, data):

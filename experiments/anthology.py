@@ -1,15 +1,15 @@
-"""Short passages of long texts in random order: a text in which topics jump.
+"""Collect short passages of long texts in random order: a text whose topics jump.
 
     python -m experiments.anthology data/anthology.txt gutenberg:1342 gutenberg:2701 gutenberg:98
     python -m experiments.anthology data/sections.txt wiki.test.tokens --longest 2000 --seed 2
 
-A passage is a few whole paragraphs. In WikiText a line is a paragraph, and a heading (= Title =)
-ends a passage and is left out. Between two passages stands <|endoftext|>, so `partition =
-"document"` knows the true boundaries. With `joined = true` a newline takes its place, and neither
-the model nor another partition is told where a passage ends.
+A passage is a few whole paragraphs. In WikiText every line is a paragraph. A heading (= Title =)
+ends a passage and is left out. Passages are separated by <|endoftext|>, so `partition = "document"`
+knows the true boundaries. With `joined = true` it is replaced by a newline, and neither the model
+nor any other partition can see where a passage ends.
 
---refrain mixes in some words of the passages, again and again. From these a model learns to copy
-what it has seen before, which it has to learn before it can use a long context.
+--refrain mixes in a few words of the passages, repeated many times. From these a model learns to
+copy what it has seen before, which it has to learn before it can use a long context.
 """
 
 import argparse
@@ -28,9 +28,9 @@ WIKITEXT = re.compile(r"^ = [^=\n]+ = $", re.M)  # a title
 def passages(text, rng, shortest, longest):
     """Yield the passages of a text, strings.
 
-    Each is a few whole paragraphs, together at least as long as a length drawn for it: log-uniform
-    between shortest and longest, in characters. What is left before a heading, or at the end, is a
-    passage if it has `shortest` characters. rng: a random.Random.
+    Each is a few whole paragraphs, together at least as long as a length that is drawn for it,
+    log-uniformly between shortest and longest, in characters. The remainder before a heading, or at
+    the end, is a passage if it has `shortest` characters. rng: a random.Random.
     """
 
     def draw():
@@ -50,9 +50,9 @@ def passages(text, rng, shortest, longest):
 
 
 def refrain(passage, rng, longest):
-    """4 to 80 words of a passage, 2 to 40 times in a row; a string.
+    """4 to 80 words of a passage, repeated 2 to 40 times; a string.
 
-    Not more than `longest` characters in all, but for the spaces. rng: a random.Random.
+    It has at most `longest` characters, not counting the spaces. rng: a random.Random.
     """
     words = passage.split()
     n = round(math.exp(rng.uniform(math.log(4), math.log(80))))
@@ -62,26 +62,26 @@ def refrain(passage, rng, longest):
     return " ".join([line] * times)
 
 
-def with_refrains(found, share, longest, seed):
-    """Mix refrains into some passages: `share` characters of them for each one that is there."""
+def with_refrains(texts, share, longest, seed):
+    """Mix refrains into a list of passages: `share` characters of refrain per character of text."""
     rng, mixed, size, refrains = random.Random(seed), [], 0, 0
-    for passage in found:
+    for passage in texts:
         mixed.append(passage)
         size += len(passage)
         while refrains < share * size:
-            mixed.append(refrain(rng.choice(found), rng, longest))
+            mixed.append(refrain(rng.choice(texts), rng, longest))
             refrains += len(mixed[-1])
     rng.shuffle(mixed)
     return mixed
 
 
 def anthology(paths, shortest, longest, seed):
-    """The passages of some files (Paths) in random order, a list of strings."""
-    rng, found = random.Random(seed), []
+    """The passages of text files (Paths) in random order, a list of strings."""
+    rng, texts = random.Random(seed), []
     for path in paths:
-        found += passages("".join(pieces(path)), rng, shortest, longest)
-    rng.shuffle(found)
-    return found
+        texts += passages("".join(pieces(path)), rng, shortest, longest)
+    rng.shuffle(texts)
+    return texts
 
 
 def main():
@@ -89,16 +89,11 @@ def main():
     add = parser.add_argument
     add("out", type=Path, help="the text file to write")
     add("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
-    add("--shortest", type=int, default=500, help="least characters of a passage")
+    add("--shortest", type=int, default=500, help="minimum length of a passage, in characters")
     add(
         "--longest", type=int, default=3000, help="a passage ends with the paragraph that gets here"
     )
-    add(
-        "--refrain",
-        type=float,
-        default=0.0,
-        help="characters of refrains for each character of text",
-    )
+    add("--refrain", type=float, default=0.0, help="characters of refrain per character of text")
     add("--seed", type=int, default=1)
     args = parser.parse_args()
     if not 1 <= args.longest <= 10**9:
@@ -108,16 +103,18 @@ def main():
     if not 0 <= args.refrain <= 10:
         raise InputError(f"--refrain must be in 0 … 10, not {args.refrain}")
     if args.out.exists():  # it may be one of the sources
-        raise InputError(f"{args.out} is there already; delete it, or write to another name")
+        raise InputError(f"{args.out} already exists; delete it, or choose another name")
     check_writable(args.out)
-    found = anthology(source_files(args.source), args.shortest, args.longest, args.seed)
-    if len(found) < 2:
-        raise InputError(f"{len(found)} passages in {args.source}: too few; give a longer text")
-    mixed = with_refrains(found, args.refrain, args.longest, args.seed) if args.refrain else found
+    texts = anthology(source_files(args.source), args.shortest, args.longest, args.seed)
+    if len(texts) < 2:
+        raise InputError(
+            f"{args.source} has only {len(texts)} passages of this length; use a longer text"
+        )
+    mixed = with_refrains(texts, args.refrain, args.longest, args.seed) if args.refrain else texts
     write_text(args.out, "\n<|endoftext|>".join(mixed) + "\n")
-    mean = sum(map(len, found)) / len(found)
-    refrains = f" and {len(mixed) - len(found):,} refrains" if args.refrain else ""
-    print(f"{args.out}: {len(found):,} passages of {mean:,.0f} characters on average{refrains}")
+    mean = sum(map(len, texts)) / len(texts)
+    refrains = f" and {len(mixed) - len(texts):,} refrains" if args.refrain else ""
+    print(f"{args.out}: {len(texts):,} passages of {mean:,.0f} characters on average{refrains}")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,35 @@
-"""Time the parts of the project, side by side with their rivals.
+"""Measure the speed and memory of this project next to its alternatives.
 
     python -m experiments.bench [--only SECTION] [--nanogpt DIR] [--json FILE]
     python -m experiments.bench --only data --source BOOKS.txt
 
-attention: one layer's attention, forward and backward. Against PyTorch's own, over the whole
-           context and with a dense mask.
-step:      a training step. Against nanoGPT's (--nanogpt: a checkout), and against that of
-           `transformers` with the same mask. Also the memory it takes, and the loading of batches.
-long:      a training step with one long context. Localist against distributed.
-blend:     two ways to compute the blend of global and local attention. Against each other.
-small:     the step of configs/pretrain_cpu.toml, with Muon. Against AdamW.
-evaluate:  what `eval.py` does, with all its measures. Against the perplexity alone.
-generate:  tokens a second with the cache. Against reading the context again for every token.
-data:      to partition a text into semantic blocks. Against encoding it (tiktoken). Both for the
-           text once, 4 times and 16 times in a row.
+attention: one layer's attention, forward and backward: causal, with a dense mask, local
+step:      a training step: nanoGPT's (--nanogpt names a checkout), that of `transformers` given the
+           same mask, its matrix products, ours; also its memory, and loading batches
+long:      a training step with one long context: distributed, localist
+blend:     two ways to compute the blend of global and local attention (only on a GPU)
+small:     a training step of a small model: AdamW, Muon
+evaluate:  eval.py's evaluation: perplexity, all measures; also its memory
+generate:  sampling: the whole context read for every token, the key-value cache
+data:      encoding a text with tiktoken, partitioning it into blocks; 1, 4 and 16 times the text
 
-Contestants take turns, round after round, so that other work on the machine slows all of them
-alike. A time is the median of its rounds. All blocks reach back as far as they may.
+The contestants of a section take turns, round after round, so that other load on the machine slows
+all of them equally. A time is the median over the rounds. Every block is as long as max_lookback
+allows. On a CUDA device the shapes are larger and the models are compiled. On a CPU, other software
+runs in processes of its own, without the memory and thread settings of `support`.
 
-On a CPU, other software takes its steps in processes of its own, without the settings of `support`:
-memory in large pages, threads that soon give up.
+To make a CPU behave like an older one, put these variables in front of the command:
+without AMX:    ONEDNN_MAX_CPU_ISA=AVX512_CORE
+only AVX2:      ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-A CPU can be held to older instructions. With `ONEDNN_MAX_CPU_ISA=AVX512_CORE` in front of the
-command it does as if it had no AMX. With `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-MKL_ENABLE_INSTRUCTIONS=AVX2` it has AVX2 alone.
-
-Each row has `seconds` or `tokens_per_s`. Its `ratio` is to the same number of its `baseline` in the
-same race. (On a GPU the baseline's own row may be of an earlier race, and differ a little.) It is
-printed and written as soon as it is known. What is not installed is left out, with a note. On a
-CUDA device the shapes are larger, the models are compiled, and the card's own clock is read.
+Each row has `seconds` or `tokens_per_s`. Its `ratio` divides that number by the same number of each
+contestant before it: {name: ratio}.
 """
 
 import argparse
 import contextlib
 import gc
 import importlib.util
-import io
 import itertools
 import math
 import multiprocessing
@@ -58,37 +52,28 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
 
 from eval import evaluate
-from locality import Partitioner, background, partition, schedule
-from model import (
-    GPT,
-    GPTConfig,
-    attention_weights,
-    block_mask,
-    clamp_lookback,
-    in_block,
-    local_attention,
-    tiled_mask,
-)
+from fast.attention import block_mask, local_attention, tiled_mask
+from locality import Partitioner, count_background, partition_text, schedule
+from model import GPT, GPTConfig, clamp_lookback, in_block
 from prepare_data import get_encoding, token_bytes
+from sample import generate
+from support.console import flops_per_token
+from support.ddp import Process
 from support.files import InputError, check_writable, run_script, write_json
 from support.machine import compiles, missing_compiler, peak_flops, pick_device, precision
 from train import Config, build_optimizers, random_batch
 
-W = 256  # max_lookback of all but `data`
-OTHERS = 128, 512, 768  # other ones, for local attention in the shortest context
-AT_ONCE = 2**14  # tokens that keep a GPU busy
-DIALS = ("distributed", "quintic", "localist")
-PRODUCTS = "matrix products alone"
+W = 256  # max_lookback of everything that does not name another
+GPU_TOKENS = 2**14  # tokens that keep a GPU busy
 SMALL = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512}
-CPU = torch.device("cpu")
 SPAWN = multiprocessing.get_context("spawn")
 
 # --------------------------------------------------------------------------------------------------
-# measuring
+# measuring: a race, its table, peak memory
 
 
-def machine(device):
-    """What the times depend on, a dict."""
+def describe_machine(device):
+    """Everything that a time depends on, a dict of strings, numbers and booleans."""
     cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
         cpu = read_field("/proc/cpuinfo", "model name")
@@ -101,25 +86,130 @@ def machine(device):
         "dtype": str(auto_dtype(device)).removeprefix("torch."),
         "compiled": compiles(device, "auto"),
         "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
         "system": platform.platform(),
     }
 
 
-def begin(device, path):
-    """Print what the times depend on. From now on `row` writes all rows to `path`, unless None."""
-    log = machine(device)
-    print("\n".join(f"{key:12s} {value}" for key, value in log.items()))
-    if path:
-        FILE.update(path=path, machine=log)
-    if device.type == "cuda":  # many models share one code: none may run uncompiled, unnoticed
-        limits = torch._dynamo.config
-        limits.recompile_limit, limits.fail_on_recompile_limit_hit = 64, True
+def auto_dtype(device):
+    """The dtype that `dtype = "auto"` chooses on this device."""
+    with precision(device, "auto"):
+        lower = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if lower else torch.float32
+
+
+class Table:
+    """The rows of a benchmark. Each is printed, and written to a JSON file, as soon as it is known.
+
+    device: a torch.device, described in every row of the file. path: the JSON file, or None.
+    """
+
+    def __init__(self, device, path=None):
+        self.path, self.rows, self.machine = path, [], describe_machine(device)
+        print("\n".join(f"{key:12s} {value}" for key, value in self.machine.items()))
+        if device.type == "cuda":  # many models share their code: none may silently run uncompiled
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+    def row(self, section, name, seconds=None, tokens_per_s=None, against=(), **columns):
+        """Add a row and return it, a dict. against: the rows that it is compared with.
+
+        columns: further values, left out if None. Raises InputError if the file cannot be written.
+        """
+        key, value = ("seconds", seconds) if seconds else ("tokens_per_s", tokens_per_s)
+        row = {"section": section, "name": name, key: value, **columns}
+        if against:
+            row["ratio"] = {other["name"]: value / other[key] for other in against}
+        row = {key: value for key, value in row.items() if value is not None}
+        self.rows.append(row)
+        shown = f"{1e3 * seconds:12,.2f} ms" if seconds else ""
+        shown = f"{tokens_per_s:12,.1f} tok/s" if tokens_per_s else shown
+        notes = [f"{k} {row[k]:.4g}" for k in columns if k in row]
+        print(f"{name:46s} {shown:20s} {', '.join(notes)}".rstrip())
+        for other, ratio in row.get("ratio", {}).items():
+            print(f"{'':46s} {ratio:12,.3f} x {other}")
+        sys.stdout.flush()
+        if self.path:
+            write_json(self.path, [{**each, "machine": self.machine} for each in self.rows])
+        return row
+
+    def compare(self, section, times, tokens=None, **columns):
+        """Add a row for every contestant of a race that has none yet, compared with all before it.
+
+        times: {name: seconds}. tokens: how many tokens those seconds are for; if given, the rows
+        are speeds. columns: {name: value} for each further column.
+        """
+        before, known = [], {(row["section"], row["name"]) for row in self.rows}
+        for name, seconds in times.items():
+            value = {"tokens_per_s": tokens / seconds} if tokens else {"seconds": seconds}
+            if (section, name) not in known:
+                more = {key: values.get(name) for key, values in columns.items()}
+                self.row(section, name, **value, against=before, **more)
+            before.append({"name": name, **value})
+
+
+def clock(function, device, n=1):
+    """The seconds that one call of function() takes, a mean over n calls."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else int
+    wait()
+    start = time.perf_counter()
+    for _ in range(n):
+        function()
+    wait()
+    return (time.perf_counter() - start) / n
+
+
+def race(contestants, device, rounds, warm_up=True):
+    """{name: function} -> {name: median seconds of a call}. The contestants take turns.
+
+    warm_up: a first round does not count, and on a GPU a turn is as many calls as take 50 ms.
+    """
+    times, calls = {name: [] for name in contestants}, dict.fromkeys(contestants, 1)
+    for name, function in contestants.items() if warm_up else ():
+        clock(function, device)
+        if device.type == "cuda":
+            calls[name] = math.ceil(0.05 / clock(function, device))
+    for _ in range(rounds):
+        for name, function in contestants.items():
+            times[name].append(clock(function, device, calls[name]))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def peak_mb(make, *args):
+    """The most memory, in MB, that make(*args) and two calls of what it returns add to a process.
+
+    Two, because an optimizer has its moments only after the first. The last of args is the device.
+    On a CPU it is a new process, because nothing may have raised its peak before. Returns None
+    where the system does not tell (only Linux does).
+    """
+    device = args[-1]
+    if device.type != "cuda":
+        return in_new_process(peak_mb_of_this_process, make, args)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call_twice(make(*args))
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def peak_mb_of_this_process(make, args):
+    with contextlib.suppress(OSError, StopIteration):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
+        before = read_mb("/proc/self/status", "VmRSS")
+        call_twice(make(*args))
+        return read_mb("/proc/self/status", "VmHWM") - before
+
+
+def call_twice(function):
+    function()
+    function()
+
+
+def in_new_process(function, *args):
+    with ProcessPoolExecutor(1, SPAWN) as process:
+        return process.submit(function, *args).result()
 
 
 def read_field(path, key):
-    """What Linux says of `key` in a file of lines `key: value`. Raises OSError, StopIteration."""
+    """The value of `key` in a file with lines "key: value". Raises OSError, StopIteration."""
     lines = Path(path).read_text().splitlines()
     return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
 
@@ -128,109 +218,7 @@ def read_mb(path, key):
     return int(read_field(path, key).split()[0]) / 1024
 
 
-def auto_dtype(device):
-    """What `dtype = "auto"` means on this device."""
-    with precision(device, "auto"):
-        lower = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if lower else torch.float32
-
-
-def clock(turn, device, n=1):
-    """The seconds that a call takes, the mean of n; on a GPU by its own clock."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(n):
-            turn()
-        return (time.perf_counter() - start) / n
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(n):  # the GPU falls behind Python, and then never waits for it
-        turn()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / n
-
-
-def race(contestants, device, rounds):
-    """{name: function} -> {name: median seconds of a call}.
-
-    They take turns. The first round warms up and does not count. On a GPU a turn is as many calls
-    as take 50 ms.
-    """
-    times, calls = {name: [] for name in contestants}, dict.fromkeys(contestants, 1)
-    for name, turn in contestants.items():
-        clock(turn, device)
-        if device.type == "cuda":
-            calls[name] = math.ceil(0.05 / clock(turn, device))
-    for _ in range(rounds):
-        for name, turn in contestants.items():
-            times[name].append(clock(turn, device, calls[name]))
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
-ROWS, FILE = [], {}  # all rows so far; where they are written, and the machine that each names
-
-
-def row(section, name, seconds=None, tokens_per_s=None, against=None, **more):
-    """One row of the table, printed and written; a dict. against: the row of the baseline."""
-    found = {"section": section, "name": name, "seconds": seconds, "tokens_per_s": tokens_per_s}
-    found |= more
-    value = ratio = ""
-    if seconds:
-        value = f"{1e3 * seconds:12,.2f} ms   "
-    elif tokens_per_s:
-        value = f"{tokens_per_s:12,.1f} tok/s"
-    if against:
-        key = "seconds" if seconds else "tokens_per_s"
-        found |= {"baseline": against["name"], "ratio": found[key] / against[key]}
-        ratio = f"{found['ratio']:7.3f} x {found['baseline']}"
-    notes = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in more.items()}
-    notes = ", ".join(f"{key} {note}" for key, note in notes.items() if note is not None)
-    print(f"{name:44s} {value:18s} {ratio:56s} {notes}", flush=True)
-    found = {key: value for key, value in found.items() if value is not None}
-    ROWS.append(found)
-    if FILE:
-        write_json(FILE["path"], [{**each, "machine": FILE["machine"]} for each in ROWS])
-    return found
-
-
-def in_new_process(function, *args):
-    """function(*args) in a process that has done nothing else."""
-    with ProcessPoolExecutor(1, SPAWN) as process:
-        return process.submit(function, *args).result()
-
-
-def peak_of(make, *args, device):
-    """The most MB that make(*args), which returns a turn, and one turn hold: what they add.
-
-    On a CPU in a new process, where nothing else has raised the peak. None where the system does
-    not say.
-    """
-    if device.type != "cuda":
-        return in_new_process(peak_here, make, args)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    make(*args)()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def peak_here(make, args):
-    """The same for this process. Linux keeps a record of its largest size, which is reset first."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = read_mb("/proc/self/status", "VmRSS")
-        make(*args)()
-        return read_mb("/proc/self/status", "VmHWM") - before
-    except (OSError, StopIteration):
-        return None
-
-
-def farthest(B, T, cap=W):
-    """The lookback of blocks that reach back as far as they may, (B, T) int64."""
-    return clamp_lookback(torch.full((B, T), cap), cap)
-
-
-def free(device):
+def free_memory(device):
     """Forget what was compiled, and give back the memory of models that are gone."""
     gc.collect()
     torch.compiler.reset()
@@ -242,76 +230,66 @@ def free(device):
 # attention
 
 
-def attention_turn(name, T, device, heads=12, dtype=torch.float32, cap=W):
-    """One layer's attention in contexts of T tokens, forward and backward: a function to call."""
+def full_lookback(B, T, max_lookback=W):
+    """The lookback of blocks as long as max_lookback allows, (B, T) int64."""
+    return clamp_lookback(torch.full((B, T), max_lookback), max_lookback)
+
+
+def attention(kind, T, device, max_lookback=W):
+    """Returns a function: one layer's attention over contexts of T tokens, forward and backward.
+
+    kind: "causal", "dense mask" or "local". 12 heads of 64; bfloat16 on CUDA, otherwise float32.
+    """
     cuda = device.type == "cuda"
-    B = max(1, AT_ONCE // T) if cuda else 1
-    q, k, v = (
-        torch.randn(B, T, heads, 64, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
-        for _ in range(3)
-    )
-    lookback = farthest(B, T, cap).to(device)
-    if name.startswith("local"):
-        mask = block_mask(lookback, cap, tiled=cuda and "chunks" not in name)
+    B, dtype = (max(1, GPU_TOKENS // T), torch.bfloat16) if cuda else (1, torch.float32)
+    x = (torch.randn(B, T, 12, 64, device=device, dtype=dtype) for _ in range(3))
+    q, k, v = (each.transpose(1, 2).requires_grad_() for each in x)  # (B, 12, T, 64)
+    lookback = full_lookback(B, T, max_lookback).to(device)
+    if kind == "local":
+        mask = block_mask(lookback, max_lookback, tiled=cuda)
         attend = torch.compile(local_attention, dynamic=False) if cuda else local_attention
         attend = partial(attend, mask=mask)
-    elif name == "dense mask":
+    elif kind == "dense mask":
         attend = partial(F.scaled_dot_product_attention, attn_mask=in_block(lookback)[:, None])
     else:
         attend = partial(F.scaled_dot_product_attention, is_causal=True)
-
-    def turn():
-        y = attend(q, k, v)
-        torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
-
-    return turn
+    return lambda: backward(attend(q, k, v), (q, k, v))
 
 
-def bench_attention(args):
-    cuda = args.device.type == "cuda"
+def backward(y, inputs):
+    torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+
+def bench_attention(args, table):
+    cuda, local = args.device.type == "cuda", []
     lengths = (1024, 8192, 32768) if cuda else (1024, 2048, 4096, 8192, 16384)
-    if args.quick:
-        lengths = (256, 512)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    size = f"{AT_ONCE} tokens at least" if cuda else "batch 1"
-    print(f"12 heads x 64, {W} tokens back, {size}, {str(dtype).removeprefix('torch.')}")
-    local = {}
+    lengths = (256, 512) if args.quick else lengths
     for T in lengths:
-        # longer contexts take the others too long, or too much memory
-        names = ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096) + ["local"]
-        names += ["local, in chunks"] * cuda
-        how = {name: (name, T, args.device, 12, dtype) for name in names}
-        if T == lengths[0] and not args.quick:  # blocks that reach back further, or less far
-            other = {f"local, {cap} back": cap for cap in OTHERS}
-            how |= {name: ("local", T, args.device, 12, dtype, cap) for name, cap in other.items()}
-        times = race({n: attention_turn(*how[n]) for n in how}, args.device, args.rounds)
-        found = {}
-        for name in how:
-            peak = peak_of(attention_turn, *how[name], device=args.device)
-            against = found.get("causal") if name.startswith("local") else None
-            title = f"{name}, T = {T}"
-            found[name] = row("attention", title, times[name], against=against, peak_mb=peak)
-        local[T] = found["local"]
-        if "dense mask" in found:
-            row("attention", f"local, T = {T}", times["local"], against=found["dense mask"])
-        free(args.device)
-    slopes = {}
-    for key in ("seconds", "peak_mb"):
-        if all(local[T].get(key) for T in lengths) and not cuda:  # there the batch changes with T
-            values = np.log([local[T][key] for T in lengths])
-            slopes[f"exponent_of_{key}"] = float(np.polyfit(np.log(lengths), values, 1)[0])
-    if slopes:
-        row("attention", f"local, exponent of T from {lengths[0]} to {lengths[-1]}", **slopes)
+        # in longer contexts the others take too long, or too much memory
+        kinds = ["causal"] * (T <= 4096 or cuda) + ["dense mask"] * (T <= 4096) + ["local"]
+        turns = {f"{kind}, T = {T}": attention(kind, T, args.device) for kind in kinds}
+        name = f"local, T = {T}"
+        for cap in (128, 512, 768) if T == lengths[0] else ():
+            turns[f"local, {cap} back, T = {T}"] = attention("local", T, args.device, cap)
+        times = race(turns, args.device, args.rounds)
+        peak = peak_mb(attention, "local", T, args.device)
+        table.compare("attention", times, peak_mb={name: peak})
+        local.append((times[name], peak))
+        free_memory(args.device)
+    if not cuda and None not in local[0]:  # on a GPU the batch changes with T
+        slopes = np.polyfit(np.log(lengths), np.log(local), 1)[0].tolist()
+        name = f"local, exponent of T from {lengths[0]} to {lengths[-1]}"
+        table.row("attention", name, exponent_of_seconds=slopes[0], exponent_of_peak_mb=slopes[1])
 
 
 # --------------------------------------------------------------------------------------------------
 # a training step: ours
 
 
-def step_turn(model, optimizers, loss_of, device):
-    """A training step: a function to call. loss_of(): the forward pass."""
+def training_step(model, optimizers, loss_of, device):
+    """Returns a function: a training step. loss_of: a function, the forward pass."""
 
-    def turn():
+    def step():
         with precision(device, "auto"):
             loss = loss_of()
         loss.backward()
@@ -320,323 +298,209 @@ def step_turn(model, optimizers, loss_of, device):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    return turn
+    return step
 
 
 def random_tokens(shape, B, device):
-    """A batch as `random_batch` gives it: ids, lookbacks, targets, (B, T) each."""
+    """A batch like `random_batch`'s: ids, lookbacks and targets, (B, T) int64 each."""
     T, V = shape["block_size"], shape.get("vocab_size", 50257)
-    x, lookback = torch.randint(V, (B, T), device=device), farthest(B, T).to(device)
+    x, lookback = torch.randint(V, (B, T), device=device), full_lookback(B, T).to(device)
     return x, lookback, torch.randint(V, (B, T), device=device)
 
 
-def after_one(make, *args):
-    """The turn of make(*args), after a first one: then an optimizer has its moments."""
-    turn = make(*args)
-    turn()
-    return turn
-
-
-def our_step(dial, shape, B, device, **how):
-    """A step of train.py with the schedule `dial`: a function to call. how: keys of its Config."""
+def our_step(name, shape, B, device, optimizer="adamw"):
+    """Returns a function: a step of train.py with the schedule `name`."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, max_lookback=W)).to(device)
-    model.set_locality(schedule(dial, model.config.n_layer))
-    # dynamic=False: where several models share the code, the compiler would take lambda for a
-    # variable; a run has one model, and there it is a constant
+    model.set_locality(schedule(name, model.config.n_layer))
+    # dynamic=False: otherwise the compiler would take lambda for a variable, because several models
+    # share the code here; in a run there is one model, and its lambda is a constant
     fast_model = torch.compile(model, dynamic=False) if compiles(device, "auto") else model
-    optimizers = build_optimizers(model, Config(**how))
+    optimizers = build_optimizers(model, Config(optimizer=optimizer))
     x, lookback, y = random_tokens(shape, B, device)
-    return step_turn(model, optimizers, lambda: fast_model(x, lookback, y)[1], device)
+    return training_step(model, optimizers, lambda: fast_model(x, lookback, y)[1], device)
 
 
-def head_turn(shape, B, device):
-    """The three matrix products of a step with its largest matrix, the output head: a function."""
-    rows, V, C = B * shape["block_size"], shape.get("vocab_size", 50304), shape["n_embd"]
-    sizes, dtype = ((rows, C), (V, C), (rows, V)), auto_dtype(device)
+def head_products(shape, B, device):
+    """Returns a function: the three matrix products of a step with its largest matrix, the head."""
+    n, V, C = B * shape["block_size"], shape.get("vocab_size", 50304), shape["n_embd"]
+    sizes, dtype = ((n, C), (V, C), (n, V)), auto_dtype(device)
     x, w, dy = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
     return lambda: (x @ w.T, dy @ w, dy.T @ x)
 
 
 # --------------------------------------------------------------------------------------------------
-# a training step: that of other software
+# a training step: other software's
 
-TURN = []  # in a process that `apart` started: the turn it takes
-OUR_WAY = "nanoGPT, with our settings"
+OUR_SETTINGS, PRODUCTS = "nanoGPT, our settings", "matrix products only"
 DEFAULTS = {"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "300000"}  # without `support`
+STEP = []  # in a process that `apart` has started: the step that it takes
 
 
 def apart(make, environment):
-    """The turn that make() returns, in a process of its own: a function to call. None for None.
-
-    environment: a dict, of its own variables.
-    """
+    """Returns a function: what make() returns, called in a process with these variables."""
     before = {name: os.environ[name] for name in environment}
     os.environ.update(environment)
     process = ProcessPoolExecutor(1, SPAWN)
-    try:
-        if process.submit(prepare_turn, make).result():
-            return lambda: process.submit(take_turn).result()
-    finally:
-        os.environ.update(before)
+    process.submit(make_step, make).result()
+    os.environ.update(before)
+    return lambda: process.submit(take_step).result()
 
 
-def prepare_turn(make):
-    TURN.append(make())
-    return TURN[0] is not None
+def make_step(make):
+    STEP.append(make())
 
 
-def take_turn():
-    TURN[0]()
-
-
-def quiet():
-    return contextlib.redirect_stdout(io.StringIO())
+def take_step():
+    STEP[0]()
 
 
 def adamw(model):
-    """The optimizer that ours has, for a model of other software."""
+    """The AdamW of our steps, for a model of other software."""
     large = [p for p in model.parameters() if p.dim() >= 2]
     small = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": large, "weight_decay": 0.1}, {"params": small, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
 
 
+@cache  # its code is compiled once, and not for each contestant
 def load_nanogpt(folder):
-    """nanoGPT's model.py as a module. None, with a note, if there is no checkout."""
-    if not folder:
-        print("(nanoGPT left out: --nanogpt DIR names a checkout of it)")
-        return None
+    """The module model.py of a checkout of nanoGPT. Raises InputError."""
     try:
-        return load_module(Path(folder) / "model.py")
-    except Exception as e:  # any code may stand there
-        why = f"its model.py cannot be used as nanoGPT's ({type(e).__name__}: {e})"
-        raise InputError(f"--nanogpt {folder}: {why}") from None
-
-
-@cache  # its code is compiled once, not once for each contestant
-def load_module(path):
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    _ = module.GPT, module.GPTConfig(**SMALL, bias=False)
-    return module
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+        module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        _ = module.GPT, module.GPTConfig(**SMALL, bias=False)
+        return module
+    except Exception as e:  # the file may hold any code
+        raise InputError(
+            f"--nanogpt {folder}: its model.py is not nanoGPT's ({type(e).__name__}: {e})"
+        ) from None
 
 
 def nanogpt_step(folder, shape, B, device, defaults=False, compiled=False):
-    """A step of nanoGPT's train.py: a function to call.
+    """Returns a function: a step of nanoGPT's train.py.
 
-    It has the biases and the AdamW that ours has, or with `defaults` its own. compiled: always, not
-    just where ours is.
+    It has the biases and the AdamW of our steps, or with `defaults` its own. It is compiled if ours
+    is, or if `compiled`.
     """
-    nanogpt = load_nanogpt(folder)
     torch.manual_seed(0)
-    with quiet():
-        config = nanogpt.GPTConfig(**{"vocab_size": 50304, **shape}, bias=not defaults)
-        model = nanogpt.GPT(config).to(device)
-        optimizer = adamw(model)
-        if defaults:
-            optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device.type)
+    nanogpt = load_nanogpt(folder)
+    config = nanogpt.GPTConfig(**{"vocab_size": 50304, **shape}, bias=not defaults)
+    model, adam = nanogpt.GPT(config).to(device), (0.1, 3e-4, (0.9, 0.95), device.type)
+    optimizer = model.configure_optimizers(*adam) if defaults else adamw(model)
     fast_model = torch.compile(model) if compiled or compiles(device, "auto") else model
     x, _, y = random_tokens(shape, B, device)
-    return step_turn(model, [optimizer], lambda: fast_model(x, y)[1], device)
+    return training_step(model, [optimizer], lambda: fast_model(x, y)[1], device)
 
 
 def transformers_step(shape, B, device):
-    """The same of GPT-2 in `transformers`, the blocks as a 4-D mask. None if not installed."""
-    try:
-        import transformers
-    except ImportError:
-        print("(transformers left out: it is not installed)")
-        return None
+    """Returns a function: the same for GPT-2 of `transformers`, with the blocks as a 4-D mask."""
+    import transformers
+
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    how = {"n_positions" if key == "block_size" else key: value for key, value in shape.items()}
-    how |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0)
-    how |= {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
-    config = transformers.GPT2Config(**how, attn_implementation="sdpa")
-    model = transformers.GPT2LMHeadModel(config).to(device).train()
+    keys = {key: value for key, value in shape.items() if key != "block_size"}
+    config = transformers.GPT2Config(n_positions=shape["block_size"], use_cache=False, **keys)
+    model = transformers.GPT2LMHeadModel(config).to(device).eval()  # no dropout
     fast_model = torch.compile(model) if compiles(device, "auto") else model
     x, lookback, _ = random_tokens(shape, B, device)
 
     def loss_of():
-        T = x.size(1)
-        mask = torch.zeros(B, 1, T, T, device=device)
-        mask = mask.masked_fill(~in_block(lookback)[:, None], -math.inf)
+        mask = torch.zeros(B, 1, x.size(1), x.size(1), device=device)
+        mask = mask.masked_fill(~in_block(lookback)[:, None], -math.inf)  # (B, 1, T, T)
         return fast_model(x, attention_mask=mask, labels=x).loss
 
-    return step_turn(model, [adamw(model)], loss_of, device)
+    return training_step(model, [adamw(model)], loss_of, device)
 
 
-def rivals(args, shape, B):
-    """What makes the steps of other software, as far as it is there: {name: function}."""
-    cuda, found = args.device.type == "cuda", {}
-    if load_nanogpt(args.nanogpt):
-        nanogpt = partial(nanogpt_step, args.nanogpt, shape, B, args.device)
-        found["nanoGPT"] = nanogpt
-        if not cuda:
-            found[OUR_WAY] = nanogpt
-        compiled = not args.quick and not missing_compiler(args.device)
-        found["nanoGPT, its defaults"] = partial(nanogpt, defaults=True, compiled=compiled)
-    found["transformers, masked"] = partial(transformers_step, shape, B, args.device)
-    if cuda:
-        return found
-    environments = {name: {} if name == OUR_WAY else DEFAULTS for name in found}
-    return {name: partial(apart, found[name], environments[name]) for name in found}
-
-
-# --------------------------------------------------------------------------------------------------
-# a training step: the race
-
-
-def bench_step(args):
-    cuda = args.device.type == "cuda"
-    shape = {"block_size": 1024, "n_layer": 12 if cuda else 4, "n_head": 12, "n_embd": 768}
-    B = AT_ONCE // 1024 if cuda else 1
-    if args.quick:
-        shape, B = SMALL, 1
-    print(f"{shape}, batch {B}, {W} tokens back, AdamW")
-    size, tokens = (shape, B, args.device), B * shape["block_size"]
-    makers = rivals(args, shape, B)
-    makers[PRODUCTS] = partial(head_turn, *size)
-    makers |= {dial: partial(our_step, dial, *size) for dial in DIALS}
-    sized = GPT(GPTConfig(**shape))
-    matrices = sum(p.numel() for p in sized.parameters() if p.dim() == 2) - sized.wpe.weight.numel()
-    # on a CPU one race of all; a GPU is steadier: there a race, and a row, as each of them joins
-    turns = {}
-    for joining in [[name] for name in makers] if cuda else [[*makers]]:
-        turns |= {name: turn for name in joining if (turn := makers[name]())}
-        times = race(turns, args.device, args.rounds)
-        if PRODUCTS in times:  # as if a step were nothing else, all as fast as the largest
-            times[PRODUCTS] *= matrices / sized.wte.weight.numel()
-        speeds = {name: tokens / seconds for name, seconds in times.items()}
-        for name in joining:
-            if name in turns:
-                tell_step(name, speeds, shape, args.device)
-    ours = {"name": "distributed", "tokens_per_s": speeds["distributed"]}
-    bench_loader(shape["block_size"], B, ours)
+def other_steps(args, shape, B):
+    """{name: function that makes a step}, as far as the other software is there."""
+    cuda, makers = args.device.type == "cuda", {}
     if args.nanogpt:
-        other = peak_of(after_one, nanogpt_step, args.nanogpt, *size, device=args.device)
-        row("step", f"memory, {'nanoGPT' if cuda else OUR_WAY}", peak_mb=other)
-    held = peak_of(after_one, our_step, "distributed", *size, device=args.device)
-    row("step", "memory, distributed", peak_mb=held)
-
-
-def tell_step(name, speeds, shape, device):
-    """The rows of one contestant: its speed, and if it is ours, against each of the others.
-
-    speeds: of one race, {name: tokens a second}.
-    """
-    if name not in DIALS:
-        row("step", name, tokens_per_s=speeds[name])
-        return
-    sized = GPT(GPTConfig(**shape, max_lookback=W))
-    sized.set_locality(schedule(name, sized.config.n_layer))
-    peak = peak_flops(device)
-    mfu = peak and speeds[name] * sized.flops_per_token(shape["block_size"]) / peak
-    for other in speeds:
-        if other not in DIALS or other == "distributed" != name:
-            against = {"name": other, "tokens_per_s": speeds[other]}
-            row("step", name, tokens_per_s=speeds[name], against=against, mfu=mfu)
-
-
-def bench_loader(T, B, step):
-    """A row: batches from a file of 0.2 GB in the system's cache, and the MB to open one of 10 GB.
-
-    step: the row it is compared with.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.bin"
-        np.random.default_rng(0).integers(0, 50257, 10**8, np.uint16).tofile(path)
-        tokens = np.memmap(path, np.uint16, "r")
-        tokens.max()  # now it is in the cache
-        seconds = race({"loader": reader(tokens, T, B, 100)}, CPU, 5)["loader"] / 100
-        os.truncate(path, 10**10)  # a hole: it takes no room on the disk
-        to_open = peak_of(open_and_read, path, T, device=CPU)
-        del tokens
-    speed = B * T / seconds
-    row("step", "loader", tokens_per_s=speed, against=step, mb_for_a_file_of_10_GB=to_open)
-
-
-def reader(tokens, T, B, n):
-    """Reads n batches: a function to call."""
-    config, number = Config(batch_size=B), itertools.count()
-    return lambda: [random_batch(tokens, tokens, T, config, next(number), CPU) for _ in range(n)]
-
-
-def open_and_read(path, T):
-    return reader(np.memmap(path, np.uint16, "r"), T, 8, 1)
+        nanogpt = partial(nanogpt_step, args.nanogpt, shape, B, args.device)
+        makers["nanoGPT"] = nanogpt
+        if not cuda:
+            makers[OUR_SETTINGS] = nanogpt
+        compiled = not args.quick and not missing_compiler(args.device)
+        makers["nanoGPT, its defaults"] = partial(nanogpt, defaults=True, compiled=compiled)
+    if importlib.util.find_spec("transformers"):
+        makers["transformers, masked"] = partial(transformers_step, shape, B, args.device)
+    else:
+        print("(transformers is left out: it is not installed)")
+    if cuda:
+        return makers
+    variables = {name: {} if name == OUR_SETTINGS else DEFAULTS for name in makers}
+    return {name: partial(apart, make, variables[name]) for name, make in makers.items()}
 
 
 # --------------------------------------------------------------------------------------------------
-# long contexts
+# a training step: the sections step, long and small
 
 
-def bench_long(args):
+def bench_step(args, table):
+    device, cuda = args.device, args.device.type == "cuda"
+    shape = {"block_size": 1024, "n_layer": 12 if cuda else 4, "n_head": 12, "n_embd": 768}
+    shape, B = (SMALL, 1) if args.quick else (shape, GPU_TOKENS // 1024 if cuda else 1)
+    print(f"{shape}, batch {B}, max_lookback {W}, AdamW")
+    makers = other_steps(args, shape, B) | {PRODUCTS: partial(head_products, shape, B, device)}
+    for name in ("distributed", "quintic", "localist"):
+        makers[name] = partial(our_step, name, shape, B, device)
+    model = GPT(GPTConfig(**shape, max_lookback=W))
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.wpe.weight.numel()
+    turns, T = {}, shape["block_size"]
+    # on a GPU they race again as each of them joins, so that there are rows soon
+    for joining in [[name] for name in makers] if cuda else [[*makers]]:
+        turns |= {name: makers[name]() for name in joining}
+        times = race(turns, device, args.rounds)
+        if PRODUCTS in times:  # as if all products were as fast as those with the head
+            times[PRODUCTS] *= matrices / model.wte.weight.numel()
+        peak, mfu = peak_flops(device), {}
+        for name in {*times} & {"distributed", "quintic", "localist"} if peak else ():
+            model.set_locality(schedule(name, model.config.n_layer))
+            mfu[name] = flops_per_token(model, T) * B * T / times[name] / peak
+        table.compare("step", times, tokens=B * T, mfu=mfu)
+    times = {"distributed": times["distributed"], "loading batches": load_seconds(T, B)}
+    table.compare("step", times, tokens=B * T)
+    memory = {"distributed": (our_step, "distributed")}
+    if args.nanogpt:
+        memory = {"nanoGPT" if cuda else OUR_SETTINGS: (nanogpt_step, args.nanogpt), **memory}
+    for name, make in memory.items():
+        table.row("step", f"memory, {name}", peak_mb=peak_mb(*make, shape, B, device))
+
+
+def load_seconds(T, B):
+    """The seconds to read one batch from a file of 0.2 GB that the system has in its cache."""
+    config, number = Config(batch_size=B), itertools.count()
+    process = Process(torch.device("cpu"), rank=0, world_size=1)
+    with tempfile.NamedTemporaryFile() as file:
+        np.random.default_rng(0).integers(0, 50257, 10**8, np.uint16).tofile(file)
+        tokens = np.memmap(file.name, np.uint16, "r")
+        read = lambda: random_batch((tokens, tokens), T, config, next(number), process)
+        return race({"read": lambda: [read() for _ in range(100)]}, process.device, 5)["read"] / 100
+
+
+def bench_long(args, table):
     cuda = args.device.type == "cuda"
     shape = {"n_layer": 12 if cuda else 2, "n_head": 12, "n_embd": 768}
     lengths = (8192, 32768) if cuda else (4096,)
-    if args.quick:
-        shape, lengths = SMALL, (512,)
-    print(f"{shape}, batch 1, {W} tokens back, AdamW")
+    shape, lengths = (SMALL, (512,)) if args.quick else (shape, lengths)
+    print(f"{shape}, batch 1, max_lookback {W}, AdamW")
     for T in lengths:
-        found, turns = None, {}
-        for dial in ("distributed", "localist"):
-            turns[dial] = our_step(dial, {**shape, "block_size": T}, 1, args.device)
-        times = race(turns, args.device, args.rounds)
-        for dial, turn in turns.items():
-            peak = peak_of(lambda turn: turn, turn, device=args.device) if cuda else None
-            how = {"against": found, "mb_for_activations": peak}
-            found = row("long", f"{dial}, T = {T}", tokens_per_s=T / times[dial], **how)
-        del turns, turn
-        free(args.device)
+        make = partial(our_step, shape={**shape, "block_size": T}, B=1, device=args.device)
+        turns = {f"{name}, T = {T}": make(name) for name in ("distributed", "localist")}
+        table.compare("long", race(turns, args.device, args.rounds), tokens=T)
+        turns.clear()
+        free_memory(args.device)
 
 
-# --------------------------------------------------------------------------------------------------
-# a step of a small model, and Muon
-
-
-def bench_small(args):
+def bench_small(args, table):
     shape = {"vocab_size": 2048, "block_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
     shape, B = (SMALL, 1) if args.quick else (shape, 4)
     print(f"{shape}, batch {B}")
-    turns = {
-        name: our_step("distributed", shape, B, args.device, optimizer=name)
-        for name in ("adamw", "muon")
-    }
-    times, found = race(turns, args.device, args.rounds), None
-    for name in turns:
-        found = row("small", name, times[name], against=found)
-
-
-# --------------------------------------------------------------------------------------------------
-# evaluation
-
-
-def evaluation(shape, measure, device):
-    """Two contexts through `evaluate`: a function to call. measure: with all its measures."""
-    torch.manual_seed(0)
-    model, T = GPT(GPTConfig(**shape, max_lookback=W)).to(device), shape["block_size"]
-    model.set_locality(schedule("quintic", model.config.n_layer))
-    n = 2 * T + 1
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, n, np.uint16)
-    lookback = farthest(1, n)[0].numpy().astype(np.uint16)
-    vocabulary = [b"a"] * model.config.vocab_size
-    return partial(evaluate, model, tokens, lookback, vocabulary, T, measure=measure)
-
-
-def bench_evaluate(args):
-    shape = {**SMALL, "block_size": 128} if args.quick else {"block_size": 1024}
-    alone, whole = (f"{what}, T = {shape['block_size']}" for what in ("perplexity", "all measures"))
-    turns = {alone: evaluation(shape, False, args.device)}
-    turns[whole] = evaluation(shape, True, args.device)
-    times = race(turns, args.device, min(args.rounds, 3))
-    row("evaluate", whole, times[whole], against=row("evaluate", alone, times[alone]))
-    for T in (1024, 8192) if not args.quick else (128,):  # two layers: memory is not for each
-        long = {**shape, "block_size": T, "n_layer": 2}
-        peak = peak_of(evaluation, long, True, args.device, device=args.device)
-        per_token = peak and 1024 * peak / (2 * T)
-        row("evaluate", f"memory, T = {T}", peak_mb=peak, kb_a_token=per_token)
+    make = partial(our_step, "distributed", shape, B, args.device)
+    turns = {name: make(optimizer=name) for name in ("adamw", "muon")}
+    table.compare("small", race(turns, args.device, args.rounds))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -645,156 +509,159 @@ def bench_evaluate(args):
 LAMBDA = 0.5
 
 
-def two_kernels(q, k, v, inside, outside):
-    """The blend as the model has it: global attention, local attention, and a lerp."""
+def two_kernels(q, k, v, inside, before):
+    """The blend as the model computes it: global attention, local attention, and a lerp.
+
+    q, k, v: (B, H, T, D). inside, before: the masks of `blend_masks`. Returns (B, H, T, D).
+    """
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return torch.lerp(y, flex.flex_attention(q, k, v, block_mask=inside), LAMBDA)
 
 
-def block_and_rest(q, k, v, inside, outside):
-    """The same from the block and the rest of the context, each key read once.
+def block_and_rest(q, k, v, inside, before):
+    """The same from the block and from everything before it, so that each key is read once.
 
-    They are joined by their log-sum-exps, m. A query's fidelity is what comes out as w.
+    The two are joined by their log-sum-exps. w is the share of attention that stays in the block.
     """
     lse = flex.AuxRequest(lse=True)
     y_in, m_in = flex.flex_attention(q, k, v, block_mask=inside, return_aux=lse)
-    y_out, m_out = flex.flex_attention(q, k, v, block_mask=outside, return_aux=lse)
+    y_out, m_out = flex.flex_attention(q, k, v, block_mask=before, return_aux=lse)
     w = LAMBDA + (1 - LAMBDA) * torch.sigmoid(m_in.lse - m_out.lse)  # (B, H, T)
     return torch.lerp(y_out, y_in, w[..., None].to(y_in.dtype))
 
 
 def blend_masks(lookback):
-    """The masks of FlexAttention for the block of each query, and for all that lies before it."""
-    T = lookback.size(1)
+    """FlexAttention's masks of the block of each query, and of everything before the block.
+
+    lookback: (B, T), clamped.
+    """
+    B, T = lookback.shape
     start = torch.arange(T, device=lookback.device) - lookback  # (B, T)
-    how = {"B": len(start), "H": None, "Q_LEN": T, "KV_LEN": T, "device": lookback.device}
-    before = flex.create_block_mask(lambda b, h, query, key: key < start[b, query], **how)
+    is_before = lambda b, h, query, key: key < start[b, query]
+    before = flex.create_block_mask(is_before, B, None, T, T, device=lookback.device)
     return tiled_mask(lookback), before
 
 
-def bench_blend(args):
+def bench_blend(args, table):
     if args.device.type != "cuda":
-        print("(left out: FlexAttention has a backward pass on GPUs alone)")
+        print("(left out: the backward pass of FlexAttention exists only on GPUs)")
         return
-    print(f"12 heads x 64, lambda {LAMBDA}, {W} tokens back, bfloat16")
     for T in (256,) if args.quick else (1024, 8192):
-        B = max(1, AT_ONCE // T)
-        lookback = farthest(B, T).to(args.device)
-        masks = blend_masks(lookback)
-        how = {"device": args.device, "dtype": torch.bfloat16, "requires_grad": True}
-        q, k, v = (torch.randn(B, 12, T, 64, **how) for _ in range(3))
+        B = max(1, GPU_TOKENS // T)
+        qkv = torch.randn(3, B, 12, T, 64, device=args.device, dtype=torch.bfloat16)
+        qkv = [x.requires_grad_() for x in qkv]
+        masks = blend_masks(full_lookback(B, T).to(args.device))
         ways = {"two kernels": two_kernels, "block and rest": block_and_rest}
-        ways = {name: torch.compile(way, dynamic=False) for name, way in ways.items()}
-        turns = {name: partial(blend_turn, way, q, k, v, masks) for name, way in ways.items()}
-        times, found = race(turns, args.device, args.rounds), None
-        for name, way in ways.items():
-            error = blend_error(way, q, k, v, lookback, masks)
-            found = row("blend", f"{name}, T = {T}", times[name], against=found, error=error)
-        free(args.device)
+        turns = {f"{name}, T = {T}": blend(way, qkv, masks) for name, way in ways.items()}
+        table.compare("blend", race(turns, args.device, args.rounds))
+        free_memory(args.device)
 
 
-def blend_turn(way, q, k, v, masks):
-    y = way(q, k, v, *masks)
-    torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
-
-
-def blend_error(way, q, k, v, lookback, masks):
-    """How far the first head of the first context is from `attention_weights`, at most."""
-    q1, k1, v1 = (x[:1, :1].detach().float() for x in (q, k, v))
-    a = attention_weights(q1, k1, in_block(lookback[:1])[:, None], LAMBDA)  # (1, 1, T, T)
-    return (way(q, k, v, *masks)[:1, :1].detach() - a @ v1).abs().max().item()
+def blend(way, qkv, masks):
+    """Returns a function: one of these ways, compiled, forward and backward."""
+    compiled = torch.compile(way, dynamic=False)
+    return lambda: backward(compiled(*qkv, *masks), qkv)
 
 
 # --------------------------------------------------------------------------------------------------
-# generation
+# evaluation and generation
 
 
-def nanogpt_twin(nanogpt, model):
-    """nanoGPT with the weights of our model."""
-    c = model.config
-    with quiet():
-        config = nanogpt.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-        twin = nanogpt.GPT(config).to(model.wte.weight.device).eval()
-    state = {f"transformer.{key}": value for key, value in model.state_dict().items()}
-    head = state["transformer.wte.weight"][: c.vocab_size]  # without the padding
-    twin.load_state_dict({**state, "transformer.wte.weight": head, "lm_head.weight": head})
-    return twin
+def evaluation(shape, measure, device):
+    """Returns a function: `evaluate` on two contexts. measure: with all its measures."""
+    torch.manual_seed(0)
+    model, T = GPT(GPTConfig(**shape, max_lookback=W)).to(device), shape["block_size"]
+    model.set_locality(schedule("quintic", model.config.n_layer))
+    n = 2 * T + 1
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, n, np.uint16)
+    lookback = full_lookback(1, n)[0].numpy().astype(np.uint16)
+    return partial(
+        evaluate, model, tokens, lookback, [b"a"] * model.config.vocab_size, T, measure=measure
+    )
 
 
-def read_anew(forward, prompt, n, copies, device):
-    """The likeliest n tokens after a prompt, a list. Reads the context again for each of them.
+def bench_evaluate(args, table):
+    shape = {**SMALL, "block_size": 128} if args.quick else {"block_size": 1024}
+    names = (f"{what}, T = {shape['block_size']}" for what in ("perplexity", "all measures"))
+    turns = {name: evaluation(shape, i == 1, args.device) for i, name in enumerate(names)}
+    table.compare("evaluate", race(turns, args.device, min(args.rounds, 3)))
+    for T in (1024, 8192) if not args.quick else (128,):
+        shape |= {"block_size": T, "n_layer": 2}  # layers are measured one by one: two are enough
+        peak = peak_mb(evaluation, shape, True, args.device)
+        per_token = peak and 1024 * peak / (2 * T)
+        table.row("evaluate", f"memory, T = {T}", peak_mb=peak, kb_per_token=per_token)
 
-    nanoGPT's sample.py does so too; on a GPU in bfloat16. copies: of the prompt, side by side.
+
+def generate_anew(model, prompt, n):
+    """The n likeliest tokens after a prompt, a list, with the context read again for each of them.
+
+    It is what nanoGPT's sample.py does, on a GPU in bfloat16. model: nanoGPT's, or ours.
     """
-    tokens = torch.tensor([prompt] * copies, device=device)
+    if isinstance(model, GPT):
+        model.set_locality([0.0] * model.config.n_layer)
+    device = next(model.parameters()).device
+    tokens = torch.tensor([prompt], device=device)  # (1, T)
     with torch.no_grad(), precision(device, "auto" if device.type == "cuda" else "float32"):
         for _ in range(n):
-            logits = forward(tokens)[0][:, -1]
+            logits = model(tokens)[0][:, -1]  # (1, V)
             tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), 1)
     return tokens[0, len(prompt) :].tolist()
 
 
-def generate(model, dial, prompt, n, copies):
-    """The same with the cache, as our sample.py does it, in float32."""
-    model.set_locality(schedule(dial, model.config.n_layer))
-    vocabulary = [b"a"] * model.config.vocab_size  # a window does not read what they say
-    partitioners = [Partitioner(vocabulary, f"window:{W}", W) for _ in range(copies)]
-    steps = model.generate([prompt] * copies, n, partitioners, temperature=0)
+def generate_cached(model, name, prompt, n, copies=1):
+    """The same with the key-value cache, in float32, and the schedule `name`.
+
+    copies: of the prompt, side by side.
+    """
+    model.set_locality(schedule(name, model.config.n_layer))
+    partitioners = [
+        Partitioner([b"a"] * model.config.vocab_size, f"window:{W}", W) for _ in range(copies)
+    ]
+    steps = generate(model, [prompt] * copies, n, partitioners, temperature=0)
     return [tokens[0] for tokens in steps]
 
 
-def race_prompt(model, slow, name, prompt, n, copies=1):
-    """Rows for one prompt: `slow`, the model called `name`, reads anew; ours has the cache."""
-    device, of = model.wte.weight.device, f"prompt of {len(prompt)}"
-    of += f", {copies} at once" if copies > 1 else ""
-    model.set_locality([0.0] * model.config.n_layer)
-    read_anew(slow, prompt, 1, copies, device)  # warm up
-    anew = partial(read_anew, slow, prompt, n, copies, device)
-    base = row("generate", f"{name}, {of}", tokens_per_s=copies * n / clock(anew, device))
-    for dial in DIALS:
-        turn, same = partial(generate, model, dial, prompt, n, copies), None
-        speed = copies * n / race({dial: turn}, device, 2)[dial]
-        if dial == "distributed" and device.type == "cpu":  # elsewhere the precision differs
-            same = turn() == anew()
-        row("generate", f"cached, {dial}, {of}", tokens_per_s=speed, against=base, same_tokens=same)
-    return base
-
-
-def bench_generate(args):
-    shape, lengths, n = {}, (16, 512), 256
+def bench_generate(args, table):
+    device, shape, lengths, n = args.device, {}, (16, 512), 256
     if args.quick:
-        shape, lengths, n = {**SMALL, "block_size": 128}, (16,), 32
-    device, cuda = args.device, args.device.type == "cuda"
+        shape, lengths, n = {**SMALL, "block_size": 128}, (16, 32), 32
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, max_lookback=W)).to(device).eval()
     weights = torch.randn(sum(p.numel() for p in model.parameters()), device=device)
-    size = f"{len(weights) / 1e6:.0f} M parameters, random"
-    print(f"{size}; {n} new tokens, greedy; ours in float32")
-    # no token of a single text comes faster than the weights can be read
-    seconds = race({"reading": weights.sum}, device, args.rounds)["reading"]
-    row("generate", "reading the weights alone", tokens_per_s=1 / seconds)
-    slow, name = model, "reading anew"
-    if nanogpt := load_nanogpt(args.nanogpt):
-        slow, name = nanogpt_twin(nanogpt, model), "nanoGPT, reading anew"
+    print(f"{len(weights) / 1e6:.0f} M random weights; {n} new tokens, greedy; ours in float32")
+    # a single text cannot grow faster than the weights can be read
+    times = race({"reading the weights": weights.sum}, device, args.rounds)
+    table.compare("generate", times, tokens=1)
+    other, name, copies = model, "whole context", 32 if device.type == "cuda" else 8
+    if args.nanogpt:
+        c, nanogpt = model.config, load_nanogpt(args.nanogpt)
+        c = nanogpt.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+        other, name = nanogpt.GPT(c).to(device).eval(), "nanoGPT, whole context"
     for length in lengths:
         prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
-        base = race_prompt(model, slow, name, prompt, n)
-        if cuda:
-            race_prompt(model, slow, name, prompt, n, copies=32)
-    if not cuda:
-        name = f"cached, distributed, prompt of {length}, 8 at once"
-        seconds = race({0: lambda: generate(model, "distributed", prompt, n, 8)}, device, 1)[0]
-        row("generate", name, tokens_per_s=8 * n / seconds, against=base)
+        after, many = f"after {length}", f"cached, distributed, {copies} at once, after {length}"
+        turns = {
+            f"{name}, {after}": partial(generate_anew, other, prompt),
+            f"cached, distributed, {after}": partial(generate_cached, model, "distributed", prompt),
+            f"cached, localist, {after}": partial(generate_cached, model, "localist", prompt),
+            many: partial(generate_cached, model, "distributed", prompt, copies=copies),
+        }
+        for turn in turns.values():
+            turn(n=1)
+        turns = {name: partial(turn, n=n) for name, turn in turns.items()}
+        times = race(turns, device, min(args.rounds, 2), warm_up=False)
+        times[many] /= copies
+        table.compare("generate", times, tokens=n)
 
 
 # --------------------------------------------------------------------------------------------------
 # data
 
 
-def held():
-    """MB that this process and its children hold now. Linux alone says so.
+def held_mb():
+    """The memory, in MB, that this process and its children hold now. Only Linux tells it.
 
-    Files do not count. What the processes share counts once.
+    Files do not count, and memory that processes share counts once. Raises OSError elsewhere.
     """
     children, total = f"/proc/self/task/{os.getpid()}/children", 0
     for pid in [os.getpid(), *Path(children).read_text().split()]:
@@ -803,76 +670,51 @@ def held():
     return total
 
 
-@contextlib.contextmanager
-def watching():
-    """Yield a list that fills with the MB held beyond what is held now, ten times a second."""
-    held_since, done = [], threading.Event()
-
-    def watch():
-        with contextlib.suppress(OSError):  # no such files: not Linux
-            before = held()
-            while not done.wait(0.1):
-                held_since.append(held() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield held_since
-    finally:
-        done.set()
-        watcher.join()
+def watch(samples, done):
+    """Append the MB held beyond those at the start, ten times per second, until `done` is set."""
+    with contextlib.suppress(OSError):  # not Linux
+        before = held_mb()
+        while not done.wait(0.1):
+            samples.append(held_mb() - before)
 
 
-def encode_and_partition(text, times, tokenizer, max_lookback):
-    """(tokens, seconds to encode, seconds to partition, the most MB that partitioning held)."""
+def encode_and_partition(text, times, tokenizer):
+    """(tokens, seconds to encode, seconds to partition, peak MB of partitioning or None)."""
     encoding = get_encoding(tokenizer)
-    vocabulary = token_bytes(encoding)
+    vocabulary, samples, done = token_bytes(encoding), [], threading.Event()
     encode = lambda: encoding.encode_to_numpy(text, allowed_special="all").astype(np.uint16)
     start = time.perf_counter()
     tokens = np.concatenate([encode() for _ in range(times)])
-    encoded = time.perf_counter() - start
-    known = background(tokens[: len(tokens) // times], vocabulary)
-    with tempfile.TemporaryDirectory() as folder, watching() as held_since:
-        lookback = np.memmap(Path(folder) / "lookback.bin", np.uint16, "w+", shape=len(tokens))
-        start = time.perf_counter()
-        partition(tokens, vocabulary, "semantic", max_lookback, known, lookback)
-        split = time.perf_counter() - start
-        del lookback
-    return len(tokens), encoded, split, max(held_since, default=None)
+    encoded = time.perf_counter()
+    counts = count_background(tokens[: len(tokens) // times], vocabulary)
+    threading.Thread(target=watch, args=(samples, done), daemon=True).start()
+    with tempfile.NamedTemporaryFile() as file:
+        lookback = np.memmap(file.name, np.uint16, "w+", shape=len(tokens))
+        begun = time.perf_counter()
+        partition_text(tokens, vocabulary, "semantic", W, counts, lookback)
+        partitioned = time.perf_counter()
+    done.set()
+    return len(tokens), encoded - start, partitioned - begun, max(samples, default=None)
 
 
-def bench_data(args):
-    """To encode against to partition.
-
-    Time should grow with the text, and memory should not. The ratio should be at most three.
-    """
-    try:
-        text = Path(args.source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read {args.source} as UTF-8 text: {e}") from e
+def bench_data(args, table):
+    text = Path(args.source).read_text("utf-8", "replace")
     if len(text) < 1000:
         raise InputError(f"{args.source} is too short to time: {len(text)} characters")
     for times in (1, 4, 16):
-        how = text, times, args.tokenizer, args.max_lookback
-        # a new process, as prepare_data.py is one
-        n, encoded, split, peak = in_new_process(encode_and_partition, *how)
+        n, encoding, partitioning, peak = in_new_process(  # as prepare_data.py is one
+            encode_and_partition, text, times, "bytes" if args.quick else "gpt2"
+        )
         size = f"{times * len(text.encode()) / 1e6:,.1f} MB"
-        base = row("data", f"encode, {size}", encoded, tokens=n)
-        more = {"against": base, "tokens": n, "peak_mb": peak}
-        row("data", f"partition, {size}", split, **more)
+        seconds = {f"encode, {size}": encoding, f"partition, {size}": partitioning}
+        peaks, sizes = {f"partition, {size}": peak}, dict.fromkeys(seconds, n)
+        table.compare("data", seconds, text_tokens=sizes, peak_mb=peaks)
 
-
-# --------------------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "attention": bench_attention,
-    "step": bench_step,
-    "long": bench_long,
-    "blend": bench_blend,
-    "small": bench_small,
-    "evaluate": bench_evaluate,
-    "generate": bench_generate,
-    "data": bench_data,
+    section.__name__.removeprefix("bench_"): section
+    for section in (bench_attention, bench_step, bench_long, bench_blend)
+    + (bench_small, bench_evaluate, bench_generate, bench_data)
 }
 
 
@@ -883,28 +725,26 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--only", choices=SECTIONS, help="one section (default: all)")
+    add("--only", choices=SECTIONS, help="run one section (default: all)")
     add("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to compare with")
-    add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda ...")
-    add("--rounds", type=int, default=7, metavar="N", help="turns of each contestant (default: 7)")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda ...")
+    add("--rounds", type=int, default=7, metavar="N", help="turns per contestant (default: 7)")
     add("--quick", action="store_true", help="small shapes, to see that it works, not how fast")
-    add("--source", default="data/sample.txt", metavar="FILE", help="the text of `data`")
-    add("--tokenizer", choices=["gpt2", "bytes"], default="gpt2", help="of `data` (default: gpt2)")
-    add("--max-lookback", type=int, default=256, metavar="N", help="of `data` (default: 256)")
-    add("--json", type=Path, metavar="FILE", help="write the rows here, the machine in each")
+    add("--source", default="data/sample.txt", metavar="FILE", help="the text of section `data`")
+    add("--json", type=Path, metavar="FILE", help="write the rows here, with the machine in each")
     args = parser.parse_args()
     if args.rounds < 1:
-        raise InputError(f"--rounds is at least 1, not {args.rounds}")
-    if not 1 <= args.max_lookback <= 65535:
-        raise InputError(f"--max-lookback is in 1 … 65535, not {args.max_lookback}")
+        raise InputError(f"--rounds must be at least 1, not {args.rounds}")
     if args.json:
         check_writable(args.json)
+    if args.nanogpt:
+        load_nanogpt(args.nanogpt)
     args.device = pick_device(args.device)
-    begin(args.device, args.json)
+    table = Table(args.device, args.json)
     for name in [args.only] if args.only else SECTIONS:
         print(f"\n{name}")
-        SECTIONS[name](args)
-        free(args.device)
+        SECTIONS[name](args, table)
+        free_memory(args.device)
 
 
 if __name__ == "__main__":

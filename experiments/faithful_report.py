@@ -1,16 +1,25 @@
-"""What faithfulness.py makes of what it measured: three outcomes, statistics, tables, figures."""
+"""What faithfulness.py reports: three outcomes, their statistics, tables and figures."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.faithful_measure import SHIFTS
-from support.plots import COLOURS, bare, pyplot, save_figure
-from support.report import holm, interval, sign_flip_p
+from report.plots import COLORS, finish, pyplot
+from report.stats import bootstrap_weights, holm, mean_interval, paired
+from report.tables import between, facts, markdown, number, plus_minus, with_interval
 
-OUTCOMES = {"boundary": "doublings", "pointer": "correlation", "leak": "bits a token"}
-LEAST = 4  # sentences before a token, to correlate anything over them
-DRAWN = 2000  # times that the contexts are drawn anew
+# the measures that are compared, and their headings; the tests are about the first three
+OUTCOMES = "boundary", "pointer", "leak"
+COMPARED = {
+    "boundary": "boundary, doublings",
+    "pointer": "pointer, correlation",
+    "leak": "leak, bits per token",
+    "above shifted": "boundary above those from elsewhere, doublings",
+    "inside": "pointer in the block, correlation",
+}
+MIN_SENTENCES = 4  # before a token, for a correlation over them
+BINS = 64  # half octaves of distance
 MASSES = 2.0 ** np.arange(-12, 1)  # the edges of bins of attention mass
 
 # --------------------------------------------------------------------------------------------------
@@ -18,17 +27,17 @@ MASSES = 2.0 ** np.arange(-12, 1)  # the edges of bins of attention mass
 
 
 class Frame(NamedTuple):
-    """What of a context does not depend on the model. A pair is a sentence and a later token."""
+    """What does not depend on the model in a context. A pair is a sentence and a later token."""
 
     pair: np.ndarray  # (S, T) booleans: the sentence ends before the token
     bins: np.ndarray  # (S, T) integers: half octaves of the distance
     distance: np.ndarray  # (S, T) tokens from the end of the sentence
-    inside: list  # of (S, T) booleans, for each of context.blocks: the sentence is in the block
-    design: np.ndarray  # (pairs, columns): splines of distance and length; then `inside`
+    inside: list  # of (S, T) booleans, one for each of context.blocks: the sentence is in the block
+    design: np.ndarray  # (pairs, columns): splines of distance and of length; then `inside`
 
 
 def frames_of(contexts):
-    """The Frames of some Contexts, a list."""
+    """The Frames of Contexts, a list."""
     raw = []
     for context in contexts:
         begin, end = np.array(context.sentences).T[..., None]  # (S, 1) each
@@ -37,21 +46,21 @@ def frames_of(contexts):
         # a boundary from elsewhere may cut a sentence: then its middle decides
         inside = [pair & ((begin + end) / 2 >= start) for start in context.blocks]
         raw.append((pair, distance, np.broadcast_to(end - begin, pair.shape), inside))
-    far = [np.log2(1 + distance[pair]) for pair, distance, _, _ in raw]
-    long = [np.log2(length[pair]) for pair, _, length, _ in raw]
-    knots = [np.percentile(np.concatenate(far), (5, 27.5, 50, 72.5, 95))]
-    knots.append(np.percentile(np.concatenate(long), (10, 50, 90)))
+    distances = [np.log2(1 + distance[pair]) for pair, distance, _, _ in raw]
+    lengths = [np.log2(length[pair]) for pair, _, length, _ in raw]
+    distance_knots = np.percentile(np.concatenate(distances), (5, 27.5, 50, 72.5, 95))
+    length_knots = np.percentile(np.concatenate(lengths), (10, 50, 90))
     frames = []
-    for (pair, distance, _, inside), x, z in zip(raw, far, long):
-        columns = [*spline(x, knots[0]), *spline(z, knots[1]), *(some[pair] for some in inside)]
-        design = np.stack(columns, 1).astype(float)
+    for (pair, distance, _, inside), x, z in zip(raw, distances, lengths):
+        columns = [*spline(x, distance_knots), *spline(z, length_knots)]
+        design = np.stack([*columns, *(mask[pair] for mask in inside)], 1).astype(float)
         bins = (2 * np.log2(1 + np.maximum(distance, 0))).astype(int)
         frames.append(Frame(pair, bins, distance, inside, design - design.mean(0)))
     return frames
 
 
 def spline(x, knots):
-    """A cubic spline of x that is a line beyond the knots: its columns, without the constant."""
+    """The columns of a cubic spline of x that is linear beyond the knots, without the constant."""
     knots, columns = np.unique(knots), [x]
     for k in knots[:-2]:
         last, before = knots[-1], knots[-2]
@@ -62,126 +71,126 @@ def spline(x, knots):
 
 
 def ranks(x, among):
-    """The rank of each value in its column, ties shared. x: (S, T); among: booleans, who counts."""
+    """The rank of each value in its column, with ties shared: (S, T).
+
+    x: (S, T); among: (S, T) booleans, the values that count.
+    """
     below = (x[None] < x[:, None]) & among[None]  # (S, S, T)
     same = (x[None] == x[:, None]) & among[None]
     return below.sum(1) + (same.sum(1) + 1) / 2
 
 
 def partial_spearman(a, b, c, among):
-    """Spearman's correlation of a and b over each column, with c removed: (T,).
+    """Spearman's correlation of a and b in each column, with c removed: (T,).
 
-    a, b, c: (S, T); among: (S, T) booleans, the rows that count. 0 where a or b says nothing more
-    than c does; NaN where fewer than LEAST count.
+    a, b, c: (S, T); among: (S, T) booleans, the rows that count. It is 0 if a or b is determined by
+    c, and NaN if fewer than MIN_SENTENCES rows count.
     """
-    n, centred = among.sum(0), []
+    n, centered = among.sum(0), []
     for x in (a, b, c):
         r = np.where(among, ranks(x, among), 0)
-        centred.append(np.where(among, r - r.sum(0) / np.maximum(n, 1), 0))
+        centered.append(np.where(among, r - r.sum(0) / np.maximum(n, 1), 0))
 
     def correlation(x, y):
         size = np.sqrt((x**2).sum(0) * (y**2).sum(0))
         return np.divide((x * y).sum(0), size, out=np.zeros(len(n)), where=size > 0)
 
-    ab, ac, bc = (correlation(centred[i], centred[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    ab, ac, bc = (correlation(centered[i], centered[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     left = (1 - ac**2) * (1 - bc**2)
-    partial = np.divide(
-        ab - ac * bc, np.sqrt(np.maximum(left, 0)), out=np.zeros(len(n)), where=left > 1e-9
-    )
-    return np.where(n >= LEAST, partial, np.nan)
+    size = np.sqrt(np.maximum(left, 0))
+    partial = np.divide(ab - ac * bc, size, out=np.zeros(len(n)), where=left > 1e-9)
+    return np.where(n >= MIN_SENTENCES, partial, np.nan)
 
 
 # --------------------------------------------------------------------------------------------------
-# the outcomes of one model
+# the measures of one model
 
 
 class Summary(NamedTuple):
-    """What is left of a model's measurements: sums over each of C contexts."""
+    """What the statistics need of a model: sums over each of C contexts."""
 
-    cross: np.ndarray  # (2, C, columns): of Frame.design and log2(influence + eps), or + eps / 10
-    sums: dict  # {measure: (C, 2)}: its sum, and over how many
-    near: np.ndarray  # (2, bins, 2) inside and outside the block: sums by distance, and how many
-    mass: np.ndarray  # (2, bins, 2) of all pairs and of those inside: by mass, see `by_mass`
+    cross: np.ndarray  # (2, C, columns): Frame.design times log2(influence + eps), or + eps / 10
+    sums: dict  # {measure: (C, 2)}: its sum, and the number of values
+    near: np.ndarray  # (2, bins, 2) inside and outside the block: sums and counts by distance
+    mass: np.ndarray  # (2, bins, 2) of all pairs and of those inside: see `by_mass`
 
 
-def summarise(found, frames, eps):
-    """The Summary of a model. found: as `read_measured` gives it; eps: bits."""
+def summarize(measured, frames, eps):
+    """The Summary of a model. measured: as `read_measured` returns it; eps: bits."""
     cross, sums, near, mass = [], {}, 0.0, 0.0
     for c, frame in enumerate(frames):
-        at = {name.split(".")[0]: x for name, x in found.items() if name.endswith(f".{c}")}
-        at = {name: x.astype(float) for name, x in at.items()}
-        y, finer = (np.log2(at["influence"] + e)[frame.pair] for e in (eps, eps / 10))  # (pairs,)
-        cross.append([frame.design.T @ (some - some.mean()) for some in (y, finer)])
-        at["weak"] = at["influence"][frame.pair] < eps
-        for name, (total, n) in means_of(at, frame).items():
-            sums.setdefault(name, []).append((total, n))
-        bins, inside = frame.bins[frame.pair], frame.inside[0][frame.pair]
-        near = near + np.stack([by_bin(y, bins, 64, some) for some in (inside, ~inside)])
-        some = np.ones_like(inside), inside
-        mass = mass + np.stack([by_mass(y, at["raw"][frame.pair], bins, among) for among in some])
+        pair, inside = frame.pair, frame.inside[0][frame.pair]
+        at = {k.split(".")[0]: x.astype(float) for k, x in measured.items() if k.endswith(f".{c}")}
+        y, finer = (np.log2(at["influence"] + e)[pair] for e in (eps, eps / 10))  # (pairs,) each
+        cross.append([frame.design.T @ (x - x.mean()) for x in (y, finer)])
+        at["weak"] = at["influence"][pair] < eps
+        for name, total in totals_of(at, frame).items():
+            sums.setdefault(name, []).append(total)
+        bins, raw = frame.bins[pair], at["raw"][pair]
+        near = near + np.stack([by_bin(y, bins, BINS, x) for x in (inside, ~inside)])
+        mass = mass + np.stack([by_mass(y, raw, bins, x) for x in (inside | True, inside)])
     cross = np.array(cross).swapaxes(0, 1)
-    return Summary(cross, {k: np.array(v) for k, v in sums.items()}, near, mass)
+    return Summary(cross, {name: np.array(total) for name, total in sums.items()}, near, mass)
 
 
-def by_bin(values, bins, n, among=slice(None)):
-    """(n, 2): in each bin, the sum of the values and how many they are."""
+def by_bin(values, bins, n, among):
+    """(n, 2): the sum and the number of the values in each bin. among: the values that count."""
     values, bins = values[among], bins[among]
     return np.stack([np.bincount(bins, values, n), np.bincount(bins, minlength=n)], 1)[:n]
 
 
 def by_mass(y, mass, bins, among):
-    """(bins, 2): in each bin of mass, the sum of y, less its mean at the same distance; how many.
+    """(bins, 2): in each bin of mass, the sum of y minus its mean at that distance; the count.
 
     y, mass, bins (of the distance), among (booleans): (pairs,).
     """
-    usual = by_bin(y, bins, 64, among)
+    usual = by_bin(y, bins, BINS, among)
     rest = y - (usual[:, 0] / np.maximum(usual[:, 1], 1))[bins]
     return by_bin(rest, np.searchsorted(MASSES, mass, side="right"), len(MASSES) + 1, among)
 
 
-def means_of(at, frame):
-    """Measures of a context that are means: {name: (sum, over how many)}.
+def totals_of(at, frame):
+    """The measures of a context that are means: {name: (sum, number of values)}.
 
-    at: what `measure` found there, a dict of arrays.
+    at: the arrays that `measure` returned for it.
     """
-    bits, block = np.where(frame.pair, at["influence"], 0), frame.inside[0]
+    pair, block, bins, distance = frame.pair, frame.inside[0], frame.bins, frame.distance
+    bits = np.where(pair, at["influence"], 0)
     values = {
         "nats": at["nats"],
-        "influence": bits[frame.pair],
+        "influence": bits[pair],
         "weak": at["weak"],
         "moved": at["moved"],
-        "pointer": partial_spearman(bits, at["raw"], frame.distance, frame.pair),
-        "weighted": partial_spearman(bits, at["weighted"], frame.distance, frame.pair),
-        "even": partial_spearman(bits, at["even"], frame.distance, frame.pair),
-        "inside": partial_spearman(bits, at["raw"], frame.distance, block),
-        "even inside": partial_spearman(bits, at["even"], frame.distance, block),
-        "pointed": pointed_at(bits, at["raw"], block, frame.bins),
+        "pointer": partial_spearman(bits, at["raw"], distance, pair),
+        "weighted": partial_spearman(bits, at["weighted"], distance, pair),
+        "even": partial_spearman(bits, at["even"], distance, pair),
+        "inside": partial_spearman(bits, at["raw"], distance, block),
+        "even inside": partial_spearman(bits, at["even"], distance, block),
+        "pointed": pointed_at(bits, at["raw"], block, bins),
         "leak": at["leak"],
         "far": at["far"] - at["nats"],
         "uniform": at["uniform"] - at["nats"],
     }
-    found = {name: (np.nansum(x), np.isfinite(x).sum()) for name, x in values.items()}
+    totals = {name: (np.nansum(x), np.isfinite(x).sum()) for name, x in values.items()}
     if len(frame.inside) > 1 + SHIFTS:  # the true pieces are known
         piece = frame.inside[-1]
-        usual, out = (
-            by_bin(bits, frame.bins, 64, among) for among in (frame.pair, frame.pair & ~piece)
-        )
-        sums = np.where(out[:, 1:] < 100, usual, out)  # near ones are hardly ever outside
-        usual = (sums[:, 0] / np.maximum(sums[:, 1], 1))[frame.bins]  # (S, T)
-        expected = usual[piece].sum(), usual[frame.pair].sum()
-        found |= {"piece": (bits[piece].sum(), bits[frame.pair].sum()), "by distance": expected}
-    return found
+        usual, outside = (by_bin(bits, bins, BINS, among) for among in (pair, pair & ~piece))
+        sums = np.where(outside[:, 1:] < 100, usual, outside)  # near sentences are rarely outside
+        usual = (sums[:, 0] / np.maximum(sums[:, 1], 1))[bins]  # (S, T)
+        totals["piece"] = bits[piece].sum(), bits[pair].sum()
+        totals["by distance"] = usual[piece].sum(), usual[pair].sum()
+    return totals
 
 
 def pointed_at(bits, mass, block, bins):
-    """How much more a token depends on the sentence of its block with the largest mass than on
-    others of a block at the same distance: bits, one for each token that has two to choose from.
+    """The influence of the sentence of the block with the largest mass, minus the mean influence of
+    others of a block at that distance: in bits, for each token with at least two to choose from.
 
     bits, mass: (S, T); block: (S, T) booleans; bins: (S, T) integers, the distance.
     """
     chosen = np.arange(len(bits))[:, None] == np.where(block, mass, -1).argmax(0)  # (S, T)
-    others = by_bin(bits, bins, 64, block & ~chosen)
-    usual = np.divide(*others.T, out=np.full(64, np.nan), where=others[:, 1] > 0)
+    others = by_bin(bits, bins, BINS, block & ~chosen)
+    usual = np.divide(*others.T, out=np.full(BINS, np.nan), where=others[:, 1] > 0)
     chosen &= block & (block.sum(0) > 1)
     return bits[chosen] - usual[bins[chosen]]
 
@@ -194,112 +203,105 @@ def values_of(summaries, frames, weights):
     """Every measure of every model: {name: (models, B)}. weights: (B, C), of the contexts.
 
     boundary: the coefficient of "in the block" in log2(influence + eps) = spline(distance) +
-    spline(length) + boundary [in the block] + context. finer: the same with eps / 10; shifted: of
-    boundaries from elsewhere; true boundary: of the true pieces. NaN where nothing was measured.
+    spline(length) + boundary [in the block] + context. finer: the same with eps / 10. shifted: the
+    same for boundaries from elsewhere. true boundary: the same for the true pieces. A value is NaN
+    if nothing was measured.
     """
+    weights = weights.astype(float)
     gram = np.stack([f.design.T @ f.design for f in frames])  # (C, columns, columns)
     gram = np.tensordot(weights, gram, 1)  # (B, columns, columns)
     kinds = len(frames[0].inside)
     n, effects = gram.shape[1] - kinds, []
     for kind in range(kinds):
-        use = [*range(n), n + kind]
-        row = np.linalg.pinv(gram[:, use][:, :, use], hermitian=True)[:, -1]  # (B, n + 1)
-        effects.append([(weights @ s.cross[..., use] * row).sum(-1) for s in summaries])
+        columns = [*range(n), n + kind]
+        inverse = np.linalg.pinv(gram[:, columns][:, :, columns], hermitian=True)
+        row = inverse[:, -1]  # (B, n + 1)
+        effects.append([(weights @ s.cross[..., columns] * row).sum(-1) for s in summaries])
     effects = np.array(effects).transpose(2, 0, 1, 3)  # (2, kinds, models, B)
-    found = {"boundary": effects[0, 0], "finer": effects[1, 0]}
-    found["shifted"] = effects[0, 1 : 1 + SHIFTS].mean(0)
-    found["above shifted"] = found["boundary"] - found["shifted"]
+    values = {"boundary": effects[0, 0], "finer": effects[1, 0]}
+    values["shifted"] = effects[0, 1 : 1 + SHIFTS].mean(0)
+    values["above shifted"] = values["boundary"] - values["shifted"]
     if kinds > 1 + SHIFTS:
-        found["true boundary"] = effects[0, -1]
+        values["true boundary"] = effects[0, -1]
     for name in summaries[0].sums:
         sums = np.stack([weights @ s.sums[name] for s in summaries])  # (models, B, 2)
-        found[name] = np.divide(
-            *np.moveaxis(sums, -1, 0), where=sums[..., 1] > 0, out=np.full(sums.shape[:-1], np.nan)
-        )
-    return found
+        total, count = np.moveaxis(sums, -1, 0)
+        values[name] = np.divide(total, count, where=count > 0, out=np.full(count.shape, np.nan))
+    return values
 
 
-def compare(values, drawn, places, first, second):
-    """The difference of a measure between two models, paired by seed: a dict.
+def compare(values, resampled, places, first, second):
+    """The comparison of a measure between two models (see report.stats), with their names.
 
-    values: (models,); drawn: (models, DRAWN), the same with the contexts drawn anew; places: {name:
-    {seed: number of the model}}. low, high: 95 % over seeds, by Student; text: 95 % if there had
-    been other contexts like these; p: exact, as `sign_flip_p` has it.
+    values: (models,); resampled: (models, RESAMPLES), the same with the contexts resampled; places:
+    {name: {seed: number of the model}}.
     """
-    seeds = sorted(places[first].keys() & places[second].keys())
-    a, b = ([places[name][seed] for seed in seeds] for name in (first, second))
-    mean, _, half = interval(values[a] - values[b])
-    mean, half = float(mean), None if half is None else float(half)
-    text = np.percentile((drawn[a] - drawn[b]).mean(0), (2.5, 97.5)).tolist()
-    row = {"first": first, "second": second, "seeds": len(seeds), "difference": mean}
-    row |= {"low": None if half is None else mean - half, "text": text}
-    row |= {"high": None if half is None else mean + half}
-    return {**row, "p": sign_flip_p(values[a] - values[b])}
+    sides = [places[name] for name in (first, second)]
+    once, again = (
+        [{seed: x[i] for seed, i in side.items()} for side in sides] for x in (values, resampled)
+    )
+    return {"first": first, "second": second, **paired(*once, resampled=again)}
 
 
 def verdict(row, bound):
-    """What a comparison says, in words. bound: a smaller difference is none."""
+    """What a comparison says, in words. bound: a smaller difference does not count."""
     if row["seeds"] < 2:
-        return "one seed tells nothing"
+        return "not tested: a single seed"
     ends, text = (row["low"], row["high"]), row["text"]
     small = max(map(abs, ends)) < bound
     if row["holm"] is not None and row["holm"] < 0.05 and min(ends) * max(ends) > 0:
-        said = "higher" if min(ends) > 0 else "lower"
+        words = "higher" if min(ends) > 0 else "lower"
         if small:
-            said += ", by less than counts"
+            words += ", by less than the bound"
         elif min(map(abs, ends)) < bound:
-            said += ", perhaps by less than counts"
-        return said + ("; another text may differ" if min(text) <= 0 <= max(text) else "")
+            words += ", possibly by less than the bound"
+        return words + ("; may differ in another text" if min(text) <= 0 <= max(text) else "")
     same = small and max(map(abs, text)) < bound
-    return "no difference that counts" if same else "not resolved"
+    return "no difference above the bound" if same else "not resolved"
 
 
-def analyse(subjects, summaries, frames, study):
-    """All numbers of the report, a dict. subjects: with a name and a seed each; study: a dict."""
-    ones = np.ones((1, len(frames)))
-    again = np.random.default_rng(0).multinomial(len(frames), ones[0] / len(frames), DRAWN)
-    values, drawn = (values_of(summaries, frames, w.astype(float)) for w in (ones, again))
-    values, places = {name: x[:, 0] for name, x in values.items()}, {}
+def analyze(subjects, summaries, frames, study):
+    """All numbers of the report, a dict. subjects: have a name and a seed each; study: a dict."""
+    once = values_of(summaries, frames, np.ones((1, len(frames))))
+    resampled = values_of(summaries, frames, bootstrap_weights(len(frames)))
+    values, places = {name: x[:, 0] for name, x in once.items()}, {}
     for i, subject in enumerate(subjects):
         places.setdefault(subject.name, {})[subject.seed] = i
-    first, second, tests = study["first"], study["second"], []
-    for name in OUTCOMES:
-        row = compare(values[name], drawn[name], places, first, second)
-        tests.append({"outcome": name, "bound": study[name], **row})
-    ps = [1 if row["p"] is None else row["p"] for row in tests]
-    for row, p in zip(tests, holm(ps)):
-        row |= {"holm": None if row["p"] is None else p}
+
+    def row_of(measure, first, second):
+        row = compare(values[measure], resampled[measure], places, first, second)
+        return {"outcome": measure, **row}
+
+    first, second = study["first"], study["second"]
+    tests = [{**row_of(name, first, second), "bound": study[name]} for name in OUTCOMES]
+    ps = holm([1 if row["p"] is None else row["p"] for row in tests])
+    for row, p in zip(tests, ps):
+        row["holm"] = None if row["p"] is None else p
         row["verdict"] = verdict(row, row["bound"])
     models = []
     for name, seeds in places.items():
-        row = {"name": name, "seeds": len(seeds)}
+        model = {"name": name, "seeds": len(seeds)}
         for measure, x in values.items():
-            some = x[list(seeds.values())]
-            if np.isnan(some).any():  # distributed has no blocks to find again
-                row[measure] = None
-                continue
-            mean, _, half = interval(some)
-            row[measure] = {"mean": float(mean), "half": half, "by_seed": some.tolist()}
-        some = [summaries[i] for i in seeds.values()]
-        row["near"], row["mass"] = (
-            sum(s.near for s in some).tolist(),
-            sum(s.mass for s in some).tolist(),
-        )
-        models.append(row)
+            by_seed = x[list(seeds.values())]
+            mean, _, half = mean_interval(by_seed)
+            if not np.isnan(mean):  # `moved` of distributed: it has no blocks
+                model[measure] = {"mean": mean, "half": half, "by_seed": by_seed.tolist()}
+            else:
+                model[measure] = None
+        for key in ("near", "mass"):
+            model[key] = sum(getattr(summaries[i], key) for i in seeds.values()).tolist()
+        models.append(model)
     pairs = [(name, second) for name in places if name != second]
     pairs += [(first, name) for name in places if name not in (first, second)]
-    rows = []
-    for a, b in pairs:
-        for name in (*OUTCOMES, "above shifted", "inside"):
-            if places[a].keys() & places[b].keys():
-                rows.append({"outcome": name, **compare(values[name], drawn[name], places, a, b)})
+    pairs = [(a, b) for a, b in pairs if places[a].keys() & places[b].keys()]
+    rows = [row_of(name, a, b) for a, b in pairs for name in COMPARED]
     return {"study": study, "tests": tests, "models": models, "comparisons": rows}
 
 
 # --------------------------------------------------------------------------------------------------
-# the report
+# tables
 
-# the tables of all models: of each measure its heading, and how many digits
+# the tables of all models: for each measure its heading and the number of digits
 COLUMNS = {
     "Boundary effect, in doublings": {
         "boundary": ("boundary effect", 2),
@@ -308,7 +310,7 @@ COLUMNS = {
         "finer": ("with a tenth of eps", 2),
         "weak": ("share of influences below eps", 2),
         "influence": ("influence of a sentence, bits", 4),
-        "moved": ("more if the blocks are found again", 4),
+        "moved": ("increase if the partition reads the foreign text", 4),
     },
     "Pointer, a correlation": {
         "pointer": ("all sentences", 3),
@@ -316,7 +318,7 @@ COLUMNS = {
         "even": ("the same, uniform last layer", 3),
         "inside": ("sentences of the block", 3),
         "even inside": ("the same, uniform last layer", 3),
-        "pointed": ("pointed at: bits more", 4),
+        "pointed": ("extra influence of the top sentence, bits", 4),
     },
     "Leak, and what it costs": {
         "leak": ("leak, bits", 4),
@@ -326,177 +328,122 @@ COLUMNS = {
     },
     "The true pieces of the text": {
         "piece": ("share of the influence that stays in the piece", 3),
-        "by distance": ("expected if only distance counted", 3),
+        "by distance": ("expected from distance only", 3),
         "true boundary": ("boundary effect of the pieces", 2),
     },
 }
-NOTE = """± is half the width of the 95 % interval over seeds (Student). The seeds share the base,
-the test text and the foreign texts. Over the text: the contexts of the test text drawn anew; they
-are few, so these intervals are somewhat too narrow.
+TESTS = "outcome | difference [95 % over seeds] | 95 % over the text | p, exact | p, Holm"
+TESTS += " | bound | verdict"
+NOTE = """± is half the width of the 95 % interval over seeds (Student's t). The seeds share the
+base model, the test text and the foreign texts. The interval over the text resamples the contexts
+of the test text; there are few contexts, so these intervals are somewhat too narrow.
 
-All models are asked about the same blocks, the open semantic ones, and not about their own. A
-sentence is one of the text; short ones are joined.
+All models are measured with the same blocks, the open semantic ones, not with their own.
+Sentences are those of the text; short ones are joined.
 
-- Boundary effect: 1 means twice the influence (plus eps) of a sentence outside, as far away and as
-  long. A layer at 1 makes some of it by its mask alone. From elsewhere: the same model, with the
-  semantic blocks of four other places of the text. Blocks found again: the partitioner reads the
-  foreign text too.
-- Pointer: Spearman correlation of the last layer's mass on a sentence with its influence, the
-  distance removed. Over all sentences, the zeros of a layer at 1 count as pointing: only models of
-  the same dial can be compared. Long sentences get more of both: compare with the uniform layer,
-  which looks at all it may see alike. Pointed at: the influence of the sentence of the block with
-  the largest mass, less that of other sentences of a block, as far away.
-- Leak: how much the outputs differ when all before the block is replaced by one foreign text or
-  another; at most log2 of their number. A model that ignores its context has none: see the loss.
+- Boundary effect: 1 means that a sentence in the block has twice the influence (plus eps) of one
+  outside that is as far away and as long. A layer with its dial at 1 causes part of it by its mask.
+  "From elsewhere": the same model with the semantic blocks of four other places of the text.
+- Pointer: Spearman correlation of the last layer's mass on a sentence with the sentence's
+  influence, with distance removed. Over all sentences, the zeros of a layer at 1 count as pointing,
+  so only models with the same dial can be compared. Long sentences get more mass and have more
+  influence: compare with the uniform layer, which attends equally to everything that it may see.
+  "Extra influence": the sentence of the block with the largest mass, minus other sentences of a
+  block that are as far away.
+- Leak: how much the outputs depend on which foreign text replaces everything before the block; at
+  most log2 of the number of texts. A model that ignores its context has no leak, so read it
+  together with the loss.
 """
 
 
-def tell(row, digits=3):
-    """A difference with its interval, in words."""
-    if row["low"] is None:
-        return f"{row['difference']:.{digits}f}"
-    return f"{row['difference']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
-
-
-def show(value, digits):
-    """A mean with its interval, as `analyse` has it, in words."""
-    if value is None:
-        return "–"
-    half = "" if value["half"] is None else f" ± {value['half']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{half}"
-
-
-def tables(results):
-    """The report as Markdown. results: as `analyse` gives it, and `about`."""
-
-    def table(heads, rows):
-        rows = [heads, ["---"] * len(heads), *rows]
-        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
-
-    rows = []
-    for row in results["tests"]:
-        unit, (low, high) = OUTCOMES[row["outcome"]], row["text"]
-        cells = [f"{row['outcome']}, {unit}", tell(row), f"{low:.3f} … {high:.3f}"]
-        cells += ["–" if row[p] is None else f"{row[p]:.3g}" for p in ("p", "holm")]
-        rows.append([*cells, row["bound"], row["verdict"]])
-    heads = "outcome | difference [95 % over seeds] | 95 % over the text | p, exact | p, Holm"
-    heads += " | smaller is none | so it is"
-    study = results["study"]
-    first = f"**The three tests**: {study['first']} less {study['second']}.\n\n"
-    text = first + table(heads.split(" | "), rows)
+def report_text(results):
+    """The report as Markdown. results: as `analyze` returns them, and a dict `about`."""
+    study, models = results["study"], results["models"]
+    rows = [
+        [COMPARED[row["outcome"]], with_interval(row, 3), between(row["text"], 3)]
+        + [number(row["p"], ".3g"), number(row["holm"], ".3g"), row["bound"], row["verdict"]]
+        for row in results["tests"]
+    ]
+    text = f"**The three tests**: {study['first']} minus {study['second']}.\n\n"
+    text += markdown(TESTS.split(" | "), rows)
     for title, columns in COLUMNS.items():
-        shown = {name: head for name, head in columns.items() if name in results["models"][0]}
-        rows = []
-        for model in results["models"]:
-            cells = [show(model[name], digits) for name, (_, digits) in shown.items()]
-            rows.append([model["name"], *cells])
-        heads = [head for head, _ in shown.values()]
-        text += f"\n**{title}.**\n\n" + table(["model", *heads], rows) if shown else ""
-    text += f"\n{NOTE}"
-    pairs = {}
+        if not columns.keys() <= models[0].keys():
+            continue
+        rows = [
+            [model["name"], *(model_cell(model[k], digits) for k, (_, digits) in columns.items())]
+            for model in models
+        ]
+        text += f"\n**{title}.**\n\n"
+        text += markdown(["model", *(head for head, _ in columns.values())], rows)
+    text += f"\n{NOTE}\n**Further differences**, uncorrected: [95 % over seeds], p.\n\n"
+    rows = {}
     for row in results["comparisons"]:
-        pairs.setdefault((row["first"], row["second"], row["seeds"]), {})[row["outcome"]] = row
-    text += "\n**Further differences**, without correction: [95 % over seeds], p.\n\n"
-    rows = []
-    for (a, b, _), found in pairs.items():
-        row = [f"{a} less {b}"]
-        for name in found:
-            p = found[name]["p"]
-            row.append(tell(found[name]) + ("" if p is None else f", {p:.2g}"))
-        rows.append(row)
-    units = {**OUTCOMES, "above shifted": "doublings", "inside": "correlation"}
-    names = {
-        "above shifted": "boundary above those from elsewhere",
-        "inside": "pointer in the block",
-    }
-    heads = ["models", *(f"{names.get(name, name)}, {units[name]}" for name in found)]
-    text += table(heads, rows)
-    return text + "\n" + "; ".join(f"{k} {v}" for k, v in results["about"].items()) + "\n"
+        p = "" if row["p"] is None else f", {row['p']:.2g}"
+        cells = rows.setdefault((row["first"], row["second"]), [])
+        cells.append(with_interval(row, 3) + p)
+    rows = [[f"{first} minus {second}", *cells] for (first, second), cells in rows.items()]
+    return text + markdown(["models", *COMPARED.values()], rows) + "\n" + facts(results["about"])
+
+
+def model_cell(measure, digits):
+    """A measure of a model in a table: its mean and the 95 % interval over seeds."""
+    return "–" if measure is None else plus_minus(measure["by_seed"], digits, interval=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # figures
 
 
-def grid(n):
-    """A figure of n axes with shared scales, and the axes."""
-    wide = min(4, n)
-    size = (3 * wide, 2.9 * -(-n // wide) + 0.5)
-    fig, axes = pyplot().subplots(
-        -(-n // wide),
-        wide,
-        figsize=size,
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat[n:]:
-        ax.axis("off")
-    return fig, axes.flat
-
-
 def mean_of(sums, least=200):
-    """The mean in each bin, where there are enough. sums: (bins, 2). NaN elsewhere."""
-    sums = np.asarray(sums)
-    return np.divide(*sums.T, out=np.full(len(sums), np.nan), where=sums[:, 1] >= least)
+    """The mean in each bin; NaN if it has fewer than `least` values. sums: (bins, 2)."""
+    total, count = np.array(sums).T
+    return np.divide(total, count, out=np.full(len(total), np.nan), where=count >= least)
 
 
 def draw_distance(results, path):
-    """Influence against distance, inside and outside the block, one panel for each model."""
-    fig, axes = grid(len(results["models"]))
-    for ax, model in zip(axes, results["models"]):
-        for sums, colour, marker, label in zip(
-            model["near"], COLOURS, "os", ("in the block", "outside of it")
-        ):
-            distance = 2 ** ((np.arange(64) + 0.5) / 2) - 1
-            ax.plot(distance, 2 ** mean_of(sums), marker=marker, ms=4, color=colour, label=label)
-        effect = model["boundary"]
-        half = "" if effect["half"] is None else f" ± {effect['half']:.2f}"
-        name = model["name"].replace(", ", ",\n")
-        ax.set_title(f"{name}\nboundary effect {effect['mean']:.2f}{half} doublings", size=9)
+    """Draw influence against distance, inside and outside the block, one panel per model."""
+    n = len(results["models"])
+    wide, high = min(4, n), -(-n // 4)
+    shape = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    fig, axes = pyplot().subplots(high, wide, figsize=(3 * wide, 2.9 * high + 0.5), **shape)
+    distance = 2 ** ((np.arange(BINS) + 0.5) / 2) - 1
+    for ax, model in zip(axes.flat, results["models"]):
+        lines = zip(model["near"], COLORS, "os", ("in the block", "outside the block"))
+        for sums, color, marker, label in lines:
+            ax.plot(distance, 2 ** mean_of(sums), marker=marker, ms=4, color=color, label=label)
+        name, effect = model["name"].replace(", ", ",\n"), model_cell(model["boundary"], 2)
+        ax.set_title(f"{name}\nboundary effect {effect} doublings", size=9)
         ax.set(xscale="log", yscale="log", xlim=(2, None))
-    axes[0].legend(frameon=False, fontsize=9)
-    fig.supxlabel("distance: tokens since the sentence ended")
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    fig.supxlabel("distance: tokens since the end of the sentence")
     fig.supylabel("influence of a sentence on a prediction,\nbits, plus eps (geometric mean)")
-    fig.suptitle("Do predictions depend on the block, or on what is near?")
-    bare(fig)
-    save_figure(fig, path)
+    finish(fig, "Do predictions depend on the block, or on what is near?", path)
 
 
 def draw_pointers(results, path):
-    """Influence by the last layer's mass on a sentence, against sentences at the same distance."""
-    fig, axes = pyplot().subplots(
-        1, 2, figsize=(11, 5.2), sharex=True, sharey=True, layout="constrained"
-    )
+    """Draw influence, relative to its usual value at that distance, by the last layer's mass."""
+    shape = {"sharex": True, "sharey": True, "layout": "constrained"}
+    fig, axes = pyplot().subplots(1, 2, figsize=(11, 5.2), **shape)
     at, shown = [MASSES[0] / 2, *MASSES[:-1] * 2**0.5], []  # the middle of each bin
-    for panel, (ax, title) in enumerate(
-        zip(axes, ("all sentences before a token", "sentences of its block"))
-    ):
-        for number, model in enumerate(results["models"]):
+    titles = "all sentences before a token", "sentences of its block"
+    for panel, (ax, title) in enumerate(zip(axes, titles)):
+        for i, model in enumerate(results["models"]):
             y = 2 ** mean_of(model["mass"][panel])[: len(at)]
             shown.append(y)
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": "os^vDP*X"[number % 8]}
-            ax.plot(at[1:], y[1:], ms=5, lw=1.2, label=model["name"], **style)
-            ax.plot(at[0], y[0], ms=5, **style)
+            look = {"color": COLORS[i % len(COLORS)], "marker": "os^vDP*X"[i % 8], "ms": 5}
+            ax.plot(at[1:], y[1:], lw=1.2, label=model["name"], **look)
+            ax.plot(at[0], y[0], **look)
         ax.axhline(1, color="#888888", lw=1, zorder=0)
-        ax.set(
-            xscale="log",
-            yscale="log",
-            title=title,
-            xlabel="attention of the last layer on a sentence (mass)",
-        )
+        ax.set(xscale="log", yscale="log", title=title)
+        ax.set_xlabel("attention of the last layer to a sentence (mass)")
         ax.set_xticks([at[0], 1e-3, 1e-2, 1e-1, 1], ["less", "0.001", "0.01", "0.1", "1"])
         ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
         ax.set_yticks(ticks, ticks)
         ax.minorticks_off()
     axes[0].set_ylim(min(0.45, 0.9 * np.nanmin(shown)), max(2.2, 1.1 * np.nanmax(shown)))
-    axes[0].set_ylabel(
-        "influence of that sentence, as a multiple\nof what is usual at its distance"
-    )
-    fig.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4
-    )
-    fig.suptitle("Where the last layer looks: does the prediction depend on it?")
-    bare(fig)
-    save_figure(fig, path)
+    axes[0].set_ylabel("influence of that sentence, as a multiple\nof the usual at its distance")
+    labels = axes[0].get_legend_handles_labels()
+    fig.legend(*labels, frameon=False, loc="outside lower center", ncols=4)
+    finish(fig, "Where the last layer looks: does the prediction depend on it?", path)

@@ -1,21 +1,21 @@
-"""Is what one reads from a localised model true? Three outcomes, fixed before the run; controls.
+"""Is what one reads from a localized model true? Three tests, fixed before the run, and controls.
 
     python -m experiments.faithfulness configs/faithful_smoke.toml               # in a minute
     python -m experiments.faithfulness configs/faithful_sections.toml --jobs 2
-    python -m experiments.faithfulness configs/faithful_sections.toml --report   # count again
+    python -m experiments.faithfulness configs/faithful_sections.toml --report   # only the report
 
-A config is that of a sweep, with one more table, [faithful]: the keys of `Study`. Models that are
-missing are trained, as sweep.py does it. Each is measured once, into `faithful.npz` in its folder.
-The same command goes on after any stop. The report, in the folder of the sweep: faithfulness.md,
-faithfulness.json and two figures.
+A config is that of a sweep with another table, [faithful], which holds the keys of `Study`. Missing
+models are trained as sweep.py trains them. Each model is measured once, into `faithful.npz` in its
+folder. After any interruption, the same command resumes. It writes the report to the folder of the
+sweep: faithfulness.md, faithfulness.json and two figures.
 
-boundary  Does a sentence of the block change a prediction more than one outside of it, as far away
-          and as long? In doublings of its influence.
-pointer   Where the last layer looks, is that what the prediction depends on? Spearman's correlation
-          over the sentences before a token, with the distance removed.
-leak      What does an output still tell of the text before its block? In bits a token.
+boundary  Does a sentence of the block change a prediction more than a sentence outside the block
+          that is as far away and as long? In doublings of its influence.
+pointer   Does a prediction depend on what the last layer attends to? Spearman's correlation over
+          the sentences before a token, with distance removed.
+leak      What does an output still tell of the text before its block? In bits per token.
 
-All models are asked about the same blocks, the open semantic ones. While the text is replaced, the
+All models are measured with the same blocks, the open semantic ones. When text is replaced, the
 blocks stay as they were.
 """
 
@@ -32,55 +32,40 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import load_run
-from experiments import faithful_measure
+from eval import load
+from experiments import faithful_measure, faithful_report
 from experiments.faithful_measure import contexts_of, measure, starts_of
-from experiments.faithful_report import (
-    analyse,
-    draw_distance,
-    draw_pointers,
-    frames_of,
-    summarise,
-    tables,
-)
 from locality import schedule
-from prepare_data import get_encoding, prepared, read_split, token_bytes
-from support.files import (
-    InputError,
-    alone,
-    digest,
-    digest_code,
-    replacing,
-    run_script,
-    write_json,
-    write_text,
-)
+from prepare_data import get_encoding, token_bytes
+from report.sweep import read_results
+from report.tables import listed
+from support import files
+from support.files import InputError, run_script, write_json, write_text
 from support.machine import pick_device, provenance
-from support.report import read_results
 from support.run import find_checkpoint
 from support.settings import check, key, nearest, usage
-from sweep import check_folder, read_cells, run, take_jobs
+from sweep import check_folder, prepare_cell, read_cells, run, take_jobs
 from train import read_values
 
 
 @dataclass
 class Study:
-    contexts: int = key(16, "stretches of the test split, as long as a context", at_least=2)
-    draws: int = key(2, "foreign texts in place of a sentence", at_least=1)
-    leak_draws: int = key(16, "foreign texts in place of all before a block", at_least=2)
+    contexts: int = key(16, "contexts, evenly spread over the test split", at_least=2)
+    draws: int = key(2, "foreign texts that replace each sentence", at_least=1)
+    leak_draws: int = key(16, "foreign texts that replace everything before a block", at_least=2)
     eps: float = key(1e-3, "bits added to an influence before its logarithm", at_least=1e-9)
-    first: str = key("quintic semantic", "the model that the tests are about")
+    first: str = key("quintic semantic", "the model under test")
     second: str = key("distributed", "the model that it is compared with")
-    boundary: float = key(0.1, "a smaller difference is none: doublings of influence", at_least=0)
-    pointer: float = key(0.02, "a smaller difference is none: correlation", at_least=0)
-    leak: float = key(0.005, "a smaller difference is none: bits a token", at_least=0)
+    boundary: float = key(0.1, "smallest difference that counts: doublings", at_least=0)
+    pointer: float = key(0.02, "smallest difference that counts: correlation", at_least=0)
+    leak: float = key(0.005, "smallest difference that counts: bits per token", at_least=0)
 
     def __post_init__(self):
         check(self)
 
 
 def read_study(values):
-    """The Study in the table [faithful] of a config, which is taken out. Raises InputError."""
+    """The Study in the table [faithful] of a config, which is removed. Raises InputError."""
     table, known = values.pop("faithful", {}), list(Study.__dataclass_fields__)
     if not isinstance(table, dict):
         raise InputError("faithful must be a table, [faithful]")
@@ -90,7 +75,7 @@ def read_study(values):
 
 
 # --------------------------------------------------------------------------------------------------
-# measuring all of them
+# measuring all models
 
 
 class Subject(NamedTuple):
@@ -101,37 +86,40 @@ class Subject(NamedTuple):
     folder: Path  # of the cell
     schedule: str
     partition: str
-    fidelity: float
-    path: Path  # of what is measured
+    floor: float
+    path: Path  # of its measurements
 
 
-# what the cells of a study may differ in
-FREE = ("schedule", "partition", "fidelity", "max_lookback", "seed", "out")
+# the keys in which the cells of a study may differ
+VARIED = ("schedule", "partition", "floor", "max_lookback", "seed", "out")
 
 
 def subjects_of(cells, study):
-    """The Subjects of a study, a list: each cell; and `second`, its dial turned to that of `first`.
+    """The Subjects of a study: a list of all cells, and of `second` with its dial as in `first`.
 
-    cells: {name: Config}. Raises InputError where one of the two is missing, or where cells differ
-    in more than FREE, or cannot be told apart by their names.
+    cells: {name: Config}. Raises InputError if `first` or `second` is missing, if they share no
+    seed, if cells differ in keys that are not in VARIED, or if two have the same name and seed.
     """
-    subjects, some = [], asdict(next(iter(cells.values())))
+    subjects, base = [], asdict(next(iter(cells.values())))
     for cell in cells.values():
-        other = [name for name, x in asdict(cell).items() if name not in FREE and x != some[name]]
-        if other:
-            raise InputError(f"[faithful]: the models of a study do not differ in {other[0]}")
-        local, folder = cell.schedule != "distributed", Path(cell.out)
-        partition = cell.partition if local else "semantic"
-        name = f"{cell.schedule} {partition}" if local else cell.schedule
-        how = cell.schedule, partition, cell.fidelity, folder / "faithful.npz"
-        subjects.append(Subject(name, cell.seed, folder, *how))
-    names = {s.name: s for s in subjects}
+        for name, value in asdict(cell).items():
+            if name not in VARIED and value != base[name]:
+                raise InputError(f"[faithful]: the models of a study must not differ in {name}")
+        partition, name = "semantic", cell.schedule
+        if cell.schedule != "distributed":
+            partition, name = cell.partition, f"{cell.schedule} {cell.partition}"
+        dial, folder = (cell.schedule, partition, cell.floor), Path(cell.out)
+        subjects.append(Subject(name, cell.seed, folder, *dial, folder / "faithful.npz"))
+    by_name = {s.name: s for s in subjects}
     if len({(s.name, s.seed) for s in subjects}) < len(subjects):
-        raise InputError("[faithful]: two models differ neither in schedule nor in partition")
+        raise InputError("[faithful]: two models have the same schedule, partition and seed")
     for name in (study.first, study.second):
-        if name not in names:
-            raise InputError(f"[faithful]: no model is {name!r}; there are {', '.join(names)}")
-    first = names[study.first]
+        if name not in by_name:
+            raise InputError(f"[faithful]: no model is {name!r}; there are {', '.join(by_name)}")
+    first = by_name[study.first]
+    seeds = [{s.seed for s in subjects if s.name == name} for name in (study.first, study.second)]
+    if not seeds[0] & seeds[1]:
+        raise InputError(f"[faithful]: {study.first!r} and {study.second!r} share no seed")
     for s in [s for s in subjects if s.name == study.second]:
         name, path = f"{s.name}, turned to {first.name}", s.folder / "faithful.turned.npz"
         subjects.append(first._replace(name=name, seed=s.seed, folder=s.folder, path=path))
@@ -139,138 +127,139 @@ def subjects_of(cells, study):
 
 
 def to_measure(subjects, study, text):
-    """Which Subjects are not measured yet: {Subject: what is asked of it, a dict}.
+    """The Subjects without valid measurements: {Subject: what they depend on, a dict}.
 
-    text: a sha256. Other weights, another question or other code: it is measured again.
+    text: a sha256. Other weights, another study or other code make measurements invalid.
     """
-    code, missing = digest_code([faithful_measure.__file__]), {}
+    code, missing = files.digest_code([faithful_measure.__file__], ()), {}
     for s in subjects:
         about = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
-        about |= {"text": text, "weights": digest([find_checkpoint(s.folder)]), "code": code}
-        about |= {name: getattr(s, name) for name in ("schedule", "partition", "fidelity")}
+        about |= {name: getattr(s, name) for name in ("schedule", "partition", "floor")}
+        about |= {"text": text, "weights": files.digest([find_checkpoint(s.folder)]), "code": code}
         if read_measured(s.path).get("about") != about:
             missing[s] = about
     return missing
 
 
-def measure_all(missing, configs, contexts, device, jobs=1):
+def measure_all(missing, cells, contexts, jobs=1):
     """Measure Subjects, `jobs` at a time. Raises InputError.
 
-    missing: as `to_measure` gives it; configs: {folder of a cell: its config, a dict}.
+    missing: as `to_measure` returns it; cells: {folder: Config}.
     """
-    # each thread has a number of threads of its own
+    # the number of threads is a setting of each thread
     threads, stop = max(1, torch.get_num_threads() // jobs), []
     bar = tqdm(total=len(missing) * len(contexts), unit="context", disable=None)
     with bar, ThreadPoolExecutor(jobs, initializer=lambda: torch.set_num_threads(threads)) as pool:
-        how = contexts, device, bar, stop
-        jobs = [(s, about, configs[s.folder], *how) for s, about in missing.items()]
-        running = [pool.submit(measure_one, *job) for job in jobs]
+        running = [
+            pool.submit(measure_one, s, about, cells[s.folder], contexts, bar, stop)
+            for s, about in missing.items()
+        ]
         try:
             for future in running:
                 future.result()
-        except BaseException:  # Ctrl-C: what is finished is kept
+        except BaseException:  # after Ctrl-C too, finished measurements are kept
             stop.append(True)
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def measure_one(subject, about, config, contexts, device, bar, stop):
-    """Write what `measure` finds of a Subject into its file. stop: a list; not empty, it stops.
+def measure_one(subject, about, cell, contexts, bar, stop):
+    """Measure a Subject and write its file. It stops early when the list `stop` is not empty.
 
-    about: a dict, to be written there too; config: of its cell, a dict.
+    about: a dict, written to the file as well; cell: its Config.
     """
-    model, _ = load_run(subject.folder, device)
-    lambdas = schedule(subject.schedule, model.config.n_layer, subject.fidelity)
-    model.set_locality(lambdas)
-    folder, found = prepared({**config, "partition": subject.partition, "data": ""}), {}
-    lookback = read_split(folder, "test")[1]
+    device = pick_device(cell.device)
+    model, *_ = load(subject.folder, device)
+    locality = schedule(subject.schedule, model.config.n_layer, subject.floor)
+    model.set_locality(locality)
+    data = prepare_cell(cell, data="", partition=subject.partition)
+    _, lookback = data.split("test")
+    arrays = {}
     for c, context in enumerate(contexts):
         if stop:
             return
         start = starts_of(lookback, context.place, len(context.tokens) - 1)
-        # `distributed` has no blocks to find
-        again = context.again.get(subject.partition) if any(lambdas) else None
+        # `distributed` has no blocks that could move
+        again = context.again.get(subject.partition) if any(locality) else None
         for name, values in measure(model, context, start, again).items():
-            found[f"{name}.{c}"] = values
+            arrays[f"{name}.{c}"] = values
         bar.set_postfix_str(f"{subject.name}, seed {subject.seed}", refresh=False)
         bar.update()
-    known = {"about": about, "made": provenance(device, subject.seed)}
-    known = {name: json.dumps(value) for name, value in known.items()}
-    with replacing(subject.path) as temporary, open(temporary, "wb") as f:
-        np.savez_compressed(f, **known, **found)
+    facts = {"about": about, "made": provenance(device, subject.seed)}
+    facts = {name: json.dumps(value) for name, value in facts.items()}
+    with files.replacing(subject.path) as temporary, open(temporary, "wb") as f:
+        np.savez_compressed(f, **facts, **arrays)
 
 
 def read_measured(path):
-    """What `measure_all` wrote, a dict; {} where there is none.
+    """The file that `measure_one` wrote, a dict; {} if there is none.
 
-    Arrays "NAME.CONTEXT"; about: what was asked, of which weights; made: when, where and by what.
-    Raises InputError where it is damaged.
+    It has an array "NAME.CONTEXT" for each measure and context, `about`, what the measurements
+    depend on, and `made`, their provenance. Raises InputError if it is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as found:
-            known = {name: json.loads(str(found[name])) for name in ("about", "made")}
-            return {**found, **known}
+        with np.load(path, allow_pickle=False) as stored:
+            facts = {name: json.loads(str(stored[name])) for name in ("about", "made")}
+            return {**stored, **facts}
     except FileNotFoundError:
         return {}
-    except Exception as e:  # zipfile, zlib and numpy each raise their own
-        raise InputError(f"{path} is damaged ({e}); delete it, and it is measured again") from None
+    except Exception as e:  # zipfile, zlib and numpy each raise their own errors
+        raise InputError(f"{path} is damaged ({e}); delete it and run the command again") from None
 
 
-def report(folder, subjects, contexts, study):
-    """Count, and write the report into the folder of the sweep."""
-    frames, summaries, made = frames_of(contexts), [], []
+def write_report(folder, subjects, contexts, study):
+    """Write the report to the folder of the sweep. Raises InputError."""
+    frames, summaries, made = faithful_report.frames_of(contexts), [], []
     for s in tqdm(subjects, desc="counting", leave=False, disable=None):
-        found = read_measured(s.path)
-        summaries.append(summarise(found, frames, study.eps))
-        made.append(found["made"])
-    results = analyse(subjects, summaries, frames, asdict(study))
+        measured = read_measured(s.path)
+        summaries.append(faithful_report.summarize(measured, frames, study.eps))
+        made.append(measured["made"])
+    results = faithful_report.analyze(subjects, summaries, frames, asdict(study))
     runs = [read_results(s.folder / "results.json") for s in subjects]
     about = provenance(torch.device("cpu"), None)
-    about["seeds"] = ", ".join(map(str, sorted({s.seed for s in subjects})))
-    for name in ("device", "commit"):
-        about[f"measured: {name}"] = ", ".join(sorted({m[name] for m in made}))
+    about["seeds"] = listed(s.seed for s in subjects)
+    about |= {f"measured: {name}": listed(m[name] for m in made) for name in ("device", "commit")}
     about["measured: dates"] = " … ".join(sorted({m["date"][:10] for m in made}))
-    about["trained: commit"] = ", ".join(sorted({r["commit"] for r in runs}))
-    about["base"] = ", ".join(sorted({r["config"]["init_from"] for r in runs}))
-    results["about"] = {key: value for key, value in about.items() if key != "seed"}
-    text = tables(results)
+    about["trained: commit"] = listed(r["commit"] for r in runs)
+    about["base"] = listed(r["config"]["init_from"] for r in runs)
+    results["about"] = {name: value for name, value in about.items() if name != "seed"}
+    text = faithful_report.report_text(results)
     write_json(folder / "faithfulness.json", results)
     write_text(folder / "faithfulness.md", text)
-    draw_distance(results, folder / "faithfulness_distance.png")
-    draw_pointers(results, folder / "faithfulness_pointers.png")
+    faithful_report.draw_distance(results, folder / "faithfulness_distance.png")
+    faithful_report.draw_pointers(results, folder / "faithfulness_pointers.png")
     print(text)
     print(f"table: {folder / 'faithfulness.md'}, and .json, _distance.png, _pointers.png beside it")
 
 
 def main():
     argv = [word for word in sys.argv[1:] if word != "--report"]
-    only_count = "--report" in sys.argv
+    only_report = "--report" in sys.argv
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nKeys of [faithful]:\n{usage(Study)}")
         return
     jobs = take_jobs(argv)
     values = read_values(argv, more=("sweep", "faithful"))
-    study, out, broken = read_study(values), Path(values["out"]), {}
+    study, out = read_study(values), Path(values["out"])
     check_folder(out)
     cells = read_cells(values)
     subjects = subjects_of(cells, study)
-    configs = {Path(cell.out): asdict(cell) for cell in cells.values()}
-    with alone(out) as held:
-        if not only_count:
-            broken = run(cells, jobs, held)
+    cells_in = {Path(cell.out): cell for cell in cells.values()}
+    with files.alone(out) as held:
+        broken = {} if only_report else run(cells, jobs, held)
         for name, why in broken.items():
             print(f"broken: {name}: {why}", file=sys.stderr)
         if broken:
             sys.exit(1)
-        model, config = load_run(subjects[0].folder)
-        vocabulary = token_bytes(get_encoding(config["tokenizer"]))
-        config, T = configs[subjects[0].folder], model.config.block_size
-        contexts, text = contexts_of(config, study, T, vocabulary)
+        model, *_ = load(subjects[0].folder)
+        cell = cells_in[subjects[0].folder]
+        vocabulary = token_bytes(get_encoding(cell.tokenizer))
+        contexts, text = contexts_of(cell, study, model.config.block_size, vocabulary)
         missing = to_measure(subjects, study, text)
-        if missing and only_count:
+        if missing and only_report:
             raise InputError(f"{len(missing)} models are not measured yet; leave out --report")
-        measure_all(missing, configs, contexts, pick_device(config["device"]), jobs or 1)
-        report(out, subjects, contexts, study)
+        measure_all(missing, cells_in, contexts, jobs or 1)
+        write_report(out, subjects, contexts, study)
 
 
 if __name__ == "__main__":

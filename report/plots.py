@@ -72,6 +72,14 @@ def bare(fig):
             ax.spines[["top", "right"]].set_visible(False)
 
 
+def finish(fig, title, *paths):
+    """Give a figure its title, save it at each path, and close it. Raises InputError."""
+    bare(fig)
+    fig.suptitle(title, parse_math=False)
+    for path in paths:
+        save_figure(fig, path, close=path == paths[-1])
+
+
 def layer_mean(results, key):
     """The mean over layers of a measure in the results of `evaluate`."""
     return float(np.mean([layer[key] for layer in results["layers"]]))
@@ -106,9 +114,7 @@ def draw_attention(maps, start, words, layers, path, title):
             last = token
     fig.colorbar(image, ax=axes[0], label="attention weight, mean over heads", shrink=0.9)
     draw_measures(axes[1], layers)
-    bare(fig)
-    fig.suptitle(title, parse_math=False)
-    save_figure(fig, path)
+    finish(fig, title, path)
 
 
 def draw_map(ax, weights, start):
@@ -161,9 +167,7 @@ def draw_dials(rows, path, title):
         ax.set(xlabel=labels[key])
     axes[0].set_ylabel(RATIO)
     axes[1].legend(frameon=False)
-    bare(fig)
-    fig.suptitle(title, parse_math=False)
-    save_figure(fig, path)
+    finish(fig, title, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,19 +193,20 @@ def draw_sweep(groups, folder):
     subject = f", {main} (mean over seeds)" if main else " (mean over seeds)"
     figures = {}
     if rated:
-        title = "What locality costs, by schedule (mean over seeds, 95 % interval)"
-        figures["ratio"] = draw_ratios(rated, names, series), title
-        title = "The trade-off: one point per configuration"
-        figures["tradeoff"] = draw_tradeoff(rated, bases, names, series), title
-    figures["layers"] = draw_layers(shown, label), f"Layer by layer{subject}"
-    figures["curves"] = draw_curves(shown, label), f"Training{subject}"
+        figures["ratio"] = draw_ratios(rated, names, series)
+        figures["tradeoff"] = draw_tradeoff(rated, bases, names, series)
+    figures |= {"layers": draw_layers(shown, label), "curves": draw_curves(shown, label)}
+    titles = {
+        "ratio": "What locality costs, by schedule (mean over seeds, 95 % interval)",
+        "tradeoff": "The trade-off: one point per configuration",
+        "layers": f"Layer by layer{subject}",
+        "curves": f"Training{subject}",
+    }
     drawn = []
-    for name, (fig, title) in figures.items():
-        bare(fig)
-        fig.suptitle(title, parse_math=False)
-        for suffix in (".png", ".svg"):
-            drawn.append(folder / (name + suffix))
-            save_figure(fig, drawn[-1], close=suffix == ".svg")
+    for name, fig in figures.items():
+        paths = [folder / f"{name}{suffix}" for suffix in (".png", ".svg")]
+        finish(fig, titles[name], *paths)
+        drawn += paths
     return drawn
 
 

@@ -18,7 +18,7 @@ STUDENT = {
     **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 14: 2.145, 16: 2.120, 18: 2.101, 20: 2.086, 25: 2.060, 30: 2.042},
 }
-REDRAWS = 2000  # bootstrap samples of the contexts of a text
+RESAMPLES = 2000  # bootstrap samples of the contexts of a text
 
 
 def mean_interval(values):
@@ -60,19 +60,19 @@ def holm(ps):
     return corrected
 
 
-def redraw(n):
-    """How often each of n contexts is drawn in each bootstrap sample: (REDRAWS, n) integers.
+def bootstrap_weights(n):
+    """How often each of n contexts is drawn in each bootstrap sample: (RESAMPLES, n) integers.
 
     The contexts are drawn as if they were independent. Every call draws the same samples.
     """
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), REDRAWS)
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
 
 
-def paired(first, second, redrawn=None):
+def paired(first, second, resampled=None):
     """Compare two models: a comparison, or None if they share no seed.
 
-    first, second: {seed: value}. redrawn: the same two dicts with (REDRAWS,) values, one for each
-    sample of `redraw`.
+    first, second: {seed: value}. resampled: the same two dicts with (RESAMPLES,) values, one for
+    each sample of `bootstrap_weights`.
     """
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
@@ -83,8 +83,8 @@ def paired(first, second, redrawn=None):
     if half is not None:
         row |= {"low": mean - half, "high": mean + half}
     row |= {"p": sign_flip_p(d), "least_p": 2 / 2 ** len(d), "text": None}
-    if redrawn:
-        means = np.mean([redrawn[0][seed] - redrawn[1][seed] for seed in seeds], axis=0)
+    if resampled:
+        means = np.mean([resampled[0][seed] - resampled[1][seed] for seed in seeds], axis=0)
         row["text"] = np.percentile(means, (2.5, 97.5)).tolist()
     return row
 

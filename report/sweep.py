@@ -7,16 +7,8 @@ import numpy as np
 import torch
 
 from report.plots import draw_sweep, layer_mean, order
-from report.stats import as_ratio, mean_interval, paired, redraw
-from report.tables import (
-    facts,
-    listed,
-    markdown,
-    number,
-    plus_minus,
-    text_interval,
-    with_interval,
-)
+from report.stats import as_ratio, bootstrap_weights, mean_interval, paired
+from report.tables import between, facts, listed, markdown, number, plus_minus, with_interval
 from support.files import InputError, write_json, write_text
 from support.machine import provenance
 
@@ -92,14 +84,14 @@ def collect(folder):
         if kind(r) in MATCHED:  # their cap never binds, so it does not tell groups apart
             r["config"]["max_lookback"] = None
     keys = varied_keys([r["config"] for r in results])
-    runs_by_values = {}
+    groups = {}
     for r in results:
-        runs_by_values.setdefault(tuple(str(r["config"].get(key)) for key in keys), []).append(r)
-    groups = []
-    for runs in runs_by_values.values():
-        group = {key: runs[0][key] for key in ("config", "cap")}
-        group |= {"schedule": group["config"]["schedule"], "block_stats": runs[0]["blocks"]}
-        groups.append({**group, "runs": runs, "loss": {r["seed"]: r["loss"] for r in runs}})
+        group = {"config": r["config"], "cap": r["cap"], "schedule": r["config"]["schedule"]}
+        group |= {"block_stats": r["blocks"], "runs": [], "loss": {}}
+        group = groups.setdefault(tuple(str(r["config"].get(key)) for key in keys), group)
+        group["runs"].append(r)
+        group["loss"][r["seed"]] = r["loss"]
+    groups = list(groups.values())
     name_groups(groups, keys)
     shared = [key for key in keys if key not in LOCAL]
     for group in groups:
@@ -117,7 +109,7 @@ def kind(group):
 
 
 def agree(a, b, keys):
-    """Whether the configs of two groups have the same values for some keys."""
+    """Whether the configs of two groups agree in all of these keys."""
     return all(a["config"].get(key) == b["config"].get(key) for key in keys)
 
 
@@ -192,7 +184,7 @@ def compare(groups, keys, key, first, second):
         pairs += [(a, b) for b in comparable(a, others, groups)]
     rows = []
     for a, b in pairs:
-        row = as_ratio(paired(a["loss"], b["loss"], redrawn_losses(a["runs"], b["runs"])))
+        row = as_ratio(paired(a["loss"], b["loss"], resampled_losses(a["runs"], b["runs"])))
         rows.append({"first": a["name"], "second": b["name"], **row})
     if key == "partition" and len(pairs) > 1:
         seeds = set.intersection(*(a["loss"].keys() & b["loss"].keys() for a, b in pairs))
@@ -223,10 +215,10 @@ def comparable(a, others, groups):
     return [b for b in others if a["cap"] == b["cap"] or one_cap and uncapped(b)]
 
 
-def redrawn_losses(first, second):
-    """The losses of two groups, with the contexts of the test text drawn anew (see `paired`).
+def resampled_losses(first, second):
+    """The losses of two groups with the contexts of the test text resampled (see `paired`).
 
-    first, second: lists of runs. Returns two dicts {seed: (REDRAWS,) nats per token} of the seeds
+    first, second: lists of runs. Returns two dicts {seed: (RESAMPLES,) nats per token} of the seeds
     that both have, or None for fewer than 20 contexts or if the contexts are not the same.
     """
     sides = [{r["seed"]: np.array(r["by_context"]) for r in runs} for runs in (first, second)]
@@ -236,8 +228,8 @@ def redrawn_losses(first, second):
         return None
     if not all(np.array_equal(n, n_tokens[0]) for n in n_tokens):
         return None
-    drawn = redraw(len(n_tokens[0]))  # (REDRAWS, contexts)
-    total = drawn @ n_tokens[0]  # (REDRAWS,)
+    drawn = bootstrap_weights(len(n_tokens[0]))  # (RESAMPLES, contexts)
+    total = drawn @ n_tokens[0]  # (RESAMPLES,)
     return [{seed: drawn @ side[seed][:, 0] / total for seed in seeds} for side in sides]
 
 
@@ -259,17 +251,21 @@ split. "Reach" is how far back a token can be and still change a prediction thro
 NOTE_P = """p is from an exact two-sided permutation test, which flips the signs of the paired
 differences in all possible ways. It cannot be lower than the next column, however large the effect
 is. It is not corrected for the number of comparisons. The interval over the text averages the seeds
-and draws the contexts of the test text anew (2,000 times) as if they were independent.
+and resamples the contexts of the test text (2,000 times) as if they were independent.
 """
 
 
 def group_row(group):
     """The cells of a group in the table of configurations."""
-    runs, local, reach = group["runs"], group["blocks"] != "", group["runs"][0]["reach"]
+    runs, reach, local = (
+        group["runs"],
+        group["runs"][0]["reach"],
+        group["schedule"] != "distributed",
+    )
     perplexity = [r["perplexity"] for r in runs]
     mean, _, half = mean_interval(perplexity)
-    ends = {"text": half and (mean - half, mean + half)}
-    cells = [group["name"], len(runs), plus_minus(perplexity, 3), text_interval(ends, 3)]
+    ends = None if half is None else (mean - half, mean + half)
+    cells = [group["name"], len(runs), plus_minus(perplexity, 3), between(ends, 3)]
     cells.append(with_interval(group["vs_distributed"], 4))
     for lookbacks in (group["block_stats"], runs[0]):  # a distributed run does not use its blocks
         cells.append(number(lookbacks["mean_lookback"] if local else None, ".0f"))
@@ -294,7 +290,7 @@ def report_text(groups, rows, about):
     if rows:
         cells = [
             [row["first"], row["second"], row["seeds"], with_interval(row, 4)]
-            + [number(row["p"], ".3g"), number(row["least_p"], ".3g"), text_interval(row, 4)]
+            + [number(row["p"], ".3g"), number(row["least_p"], ".3g"), between(row["text"], 4)]
             for row in rows
         ]
         text += markdown(columns(PAIRS), cells) + f"\n{NOTE_P}\n"

@@ -27,7 +27,7 @@ def number(value, form):
 
 
 def plus_minus(values, digits, interval=False):
-    """The mean of some values ± their standard deviation, or ± half of its 95 % interval."""
+    """The mean of the values ± their standard deviation, or ± half of its 95 % interval."""
     mean, sd, half = mean_interval(values)
     spread = half if interval else sd
     return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
@@ -43,10 +43,9 @@ def with_interval(row, digits):
     return f"{value} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
-def text_interval(row, digits):
-    """The interval of a comparison over the text; a dash if there is none."""
-    low, high = row["text"] or (None, None)
-    return "–" if low is None else f"{low:.{digits}f} … {high:.{digits}f}"
+def between(ends, digits):
+    """An interval, (low, high); a dash for None."""
+    return "–" if ends is None else f"{ends[0]:.{digits}f} … {ends[1]:.{digits}f}"
 
 
 def listed(values):

@@ -43,10 +43,8 @@ def run_script(main):
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        print(
-            "error: out of memory; end other processes, do less at a time, or use another device",
-            file=sys.stderr,
-        )
+        message = "out of memory; end other processes, do less at a time, or use another device"
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may be slow to end; allow a second one
@@ -74,13 +72,9 @@ def steady(stream, original):
     if type(raw) is not io.FileIO:  # a console of Windows
         return stream
     raw = Steady(raw.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw),
-        stream.encoding,
-        "replace",
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
+    buffer = raw if stream.write_through else io.BufferedWriter(raw)
+    line_buffering, write_through = stream.line_buffering, stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", None, line_buffering, write_through)
 
 
 class Steady(io.FileIO):

@@ -195,14 +195,10 @@ def stop_signals():
 
 def provenance(device, seed):
     """Where a number comes from: command, commit, device, date, seed and torch version, a dict."""
+    command, root = ["git", "describe", "--always", "--dirty"], Path(__file__).parent.parent
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent.parent,
-            text=True,
-            capture_output=True,
-            check=True,
-        ).stdout.strip()
+        git = subprocess.run(command, cwd=root, text=True, capture_output=True, check=True)
+        commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     name = f"{device.type}, {os.cpu_count()} cores"

@@ -100,9 +100,7 @@ def check_free(folder, overwrite=False):
     if names and not begun:
         raise InputError(f"{folder} is not empty and holds no run; give another --out")
     if not overwrite and (n_lines > 1 or "last.pt" in names):
-        raise InputError(
-            f"{folder} holds a run: --resume it, --overwrite it, or give another --out"
-        )
+        raise InputError(f"{folder} holds a run: --resume or --overwrite it, or give another --out")
 
 
 def check_resumable(folder):
@@ -344,11 +342,7 @@ class Run:
             write_json(report, {"step": error.step, **numbers, **values, **diagnosis})
         numbers = ", ".join(f"{key} {value}" for key, value in numbers.items())
         if self.device.type != "cpu":  # not every step is checked
-            raise InputError(
-                f"training diverged at step {error.step} or shortly before; to find the exact "
-                f"step, use --resume --log_interval 1 ({numbers}; {kind}: {name}; more in "
-                f"{report}); {advice}; the checkpoints in {self.folder} were saved before that"
-            )
+            advice = f"it may have begun earlier (--resume --log_interval 1 finds out); {advice}"
         raise InputError(
             f"training diverged at step {error.step} ({numbers}; {kind}: {name}; more in "
             f"{report}); {advice}; the checkpoints in {self.folder} were saved before that"

@@ -1,4 +1,4 @@
-"""Where sentences end, in bytes, as soon as it can be known; and their words, as numbers.
+"""Where a sentence ends, in bytes, as soon as it can be known; and its words, as numbers.
 
 The end of a sentence is known once the first character of the next sentence has been read. Every
 pattern below is decided by the bytes up to and including that character: later bytes can neither

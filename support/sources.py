@@ -115,7 +115,7 @@ def strip_gutenberg(text):
     start = re.search(FIRST_LINE, text, re.M | re.I | re.S)
     end = re.search(LAST_LINE, text, re.M | re.I)
     if not start or not end:
-        raise InputError("no START or END line of Project Gutenberg: not a book, or not all of it")
+        raise InputError("no START or END line of Gutenberg: not a book, or half a download")
     return text[start.end() : end.start()].strip() + "\n"
 
 

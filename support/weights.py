@@ -150,10 +150,6 @@ PUBLISHED = {  # in config.json of every GPT-2
     "initializer_range": 0.02,
     "tie_word_embeddings": True,
 }
-MODEL_KEYS = """vocab_size block_size n_layer n_head n_embd dropout max_lookback anchor
-    plain""".split()  # of model.GPTConfig
-
-
 def pack(model):
     """A model as a checkpoint stores it, a dict of two keys; `unpack` reads them."""
     return {"model": model.state_dict(), "model_config": asdict(model.config)}
@@ -161,7 +157,6 @@ def pack(model):
 
 def read_model(path, block_size=None):
     """`unpack` of a file: a checkpoint of train.py, or published weights. Raises InputError."""
-    path = Path(path)
     return unpack(load(path), path, block_size)
 
 
@@ -200,10 +195,11 @@ def unpack(state, path, block_size=None):
     else:
         config = state["model_config"]
         check_model_config(config, sizes, vocab_size, path)
+    n_head = config.get("n_head", 0)
+    if n_head < 1 or n_embd % n_head:
+        raise InputError(f"{path}: n_head = {n_head} does not divide n_embd = {n_embd}")
     if block_size and block_size > n_positions:
-        raise InputError(
-            f"block_size {block_size} is more than the {n_positions} positions of {path}"
-        )
+        raise InputError(f"{path} has {n_positions} positions, block_size {block_size} needs more")
     return tensors, {**config, "block_size": block_size or n_positions}
 
 
@@ -214,13 +210,9 @@ def check_model_config(config, sizes, n_rows, path):
         isinstance(value, (int, float)) for value in config.values()
     ):
         raise InputError(f"{path}: no GPT-2 in this file (model_config is damaged)")
-    for name in config.keys() - set(MODEL_KEYS):
-        raise InputError(f"{path}: model_config has an unknown key, {name}")
-    vocab_size, n_head = config.get("vocab_size", 0), config.get("n_head", 0)
-    if any(config.get(key) != sizes[key] for key in sizes) or not 1 <= vocab_size <= n_rows:
+    same = all(config.get(key) == size for key, size in sizes.items())
+    if not same or not 1 <= config.get("vocab_size", 0) <= n_rows:
         raise InputError(f"{path}: no GPT-2 in this file (model_config does not match the tensors)")
-    if n_head < 1 or sizes["n_embd"] % n_head:
-        raise InputError(f"{path}: n_head = {n_head} does not divide n_embd = {sizes['n_embd']}")
 
 
 def read_n_head(path, n_embd):
@@ -229,7 +221,7 @@ def read_n_head(path, n_embd):
     It is in the config.json beside them; the published sizes have heads of 64. Raises InputError if
     config.json describes another model than GPT-2, or is needed and missing.
     """
-    beside = path.with_name("config.json")
+    beside = Path(path).with_name("config.json")
     if not beside.is_file():
         if n_embd not in (768, 1024, 1280, 1600):
             raise InputError(f"{beside} is missing, which gives the number of heads")
@@ -250,18 +242,15 @@ def read_n_head(path, n_embd):
     for key, values in gpt2.items():
         if key in config and config[key] not in values:
             raise InputError(f"{beside} has {key} = {config[key]}; GPT-2 has {values[0]}")
-    if n_head < 1 or n_embd % n_head:
-        raise InputError(f"{beside}: n_head = {n_head} does not divide n_embd = {n_embd}")
     return n_head
 
 
 def fit(tensors, shapes, vocab_size, path):
     """The tensors of `unpack` as a state_dict for a model of these shapes, {name: shape}.
 
-    If the model has fewer positions, it gets the first rows of wpe.weight. Its wte.weight has more
-    than vocab_size rows; the rest becomes zeros.
-    Raises InputError if a tensor is missing, has another shape, or contains anything but finite
-    numbers.
+    If the model has fewer positions, it gets the first rows of wpe.weight. The rows of wte.weight
+    after vocab_size, padding, become zeros. Raises InputError if a tensor is missing, has another
+    shape, or contains anything but finite numbers.
     """
     fitted = {}
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""What test files share: a web server, a finished run, and scripts run within this process."""
+"""Shared by the tests: a web server, a finished run, and scripts that run in this process."""
 
 import functools
 import os
@@ -23,13 +23,14 @@ import support  # before torch: it sets what torch reads when it is loaded  # no
 import torch  # noqa: E402
 
 import sample  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from prepare_data import get_encoding  # noqa: E402
 from support import files  # noqa: E402
 from support.files import InputError  # noqa: E402
 
 
 def pytest_collection_finish():
-    """Where forks are used, the process that they are copies of imports torch from now on."""
+    """If forks.py is used, start the process that it copies, which imports torch meanwhile."""
     if "forks" in sys.modules:
         forkserver.ensure_running()
 
@@ -38,8 +39,8 @@ def pytest_collection_finish():
 def serve():
     """A web server on 127.0.0.1: serve({path: bytes}) -> (address, that dict, which may change).
 
-    A value (bytes, length) announces another length than it sends. A function is given the handler,
-    and does as it likes. None or a missing path is a 404.
+    A value (bytes, length) announces another length than it sends. A function is called with the
+    handler. None or a missing path is a 404.
     """
     servers = []
 
@@ -73,7 +74,7 @@ def serve():
 
 @pytest.fixture
 def file_size():
-    """file_size(n): no file may grow longer than n bytes, as on a full disk. None: any length."""
+    """file_size(n): no file can grow longer than n bytes, as on a full disk. None: any length."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -84,6 +85,14 @@ def file_size():
     limit(None)
 
 
+@pytest.fixture
+def threads():
+    """threads(n): torch uses n threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def gpt2_tokenizer():
     try:
@@ -92,9 +101,18 @@ def gpt2_tokenizer():
         pytest.skip("the gpt2 tokenizer is not cached on this machine")
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A folder of weights that train.py never saw: a small GPT with GPT-2's vocabulary."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported")
+    GPT(GPTConfig(50257, 64, n_layer=1, n_head=2, n_embd=48)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def code_is_digested_once():
-    """The code does not change while it is tested: hundreds of preparations share its digest."""
+    """The code does not change during the tests: hundreds of preparations share its digest."""
     known = functools.cache(files.digest_code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "digest_code", lambda paths, without: known(tuple(paths), without))
@@ -102,11 +120,12 @@ def code_is_digested_once():
 
 
 # --------------------------------------------------------------------------------------------------
-# scripts: as a user starts them, or within this process; for a third way see forks.py
+# scripts: in a process of their own, as a user runs them, or in this one; for a third way see
+# forks.py
 
 
 def flags(**values):
-    """The words of a command line that give these keys their values."""
+    """The words of a command line that sets these keys."""
     return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
 
 
@@ -114,8 +133,8 @@ def flags(**values):
 def place(tmp_path_factory):
     """A working folder with the sample text; runs/tiny is a finished run of configs/tiny.toml.
 
-    It ran as a user starts it. What it wrote to stdout and stderr, which are not a terminal, is in
-    printed.txt and errors.txt.
+    It ran in a process of its own, as a user runs it. Its stdout and stderr, which were not a
+    terminal, are in printed.txt and errors.txt.
     """
     folder = tmp_path_factory.mktemp("work")
     (folder / "data").mkdir()
@@ -128,15 +147,15 @@ def place(tmp_path_factory):
 
 
 def prepared_folder(place):
-    """Where the run of configs/tiny.toml has put its data."""
+    """The prepared data of the run of configs/tiny.toml."""
     (folder,) = (place / "data").glob("sample.bytes.semantic.128.*")
     return folder
 
 
 def script_here(name, *args):
-    """Run a script within this process. Returns the status.
+    """Run a script in this process. Returns the exit status.
 
-    What ends a run of train.py, a figure and a sample of 300 bytes, takes longer than a short
+    A run of train.py ends with a figure and a sample of 300 bytes, which take longer than a short
     training. Here there is no figure and the sample is short; the run in `place` has both.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -145,11 +164,11 @@ def script_here(name, *args):
         if name == "train.py":
             generate = sample.generate
 
-            def generate_few(model, prompts, n, *more, **options):
-                return generate(model, prompts, 9, *more, **options)
+            def generate_few(model, prompts, n, *args, **options):
+                return generate(model, prompts, 9, *args, **options)
 
             patch.setattr("sample.generate", generate_few)
-            patch.setattr("eval.figure", lambda *args, **more: None)
+            patch.setattr("eval.figure", lambda *args, **options: None)
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
             return 0
@@ -161,14 +180,14 @@ def script_here(name, *args):
 
 @pytest.fixture
 def run(place, monkeypatch, capsys):
-    """The same in the folder `place`: run(script, …) -> (status, stdout, stderr)."""
+    """script_here in the folder `place`: run(script, …) -> (status, stdout, stderr)."""
     monkeypatch.chdir(place)
     return lambda name, *args: (script_here(name, *args), *capsys.readouterr())
 
 
 @pytest.fixture
 def train(place, run):
-    """train(name, key=value, …): a whole run of configs/tiny.toml with other values.
+    """train(name, key=value, …): a whole run of configs/tiny.toml with these values.
 
     Returns its folder, runs/NAME.
     """
@@ -179,11 +198,3 @@ def train(place, run):
         return place / "runs" / name
 
     return start
-
-
-@pytest.fixture
-def threads():
-    """threads(n): torch computes with n threads until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)

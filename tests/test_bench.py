@@ -1,4 +1,4 @@
-"""The benchmark's rows say what was timed, against what, and no more than was run."""
+"""The benchmark times what its rows say, and parity with the CPU is checked case by case."""
 
 import json
 import os
@@ -10,32 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import bench as benchmark
-from experiments import parity
-from experiments.bench import (
-    SECTIONS,
-    attention_turn,
-    blend_error,
-    blend_masks,
-    block_and_rest,
-    main,
-    peak_of,
-    race,
-    row,
-    two_kernels,
-)
-from model import attention_weights, clamp_lookback, in_block
+from conftest import ROOT
+from experiments import bench, parity
+from experiments.bench import SECTIONS, Table, attention, main, peak_mb, race
+from model import GPT, GPTConfig, attention_weights, clamp_lookback, in_block
 from support.files import run_script
 
-ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 
 
-def bench(folder, *options):
+def script(folder, *options):
     command = [sys.executable, "-m", "experiments.bench", "--quick", *options]
-    # to compile such small models takes far longer than to run them
+    # compiling such small models takes far longer than running them
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_COMPILE_DISABLE": "1"}
-    how = {"cwd": folder, "env": env, "text": True, "capture_output": True, "timeout": 400}
-    return subprocess.run(command, **how)
+    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=400)
 
 
 def test_contestants_take_turns_and_the_first_round_does_not_count(monkeypatch):
@@ -50,56 +38,65 @@ def test_contestants_take_turns_and_the_first_round_does_not_count(monkeypatch):
         return run
 
     turns = {"a": turn("a", [100, 1, 5, 2]), "b": turn("b", [100, 3, 3, 9])}
-    found = race(turns, torch.device("cpu"), 3)
-    assert order == ["a", "b"] * 4 and found == {"a": pytest.approx(2), "b": pytest.approx(3)}
+    times = race(turns, CPU, 3)
+    assert order == ["a", "b"] * 4 and times == {"a": pytest.approx(2), "b": pytest.approx(3)}
 
 
-def test_a_ratio_is_of_seconds_or_of_speeds():
-    slow, fast = row("x", "slow", 4.0), row("x", "fast", tokens_per_s=30.0)
-    assert "ratio" not in slow
-    assert row("x", "half", 2.0, against=slow)["ratio"] == 0.5
-    assert row("x", "thrice", tokens_per_s=90.0, against=fast)["ratio"] == 3
-
-
-def test_a_row_is_written_as_soon_as_it_is_known(tmp_path, monkeypatch):
+def test_each_row_is_compared_with_all_before_it_and_written_at_once(tmp_path):
     path = tmp_path / "b.json"
-    monkeypatch.setattr(benchmark, "FILE", {"path": path, "machine": {"device": "mine"}})
-    monkeypatch.setattr(benchmark, "ROWS", [])
+    table = Table(CPU, path)
     for n in (1, 2):
-        row("x", f"row {n}", float(n))
+        table.row("x", f"row {n}", float(n))
         rows = json.loads(path.read_text())
-        assert [found["seconds"] for found in rows] == [1.0, 2.0][:n]
-        assert {found["machine"]["device"] for found in rows} == {"mine"}
+        assert [row["seconds"] for row in rows] == [1.0, 2.0][:n]
+        assert all(row["machine"]["device"] == "cpu" and "ratio" not in row for row in rows)
+    times = {"a": 4.0, "b": 2.0, "c": 1.0}
+    table.compare("seconds", times, peak_mb={"b": 7})
+    table.compare("speeds", times, tokens=8)
+    table.compare("speeds", {"a": 8.0, "d": 8.0}, tokens=8)  # a has its row already
+    rows = {(row["section"], row["name"]): row for row in table.rows}
+    assert len(rows) == len(table.rows) == 9
+    assert rows["seconds", "c"]["ratio"] == {"a": 0.25, "b": 0.5}
+    assert rows["speeds", "c"]["tokens_per_s"] == 8
+    assert (
+        rows["speeds", "c"]["ratio"] == {"a": 4, "b": 2} and rows["speeds", "d"]["ratio"]["a"] == 1
+    )
+    assert [row["name"] for row in rows.values() if "peak_mb" in row] == ["b"]
 
 
-@pytest.mark.parametrize("way", [two_kernels, block_and_rest])
-def test_both_ways_round_the_blend_find_it(way, monkeypatch):
-    """And its gradients. A CPU can do it too, tracing but without a kernel."""
+@pytest.mark.parametrize("way", [bench.two_kernels, bench.block_and_rest])
+def test_both_ways_to_compute_the_blend_give_its_values_and_gradients(way, monkeypatch):
+    """A CPU can do it too, by tracing, without the kernel."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     torch._dynamo.reset()
     torch.manual_seed(0)
     T = 200
     start = torch.where(torch.rand(2, T) < 0.03, torch.arange(T), 0).cummax(1).values
     lookback = clamp_lookback(torch.arange(T) - start, 60)
-    masks = blend_masks(lookback)
     compiled = torch.compile(way, fullgraph=True, backend="aot_eager")
     q, k, v = torch.randn(3, 2, 2, T, 16).requires_grad_().unbind(0)
-    expected = attention_weights(q, k, in_block(lookback)[:, None], benchmark.LAMBDA) @ v
-    found = compiled(q, k, v, *masks)
-    assert (found - expected).abs().max() < 1e-5
+    expected = attention_weights(q, k, in_block(lookback)[:, None], bench.LAMBDA) @ v
+    y = compiled(q, k, v, *bench.blend_masks(lookback))
+    assert (y - expected).abs().max() < 1e-5
     weight = torch.randn_like(expected)
-    gradients = (torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, expected))
+    gradients = (torch.autograd.grad((each * weight).sum(), (q, k, v)) for each in (y, expected))
     for a, b in zip(*gradients):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert blend_error(lambda *args: expected + 0.5, q, k, v, lookback, masks) == pytest.approx(0.5)
+
+
+def test_both_ways_to_generate_give_the_same_tokens():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**bench.SMALL)).eval()
+    anew = bench.generate_anew(model, [1, 2, 3], 20)
+    assert bench.generate_cached(model, "distributed", [1, 2, 3], 20, copies=2) == anew
+    bench.generate_cached(model, "localist", [1, 2, 3], 1)
+    assert bench.generate_anew(model, [1, 2, 3], 20) == anew  # whatever the dial was
 
 
 @pytest.mark.parametrize("broken", ["", "nan", "wrong"])
-def test_parity_is_told_case_by_case_and_a_failure_is_an_error(
+def test_parity_is_checked_case_by_case_and_a_failure_is_an_error(
     broken, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(benchmark, "ROWS", [])
-    monkeypatch.setattr(benchmark, "FILE", {})
     command = ["parity", "--quick", "--device", "cpu", "--json", str(tmp_path / "p.json")]
     monkeypatch.setattr("sys.argv", command)
     if broken == "nan":
@@ -114,21 +111,20 @@ def test_parity_is_told_case_by_case_and_a_failure_is_an_error(
     else:
         with pytest.raises(SystemExit) as stopped:
             run_script(parity.main)
-        told = capsys.readouterr().err
         name = {"nan": "scores of -120, T = 192", "wrong": "T = 1024, 128 back, float32"}[broken]
-        assert stopped.value.code == 2 and told.startswith(f"error: no parity: {name}")
+        assert stopped.value.code == 2
+        assert f"does not agree with the CPU: {name}" in capsys.readouterr().err
     rows = json.loads((tmp_path / "p.json").read_text())
-    assert all(
-        found["finite"] for found in rows if "finite" in found and "avoid" not in found["name"]
-    ) == (broken != "nan")
-    assert sum("gradient_error" in found for found in rows) == 8
+    finite = [row["finite"] for row in rows if "finite" in row and "avoid" not in row["name"]]
+    assert all(finite) == (broken != "nan")
+    assert sum("gradient_error" in row for row in rows) == 8
 
 
-def test_the_script_for_a_gpu_names_what_there_is_and_keeps_its_time(tmp_path):
-    script = ROOT / "experiments" / "gpu.sh"
-    text = script.read_text()
+def test_the_script_for_a_gpu_names_existing_things_and_keeps_its_time(tmp_path):
+    path = ROOT / "experiments" / "gpu.sh"
+    text = path.read_text()
     assert {*re.findall(r"^  bench \d+ (\w+)", text, re.M)} <= set(SECTIONS)
-    assert all((ROOT / path).is_file() for path in re.findall(r"configs/\w+\.toml", text))
+    assert all((ROOT / config).is_file() for config in re.findall(r"configs/\w+\.toml", text))
     to_kill = int(re.search(r"--kill-after=(\d+)", text)[1])
     parts = re.split(r"^\d\)$", text, flags=re.M)[1:]
     assert len(parts) == 3
@@ -136,40 +132,38 @@ def test_the_script_for_a_gpu_names_what_there_is_and_keeps_its_time(tmp_path):
         limits = re.findall(r"^  (?:bench|limited|timeout) (\d+)", part, re.M)
         assert limits and sum(map(int, limits)) + to_kill * len(limits) <= 600
     (tmp_path / "there").mkdir()
-    new = ["3", "out", "books", "book"]
-    for words in ([], ["1"], ["4", "out"], ["3", "out", "books"], new):
-        how = {"cwd": tmp_path, "env": {**os.environ, "RUNS": "there"}}
-        done = subprocess.run(["bash", script, *words], capture_output=True, text=True, **how)
+    existing = ["3", "out", "books", "book"]
+    for words in ([], ["1"], ["4", "out"], ["3", "out", "books"], existing):
+        env = {**os.environ, "RUNS": "there"}
+        command = ["bash", path, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
-def test_the_peak_is_of_the_contestant_alone():
-    cpu = torch.device("cpu")
-    small, large = (peak_of(attention_turn, "local", T, cpu, device=cpu) for T in (2048, 8192))
+def test_the_peak_is_that_of_the_contestant():
+    small, large = (peak_mb(attention, "local", T, CPU) for T in (2048, 8192))
     qkv = 3 * 2048 * 768 * 4 / 2**20
-    assert 8 * qkv > small > 2 * qkv  # these and their gradients, and more
+    assert 8 * qkv > small > 2 * qkv  # these, their gradients, and more
     assert large < 5 * small  # in proportion to T
 
 
 def test_every_section_runs_and_its_rows_agree(tmp_path):
     text = ROOT / "data" / "sample.txt"
-    options = "--rounds", "1", "--tokenizer", "bytes", "--json", "b.json", "--source", text
-    done = bench(tmp_path, *options)
+    done = script(tmp_path, "--rounds", "1", "--json", "b.json", "--source", text)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("nanoGPT left out") == 2
     rows = json.loads((tmp_path / "b.json").read_text())
     measured = set(SECTIONS) - {"blend"}  # which needs a GPU
-    assert {found["section"] for found in rows} == measured
-    assert not any("nanoGPT" in found["name"] for found in rows)
-    assert [found["same_tokens"] for found in rows if "same_tokens" in found] == [True]
-    compared = [found for found in rows if "ratio" in found]
-    assert len(compared) > 12
-    assert {found["section"] for found in compared} == measured
-    for found in compared:
-        key = "seconds" if "seconds" in found else "tokens_per_s"
-        (base,) = {other.get(key) for other in rows if other["name"] == found["baseline"]}
-        assert found["ratio"] == pytest.approx(found[key] / base)
+    assert {row["section"] for row in rows} == measured
+    assert not any("nanoGPT" in row["name"] for row in rows)
+    compared = [row for row in rows if "ratio" in row]
+    assert len(compared) > 12 and {row["section"] for row in compared} == measured
+    by_name = {(row["section"], row["name"]): row for row in rows}
+    assert len(by_name) == len(rows)
+    for row in compared:
+        key = "seconds" if "seconds" in row else "tokens_per_s"
+        for name, ratio in row["ratio"].items():
+            assert ratio == pytest.approx(row[key] / by_name[row["section"], name][key])
 
 
 @pytest.mark.parametrize(
@@ -179,21 +173,18 @@ def test_every_section_runs_and_its_rows_agree(tmp_path):
         ("--nanogpt", "."),
         ("--rounds", "0"),
         ("--device", "abacus"),
-        ("--max-lookback", "0"),
         ("--json", "nowhere/b.json"),
+        ("--source", "nowhere.txt"),
+        ("--source", "model.py"),  # too short to time
     ],
 )
 def test_mistakes_end_in_one_line(option, value, tmp_path, monkeypatch, capsys):
     (tmp_path / "model.py").write_text("class GPT: pass")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--only", "step", option, value])
+    section = "data" if option == "--source" else "step"
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--only", section, option, value])
     with pytest.raises(SystemExit) as stopped:
         run_script(main)
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
-    assert value in told
-
-
-def test_so_does_the_script(tmp_path):
-    done = bench(tmp_path, "--rounds", "0")
-    assert (done.returncode, done.stderr) == (2, "error: --rounds is at least 1, not 0\n")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert value in error

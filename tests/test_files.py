@@ -16,7 +16,7 @@ from forks import started
 from support.files import InputError, alone
 from support.run import check_free
 
-SAYS = f"""import sys
+PRINTS = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 from support.files import run_script
 
@@ -29,6 +29,17 @@ def main():
 
 run_script(main)
 """
+
+
+def shell(command, folder, **environment):
+    """Run a bash command in a folder, with prints.py in it."""
+    (folder / "prints.py").write_text(PRINTS, encoding="utf-8")
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,13 +56,10 @@ run_script(main)
     ],
 )
 def test_no_print_ends_a_script(end, expected, tmp_path):
-    """Not one that nobody reads, that has nowhere to go, or that the console cannot show."""
-    (tmp_path / "says.py").write_text(SAYS, encoding="utf-8")
+    """Whether nobody reads the output, it is closed, or the console cannot show a character."""
     code = "latin1" if "latin1" in end else "utf-8"
-    shell = f"{sys.executable} says.py {end.replace('latin1', '')}; exit ${{PIPESTATUS[0]}}"
-    environment = {**os.environ, "PYTHONIOENCODING": code}
-    how = {"cwd": tmp_path, "env": environment, "capture_output": True}
-    done = subprocess.run(["bash", "-c", shell], **how)
+    command = f"{sys.executable} prints.py {end.replace('latin1', '')}; exit ${{PIPESTATUS[0]}}"
+    done = shell(command, tmp_path, PYTHONIOENCODING=code)
     assert done.returncode == 0 and (tmp_path / "done").exists()
     assert done.stdout.decode(code).splitlines()[:1] == expected
     errors = done.stderr.decode(code).splitlines()
@@ -60,22 +68,18 @@ def test_no_print_ends_a_script(end, expected, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 @pytest.mark.parametrize("options", ["", "-u"])
-def test_a_full_disk_behind_the_output_is_told_at_the_end(options, tmp_path):
-    (tmp_path / "says.py").write_text(SAYS, encoding="utf-8")
-    shell = f"{sys.executable} {options} says.py >/dev/full"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+def test_a_full_disk_behind_the_output_is_reported_at_the_end(options, tmp_path):
+    done = shell(f"{sys.executable} {options} prints.py >/dev/full", tmp_path)
     assert done.returncode == 2 and (tmp_path / "done").exists()
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: not all of what it prints could be written (No space")
+    last = done.stderr.decode().splitlines()[-1]
+    assert last.startswith("error: part of the output could not be written (No space")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
-def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
+def test_a_file_never_takes_the_number_of_a_closed_stream(tmp_path):
     code = "import support, os; f = open('file', 'w'); os.write(9, str(f.fileno()).encode())"
-    shell = f'{sys.executable} -c "{code}" 9>told <&- >&- 2>&-'
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment)
-    assert int((tmp_path / "told").read_text()) > 2
+    shell(f'{sys.executable} -c "{code}" 9>out <&- >&- 2>&-', tmp_path, PYTHONPATH=str(ROOT))
+    assert int((tmp_path / "out").read_text()) > 2
 
 
 def test_every_script_starts_and_ends_in_one_way():
@@ -90,22 +94,22 @@ def test_every_script_starts_and_ends_in_one_way():
 
 LOADS = """
 import sys, time
-class Tells:
+class Watch:
     def find_spec(name, *more):
         if name == "torch":
             print("loading", flush=True)
-sys.meta_path.insert(0, Tells)
+sys.meta_path.insert(0, Watch)
 import support, model
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("after", [0, 0.3, 0.6, 1.2])
-def test_ctrl_c_while_a_script_loads_says_nothing(after):
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", LOADS], cwd=ROOT, **how) as process:
+@pytest.mark.parametrize("seconds", [0, 0.3, 0.6, 1.2])
+def test_ctrl_c_while_a_script_loads_prints_nothing(seconds):
+    command, pipe = [sys.executable, "-c", LOADS], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "loading\n"
-        time.sleep(after)
+        time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGINT and error == ""
@@ -115,26 +119,29 @@ def test_ctrl_c_while_a_script_loads_says_nothing(after):
 # who may write where
 
 
+ADDS = """if True:
+    import os, sys, time
+    from pathlib import Path
+    from support.files import alone
+    while not Path("go").exists():
+        time.sleep(0.001)
+    for i in range(500):
+        with alone(Path(f"a{i % 3}/b/c")):
+            names = os.listdir(f"a{i % 3}/b/c")
+            assert names in ([], ["kept"]), names
+            Path(f"a{i % 3}/b/c/mine").touch()
+            time.sleep(0.0001)
+            while i == 0 and not any("waiting" in p.read_text() for p in Path().glob("*.txt")):
+                time.sleep(0.001)
+            os.unlink(f"a{i % 3}/b/c/mine")
+            if i == 499:
+                Path(f"a{i % 3}/b/c/kept").touch()
+    print("whole")
+"""
+
+
 def test_one_process_at_a_time_works_in_a_folder(tmp_path):
-    (tmp_path / "adds.py").write_text("""if True:
-        import os, sys, time
-        from pathlib import Path
-        from support.files import alone
-        while not Path("go").exists():
-            time.sleep(0.001)
-        for i in range(500):
-            with alone(Path(f"a{i % 3}/b/c")) as held:
-                there = os.listdir(f"a{i % 3}/b/c")
-                assert there in ([], ["kept"]), there
-                Path(f"a{i % 3}/b/c/mine").touch()
-                time.sleep(0.0001)
-                while i == 0 and not any("waiting" in p.read_text() for p in Path().glob("*.txt")):
-                    time.sleep(0.001)
-                os.unlink(f"a{i % 3}/b/c/mine")
-                if i == 499:
-                    Path(f"a{i % 3}/b/c/kept").touch()
-        print("whole")
-    """)
+    (tmp_path / "adds.py").write_text(ADDS)
     with (
         started(tmp_path / "adds.py", cwd=tmp_path, output="one.txt") as one,
         started(tmp_path / "adds.py", cwd=tmp_path, output="two.txt") as two,
@@ -144,13 +151,13 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
         (tmp_path / "go").touch()
         for process in (one, two, three):
             process.join(60)
-    told = [(tmp_path / f"{name}.txt").read_text() for name in ("one", "two", "three")]
-    assert all(text.endswith("whole\n") for text in told), told
-    assert any("b/c: waiting for another process" in text for text in told)
+    printed = [(tmp_path / f"{name}.txt").read_text() for name in ("one", "two", "three")]
+    assert all(text.endswith("whole\n") for text in printed), printed
+    assert any("b/c: waiting for another process" in text for text in printed)
     assert os.listdir(tmp_path / "a1/b/c") == ["kept"]
 
 
-def test_an_empty_folder_goes_with_the_parents_made_for_it(tmp_path):
+def test_an_empty_folder_is_removed_with_the_parents_created_for_it(tmp_path):
     with pytest.raises(InputError), alone(tmp_path / "a" / "b"):
         raise InputError
     assert not (tmp_path / "a").exists() and tmp_path.exists()
@@ -160,7 +167,7 @@ def test_an_empty_folder_goes_with_the_parents_made_for_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "there, free, overwritten",
+    "content, free, overwritten",
     [
         (None, True, True),
         ({}, True, True),
@@ -170,22 +177,22 @@ def test_an_empty_folder_goes_with_the_parents_made_for_it(tmp_path):
         ({"metrics.jsonl": "{}\n", "config.toml": "", "best.pt.7.tmp": ""}, True, True),
         ({"metrics.jsonl": "{}\n", "config.toml": "", "last.pt": ""}, False, True),
         ({"metrics.jsonl": "{}\n{}\n", "config.toml": ""}, False, True),
-        ({"quickstart.toml": ""}, False, False),
+        ({"my.toml": "seed = 2"}, False, False),
         ({"config.toml": "", "model.py": ""}, False, False),
         ({"metrics.jsonl": "{}\n"}, False, False),  # of something else
         ("a file", False, False),
     ],
 )
-def test_a_run_takes_over_what_is_free_and_overwrites_runs_alone(
-    there, free, overwritten, tmp_path
+def test_a_run_takes_only_a_free_folder_and_overwrites_only_runs(
+    content, free, overwritten, tmp_path
 ):
     folder = tmp_path / "out"
-    if isinstance(there, str):
-        folder.write_text(there)
-    elif there is not None:
+    if isinstance(content, str):
+        folder.write_text(content)
+    elif content is not None:
         folder.mkdir()
-        for name, content in there.items():
-            (folder / name).write_text(content)
+        for name, text in content.items():
+            (folder / name).write_text(text)
     for allowed, overwrite in ((free, False), (overwritten, True)):
         if allowed:
             check_free(folder, overwrite)

@@ -1,6 +1,5 @@
-"""A run that was stopped, killed, shared, harmed or is old goes on, or says why not."""
+"""A run that was stopped, killed, shared or harmed continues, or says why it cannot."""
 
-import contextlib
 import json
 import math
 import os
@@ -30,23 +29,28 @@ from support.files import InputError
 from train import Config, random_batch, read_config
 
 
-def endings(run):
-    """What a finished run is, to the bit: weights, and metrics without their timings."""
-    state = torch.load(run / "last.pt", weights_only=True)
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return state["model"], [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics]
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def last_step(run):
+    return torch.load(run / "last.pt", weights_only=True)["step"]
+
+
+def ending(run):
+    """All numbers of a finished run: metrics without their timings, and results."""
+    metrics = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in metrics_of(run)]
+    results = json.loads((run / "results.json").read_text())
+    keys = ("loss", "perplexity", "accuracy", "layers", "by_position", "best_step", "steps")
+    return metrics, [results[key] for key in keys]
 
 
 def assert_same_run(whole, folder):
-    """Weights, last and best, metrics and results are the same, to the bit."""
-    expected, found = endings(whole), endings(folder)
-    assert found[1] == expected[1]
-    assert all(torch.equal(value, found[0][key]) for key, value in expected[0].items())
-    best = [torch.load(name / "best.pt", weights_only=True)["model"] for name in (whole, folder)]
-    assert all(torch.equal(value, best[1][key]) for key, value in best[0].items())
-    keys = ("loss", "perplexity", "accuracy", "layers", "by_position", "best_step", "steps")
-    results = [json.loads((name / "results.json").read_text()) for name in (whole, folder)]
-    assert [results[0][key] for key in keys] == [results[1][key] for key in keys]
+    """The weights, last and best, the metrics and the results are the same to the bit."""
+    assert ending(whole) == ending(folder)
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(run / name, weights_only=True)["model"] for run in (whole, folder))
+        assert all(torch.equal(value, b[key]) for key, value in a.items())
     assert not list(folder.glob("*.tmp"))
 
 
@@ -62,7 +66,7 @@ def one_line(error):
 def test_killed_at_random_and_resumed_it_ends_at_the_same_bits(
     place, run, train, n_threads, optimizer, threads
 ):
-    """KILLS=50 kills it 50 times in place of 3."""
+    """KILLS=50 kills it 50 times instead of 3."""
     threads(n_threads)
     options = {"max_steps": 60, "eval_interval": 10, "log_interval": 2, "dropout": 0.1}
     whole = train(f"whole{n_threads}", **options, optimizer=optimizer)
@@ -70,10 +74,10 @@ def test_killed_at_random_and_resumed_it_ends_at_the_same_bits(
     options = flags(**options, optimizer=optimizer, out=folder)
     rng = random.Random(5)
     kills = rng.choices(range(2, 35), k=int(os.environ.get("KILLS", 3)))
-    for lines in sorted(kills):  # so many lines of metrics
+    for n_lines in sorted(kills):  # of metrics.jsonl
         command = [folder, "--resume"] if killed else [TINY, *options]
         with started(ROOT / "train.py", *command, cwd=place, n_threads=n_threads) as process:
-            while process.is_alive() and count_lines(folder) < lines:
+            while process.is_alive() and count_lines(folder) < n_lines:
                 time.sleep(0.002)
             time.sleep(rng.random() / 50)
             killed += process.is_alive()
@@ -84,7 +88,7 @@ def test_killed_at_random_and_resumed_it_ends_at_the_same_bits(
 
 
 def count_lines(folder):
-    """Lines of metrics; none as long as there is nothing to resume from."""
+    """Lines of metrics; 0 as long as there is nothing to resume from."""
     if not (folder / "last.pt").exists():
         return 0
     return len((folder / "metrics.jsonl").read_bytes().splitlines())
@@ -103,13 +107,13 @@ train.main()
 """
 
 
-def test_killed_while_it_saves_the_checkpoint_of_before_is_whole(place, run):
+def test_killed_while_it_saves_the_previous_checkpoint_is_whole(place, run):
     folder, script = place / "runs" / "unsaved", place / "dies.py"
     script.write_text(DIES_SAVING)
     with started(script, TINY, "--out", folder, cwd=place) as process:
         process.join(60)
     assert process.exitcode == -signal.SIGKILL and len(list(folder.glob("last.pt.*.tmp"))) == 1
-    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 20
+    assert last_step(folder) == 20
     assert run("train.py", "runs/unsaved", "--resume")[0] == 0
     assert_same_run(place / "runs" / "tiny", folder)
 
@@ -128,8 +132,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(train, run, file_siz
         assert all(name in before for name in os.listdir(folder))  # no temporary file is left
         for name in ("best.pt", "last.pt"):
             assert (folder / name).read_bytes() == before[name]
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            json.loads(line)
+        assert metrics_of(folder)
         return error
 
     assert ".pt" in resume_with(100_000)
@@ -149,17 +152,8 @@ def test_a_second_run_in_the_same_folder_is_refused(place, run):
             status, _, error = run("train.py", *second)
             assert status == 2 and one_line(error) and "another process" in error, error
         assert process.is_alive() and (folder / "last.pt").exists()
-    step = torch.load(folder / "last.pt", weights_only=True)["step"]
-    # the lock died with the process
-    assert run("train.py", folder, "--resume", "--max_steps", step + 1)[0] == 0
-
-
-def test_a_resume_without_its_metrics_is_refused(train, run):
-    folder = train("unmetred", max_steps=2)
-    (folder / "metrics.jsonl").write_text("{}\n")
-    status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
-    assert status == 2 and "metrics.jsonl is shorter" in error
-    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+    # the lock ended with the process
+    assert run("train.py", folder, "--resume", "--max_steps", last_step(folder) + 1)[0] == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
@@ -180,27 +174,25 @@ def test_a_long_run_grows_neither_in_memory_nor_in_open_files(place):
                 resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1])
                 handles = len(os.listdir(f"/proc/{process.pid}/fd"))
             except (OSError, TypeError):
-                continue  # it has not begun, or just ended
-            # whole lines, whenever one looks
+                continue  # it has not begun, or has just ended
             steps = [json.loads(line)["step"] for line in metrics.splitlines()]
             assert not metrics or metrics.endswith("\n")
             seen.append((steps[-1] if steps else 0, resident, handles))
     assert process.exitcode == 0
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    metrics = metrics_of(folder)
     assert [m["step"] for m in metrics if "loss" in m] == list(range(5, 2001, 5))
     assert [m["step"] for m in metrics if "val_loss" in m] == list(range(0, 2001, 100))
     spans = (300, 700), (1600, 2000)
     early, late = ([(rss, n) for step, rss, n in seen if a <= step < b] for a, b in spans)
     assert len(early) > 2 and len(late) > 2
     assert max(rss for rss, _ in late) < 1.05 * max(rss for rss, _ in early)
-    # one more: a file that is just being saved
+    # one more: a file that is being saved
     assert max(n for _, n in late) <= max(n for _, n in early) + 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run, number):
-    out = f"runs/long-{number}"
-    folder = place / out
+def test_a_signal_ends_a_run_cleanly_and_it_can_be_resumed(place, run, number):
+    out, folder = f"runs/long-{number}", place / "runs" / f"long-{number}"
     options = flags(max_steps=3000, out=out)
     with started(ROOT / "train.py", TINY, *options, cwd=place) as process:
         while not (folder / "last.pt").exists() and process.is_alive():
@@ -209,7 +201,7 @@ def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run, number):
         process.join(60)
     assert process.exitcode == 128 + number
     assert f"python train.py {out} --resume" in (place / "output.txt").read_text()
-    step = torch.load(folder / "last.pt", weights_only=True)["step"]
+    step = last_step(folder)
     status, printed, _ = run("train.py", folder, "--resume", "--max_steps", step + 4)
     assert status == 0 and f"from step {step}" in printed
     assert json.loads((folder / "results.json").read_text())["steps"] == step + 4
@@ -220,9 +212,8 @@ def test_a_signal_ends_a_run_cleanly_and_the_rest_follows(place, run, number):
 
 def test_a_resumed_run_that_is_stopped_at_once_leaves_whole_metrics(train, run, monkeypatch):
     folder = train("stopped", eval_interval=2, eval_contexts=1, log_interval=100, max_steps=2)
-    metrics = folder / "metrics.jsonl"
-    # as a run does that is killed while it writes, after its last checkpoint
-    with metrics.open("a") as f:
+    # like a run that was killed while it wrote, after its last checkpoint
+    with (folder / "metrics.jsonl").open("a") as f:
         f.write('{"step": 4, "val_loss": 3.0}\n' * 20 + '{"step": 6, "val')
     clip = torch.nn.utils.clip_grads_with_norm_
 
@@ -234,17 +225,17 @@ def test_a_resumed_run_that_is_stopped_at_once_leaves_whole_metrics(train, run, 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grads_with_norm_", stop_and_clip)
         assert run(*command)[0] == 128 + signal.SIGTERM
-    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3
-    assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2]
+    assert last_step(folder) == 3
+    assert [line["step"] for line in metrics_of(folder)] == [0, 2]
     assert run(*command)[0] == 0
-    assert [json.loads(line)["step"] for line in metrics.open()] == [0, 2, 4, 6]
+    assert [line["step"] for line in metrics_of(folder)] == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("harm", ["stopped", "full"])
 def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(
     place, run, file_size, monkeypatch, harm
 ):
-    def stop(*args, **how):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     folder, few = place / "runs" / f"early-{harm}", flags(max_steps=2)
@@ -265,14 +256,14 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(
 
 
 def test_a_run_that_began_meanwhile_is_not_replaced(place, run, train, monkeypatch):
-    """The second looks before it prepares its data, and again when it has the folder's lock."""
+    """A run checks its folder before it prepares its data, and again when it has the lock."""
     out, prepared = place / "runs" / "meanwhile", prepare_data.prepared
 
-    def other_run(*args, **how):
+    def other_run(*args, **options):
         monkeypatch.undo()
         monkeypatch.chdir(place)
         shutil.copytree(place / "runs" / "tiny", out)
-        return prepared(*args, **how)
+        return prepared(*args, **options)
 
     monkeypatch.setattr(prepare_data, "prepared", other_run)
     status, _, error = run("train.py", TINY, "--out", out)
@@ -296,15 +287,7 @@ def test_a_run_never_reads_what_another_prepared_in_the_same_folder(place, run, 
     assert "data/both has just been prepared with partition = 'block:32'" in error
 
 
-def test_overwrite_overwrites_a_run_alone(place, run):
-    (place / "settings").mkdir()
-    (place / "settings" / "my.toml").write_text("seed = 2")
-    status, _, error = run("train.py", TINY, "--out", "settings", "--overwrite")
-    assert status == 2 and one_line(error) and "settings is not empty and holds no run" in error
-    assert os.listdir(place / "settings") == ["my.toml"]
-
-
-def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made(train, run):
+def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made_or_without_its_metrics(train, run):
     folder = train("few", max_steps=2)
     config = (folder / "config.toml").read_text()
     status, _, error = run("train.py", folder, "--resume", "--max_steps", 1)
@@ -312,40 +295,35 @@ def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made(train, run):
     assert (folder / "config.toml").read_text() == config
     status, printed, _ = run("train.py", folder, "--resume")
     assert status == 0 and "from step 2 of 2" in printed
+    (folder / "metrics.jsonl").write_text("{}\n")
+    status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
+    assert status == 2 and one_line(error) and "metrics.jsonl is shorter" in error
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
 
 
 def test_ctrl_c_that_reaches_the_compiler_stops_the_run_cleanly(place, run, train, monkeypatch):
-    """Ctrl-C goes to the compiler as well; torch makes an error of that."""
-    whole = train("uncompiled", max_steps=4, dropout=0.1)
+    """Ctrl-C reaches the compiler as well, and torch raises an error. Other errors are raised."""
+    whole, interrupted = train("uncompiled", max_steps=4, dropout=0.1), [True]
 
-    def compile(model):
-        def call(*args):
+    def call(*args):
+        if interrupted:
             os.kill(os.getpid(), signal.SIGINT)
             subprocess.run(["sh", "-c", "kill -INT $$"])
-            raise RuntimeError("C++ compile error")
-
-        return call
+        raise RuntimeError("C++ compile error")
 
     out = "runs/a compiled run"
     options = flags(max_steps=4, dropout=0.1, compile="true", out=out)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", compile)
-        patch.setenv("CXX", sys.executable)  # any program that is there
+        patch.setattr(torch, "compile", lambda model: call)
+        patch.setenv("CXX", sys.executable)  # any program that exists
         status, _, error = run("train.py", TINY, *options)
-    how = "go on with: python train.py 'runs/a compiled run' --resume"
-    assert status == 130 and error == f"stopped at step 0; {how}\n"
+        interrupted.clear()
+        with pytest.raises(RuntimeError, match="C.. compile error"):
+            run("train.py", out, "--resume")
+    assert status == 130 and error.startswith("stopped at step 0; ") and one_line(f"error: {error}")
+    assert "python train.py 'runs/a compiled run' --resume" in error
     assert run("train.py", out, "--resume", "--compile", "false")[0] == 0
     assert_same_run(whole, place / out)
-
-
-def test_without_ctrl_c_an_error_of_the_compiler_is_an_error(run, monkeypatch):
-    def call(*args):
-        raise RuntimeError("C++ compile error")
-
-    monkeypatch.setattr(torch, "compile", lambda model: call)
-    monkeypatch.setenv("CXX", sys.executable)
-    with pytest.raises(RuntimeError, match="C.. compile error"):
-        run("train.py", TINY, *flags(max_steps=2, compile="true", out="runs/uncompilable"))
 
 
 def test_without_a_compiler_a_run_says_so(place, run, monkeypatch):
@@ -389,7 +367,7 @@ def test_a_run_for_which_memory_is_too_small_says_what_to_change(error, place, r
     assert status == 2 and one_line(told) and "start anew with --block_size 32 --overwrite" in told
 
 
-def test_or_if_only_the_last_score_is_too_much_how_to_go_on(run, monkeypatch):
+def test_if_memory_is_too_small_for_the_last_score_a_run_says_how_to_repeat_it(run, monkeypatch):
     def greedy(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -397,23 +375,23 @@ def test_or_if_only_the_last_score_is_too_much_how_to_go_on(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("support.run.Run.load_best", greedy)
         status, _, told = run("train.py", TINY, *few)
-    how = "python eval.py 'runs/at the end' --batch-size 3"
-    assert status == 2 and one_line(told) and "training is done" in told and how in told
-    assert run(*shlex.split(how)[1:])[0] == 0
+    command = "python eval.py 'runs/at the end' --batch-size 3"
+    assert status == 2 and one_line(told) and "training is done" in told and command in told
+    assert run(*shlex.split(command)[1:])[0] == 0
 
 
 @pytest.mark.parametrize("command", [("eval.py", "runs/tiny"), ("sample.py", "runs/tiny")])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError()])
-def test_any_other_script_says_so_too(command, error, run, monkeypatch):
+def test_any_other_script_for_which_memory_is_too_small_says_so(command, error, run, monkeypatch):
     def greedy(*args):
         raise error
 
     monkeypatch.setattr(GPT, "hidden", greedy)
     status, _, told = run(*command)
-    assert status == 2 and one_line(told) and "error: out of memory; end what" in told
+    assert status == 2 and one_line(told) and told.startswith("error: out of memory; end other")
 
 
-def test_ctrl_c_at_the_end_of_a_run_says_how_to_go_on(place, run, train, monkeypatch):
+def test_ctrl_c_at_the_end_of_a_run_says_how_to_continue(place, run, train, monkeypatch):
     whole = train("ended", max_steps=2)
 
     def stop(*args):
@@ -422,7 +400,7 @@ def test_ctrl_c_at_the_end_of_a_run_says_how_to_go_on(place, run, train, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("eval.table", stop)
         status, _, error = run("train.py", TINY, *flags(max_steps=2, out="runs/end"))
-    assert status == 130 and error.startswith("stopped at step 2; go on with: python train.py")
+    assert status == 130 and error.startswith("stopped at step 2; ")
     assert run("train.py", "runs/end", "--resume")[0] == 0
     assert_same_run(whole, place / "runs" / "end")
 
@@ -442,16 +420,15 @@ def test_the_processes_that_the_docs_start_can_share_a_batch():
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
-def test_two_processes_train_what_one_does_and_when_one_dies_the_run_ends_and_can_go_on(
-    place, train
-):
+def test_two_processes_train_like_one_and_if_one_dies_the_run_ends_and_can_be_resumed(place, train):
     options = {"max_steps": 30, "grad_accum": 2, "log_interval": 1, "eval_interval": 5}
     alone, folder = train("alone", **options), place / "runs" / "both"
     metrics = folder / "metrics.jsonl"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, ROOT / "train.py", TINY, *flags(**options, out=folder)]
-    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=place, **how)
+    process = subprocess.Popen(
+        command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and (
         not metrics.exists() or metrics.read_bytes().count(b"\n") < 10
     ):
@@ -465,19 +442,19 @@ def test_two_processes_train_what_one_does_and_when_one_dies_the_run_ends_and_ca
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     met = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    with contextlib.ExitStack() as stack:  # as torchrun does, which would import torch once more
-        ranks = []
-        for rank in range(2):
-            how = {"output": f"rank{rank}", "environment": {**met, "RANK": str(rank)}}
-            process = started(ROOT / "train.py", folder, "--resume", cwd=place, **how)
-            ranks.append(stack.enter_context(process))
-        for process in ranks:
+
+    def resumed(rank):  # like torchrun, which would import torch once more
+        environment = {**met, "RANK": str(rank)}
+        words = ROOT / "train.py", folder, "--resume"
+        return started(*words, cwd=place, output=f"rank{rank}", environment=environment)
+
+    with resumed(0) as first, resumed(1) as second:
+        for process in (first, second):
             process.join(200)
-        assert [process.exitcode for process in ranks] == [0, 0]
+            assert process.exitcode == 0
     printed = [(place / f"rank{rank}").read_text().count("the best model") for rank in range(2)]
     assert printed == [1, 0]
-    files = (name / "metrics.jsonl" for name in (alone, folder))
-    one, both = ([json.loads(line) for line in path.open()] for path in files)
+    one, both = metrics_of(alone), metrics_of(folder)
     assert len(both) == len(one) == 37 and json.loads(before[3]) == both[3]
     for a, b in zip(one, both):
         assert a["step"] == b["step"] and a.get("lr") == b.get("lr")
@@ -488,9 +465,9 @@ def test_two_processes_train_what_one_does_and_when_one_dies_the_run_ends_and_ca
 
 def test_processes_share_a_batch_without_overlap():
     tokens, config, cpu = np.arange(5000, dtype=np.uint16), Config(batch_size=6), "cpu"
-    how = tokens, tokens, 20, config, 7, torch.device(cpu)
-    whole = random_batch(*how)
-    shares = [random_batch(*how, rank, 3) for rank in range(3)]
+    arguments = tokens, tokens, 20, config, 7, torch.device(cpu)
+    whole = random_batch(*arguments)
+    shares = [random_batch(*arguments, rank, 3) for rank in range(3)]
     for all_rows, *rows in zip(whole, *shares):
         shared = {tuple(row) for part in rows for row in part.tolist()}
         assert {tuple(row) for row in all_rows.tolist()} == shared
@@ -512,9 +489,9 @@ def test_a_batch_that_cannot_be_shared_is_refused(run, monkeypatch):
 def test_a_checkpoint_without_its_config_is_refused(place, run):
     (place / "runs" / "bare").mkdir()
     state = torch.load(place / "runs" / "tiny" / "best.pt", weights_only=True)
-    for config in ({}, [], None):
-        torch.save({**state, "config": config}, place / "runs" / "bare" / "best.pt")
-        with pytest.raises(InputError, match="best.pt"):
+    for change in ({"config": {}}, {"config": None}, {"text": {}}, {"cwd": 3}, {"cwd": "\0"}):
+        torch.save({**state, **change}, place / "runs" / "bare" / "best.pt")
+        with pytest.raises(InputError, match="best.pt: not a checkpoint of train.py"):
             load_run(place / "runs" / "bare")
     for script in ("eval.py", "sample.py", "read.py"):
         status, _, error = run(script, "runs/bare")
@@ -584,7 +561,7 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     (data / "test.lookback.bin").write_bytes(lookback)
     other = flags(tokenizer="bytes", partition="block:9", out=data)
     assert run("prepare_data.py", "data/sample.txt", *other)[0] == 0
-    # prepared with other parameters since then: made again, and said
+    # prepared with other parameters since then: it is made again, and says so
     status, printed, _ = run(*commands[0])
     assert status == 0
     assert "own is made again: it was made with another source_sha256" not in printed
@@ -609,17 +586,19 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     shutil.rmtree(data)
     assert run(*commands[0])[0] == 0
     for name in ("best.pt", "last.pt"):
-        change(folder / name, tokenizer="gpt2:300")
+        state = torch.load(folder / name, weights_only=True)
+        state["config"]["tokenizer"] = "gpt2:300"
+        torch.save(state, folder / name)
     for script in ("eval.py", "sample.py", "read.py"):
         status, _, error = run(script, folder)
         assert status == 2 and "a model of 256 tokens that names a tokenizer of 300" in error
 
 
 def test_a_run_whose_text_is_gone_is_measured_and_resumed_on_what_was_prepared(place, run, train):
-    how = {"warmup_steps": 30, "eval_interval": 2}  # the same steps, whatever max_steps
-    whole = train("present", max_steps=4, **how)
+    same = {"warmup_steps": 30, "eval_interval": 2}  # the same steps, whatever max_steps is
+    whole = train("present", max_steps=4, **same)
     shutil.copy(ROOT / "data" / "sample.txt", place / "lent.txt")
-    folder = train("absent", source="lent.txt", max_steps=2, **how)
+    folder = train("absent", source="lent.txt", max_steps=2, **same)
     before = run("eval.py", folder)
     (place / "lent.txt").unlink()
     status, printed, error = run("eval.py", folder)
@@ -634,11 +613,11 @@ def test_a_run_whose_text_is_gone_is_measured_and_resumed_on_what_was_prepared(p
     assert status == 2 and "val.bin is not what was prepared" in error
 
 
-def test_a_run_that_began_from_weights_goes_on_without_them(place, run, train):
-    how = {"warmup_steps": 30, "eval_interval": 2}
-    whole = train("from-weights", init_from="runs/tiny", max_steps=4, **how)
+def test_a_run_that_began_from_weights_continues_without_them(place, run, train):
+    same = {"warmup_steps": 30, "eval_interval": 2}
+    whole = train("from-weights", init_from="runs/tiny", max_steps=4, **same)
     shutil.copytree(place / "runs" / "tiny", place / "lent")
-    folder = train("lent-weights", init_from="lent", max_steps=2, **how)
+    folder = train("lent-weights", init_from="lent", max_steps=2, **same)
     shutil.rmtree(place / "lent")
     status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
     assert status == 0, error
@@ -646,140 +625,44 @@ def test_a_run_that_began_from_weights_goes_on_without_them(place, run, train):
 
 
 @pytest.mark.parametrize("data", ["", "own/data"])
-def test_the_paths_of_a_run_go_out_from_where_it_was_started(
-    run, train, tmp_path, monkeypatch, data
-):
-    home, away = tmp_path / "home", tmp_path / "away"
+def test_the_paths_of_a_run_start_where_it_was_started(run, train, tmp_path, monkeypatch, data):
+    home, away, moved = tmp_path / "home", tmp_path / "away", tmp_path / "mo\u00a0ved\u3000 'x"
     for folder in (home, away):
         folder.mkdir()
     shutil.copy(ROOT / "data" / "sample.txt", home / "book.txt")
     monkeypatch.chdir(home)
-    how = flags(source="book.txt", max_steps=2, **({"data": data} if data else {}))
-    assert run("train.py", TINY, *how, "--out", "runs/book")[0] == 0
-    _, told, _ = run("eval.py", "runs/book")
-    told = told.split("\n", 1)[1]
+    options = flags(source="book.txt", max_steps=2, out="runs/book", data=data)
+    assert run("train.py", TINY, *options)[0] == 0
 
     def evaluated(path):
         status, printed, error = run("eval.py", path)
         assert (status, error) == (0, ""), error
         return printed.split("\n", 1)[1]
 
+    at_home = evaluated("runs/book")
     monkeypatch.chdir(away)
-    assert evaluated(home / "runs" / "book") == told
+    assert evaluated(home / "runs" / "book") == at_home
     assert run("train.py", home / "runs" / "book", "--resume", "--max_steps", 3)[0] == 0
-    _, resumed, _ = run("eval.py", home / "runs" / "book")
+    resumed = evaluated(home / "runs" / "book")
     assert os.listdir(away) == []
-    home.rename(tmp_path / "moved")  # all of it
-    assert evaluated(tmp_path / "moved" / "runs" / "book") == resumed.split("\n", 1)[1]
-    shutil.copytree(tmp_path / "moved" / "runs" / "book", away / "copy")
-    monkeypatch.chdir(tmp_path / "moved")  # a copy of the run alone, measured where its text is
-    assert evaluated(away / "copy") == resumed.split("\n", 1)[1]
+    home.rename(moved)  # with everything in it
+    assert evaluated(moved / "runs" / "book") == resumed
+    shutil.copytree(moved / "runs" / "book", away / "copy")
+    monkeypatch.chdir(moved)  # only the run was copied; it is measured near its text
+    assert evaluated(away / "copy") == resumed
+    assert run("train.py", TINY, *options, "--out", "../new")[0] == 0
+    assert evaluated(tmp_path / "new") == at_home
     (away.parent / "book.txt").write_text("Another text of this name. " * 2000)
-    assert evaluated(away / "copy") == resumed.split("\n", 1)[1]
-
-
-def test_a_run_may_be_in_a_folder_of_any_name(place, run):
-    odd = place / "pro\u00a0ject\u3000 'x"
-    (odd / "here").mkdir(parents=True)
-    (odd / "here" / "book.txt").write_bytes((ROOT / "data" / "sample.txt").read_bytes())
-    os.chdir(odd / "here")
-    how = flags(source="book.txt", max_steps=2, out="../out")
-    assert run("train.py", TINY, *how)[0] == 0
-    os.chdir(place)
-    assert run("eval.py", odd / "out")[0] == 0
+    assert evaluated(away / "copy") == resumed
 
 
 def test_a_run_is_not_measured_on_what_was_prepared_of_another_text(place, run, train):
-    text, how = place / "one.txt", {"source": "one.txt", "data": "data/shared", "max_steps": 1}
+    text, same = place / "one.txt", {"source": "one.txt", "data": "data/shared", "max_steps": 1}
     text.write_bytes((ROOT / "data" / "sample.txt").read_bytes())
-    folder = train("first-text", **how)
+    folder = train("first-text", **same)
     text.write_bytes((ROOT / "data" / "sample.txt").read_bytes()[:40000])
-    train("second-text", **how)
+    train("second-text", **same)
     text.unlink()
-    for name in ("best.pt", "last.pt"):  # as an earlier version wrote it
-        change(folder / name, files=None, cwd=None)
     for command in (["eval.py", folder], ["train.py", folder, "--resume", "--max_steps", 2]):
         status, _, error = run(*command)
         assert status == 2 and "has changed since this run was trained" in error, error
-
-
-# --------------------------------------------------------------------------------------------------
-# of an earlier version
-
-
-def change(path, model=None, **config):
-    """Save a checkpoint again, with other values in the config of the run and of the model.
-
-    None: without that key.
-    """
-    state = torch.load(path, weights_only=True)
-    for key, values in (("config", config), ("model_config", model or {})):
-        state[key] = {k: v for k, v in {**state[key], **values}.items() if v is not None}
-    torch.save(state, path)
-
-
-def test_runs_and_folders_of_an_earlier_version_are_read(place, run, train):
-    data = place / "data" / "early"
-    folder = train("early", data=data, max_steps=2)
-    meta = read_meta(data)
-    old = {key: value for key, value in meta.items() if key not in ("files", "sha256")}
-    (data / "meta.json").write_text(json.dumps(old))
-    for name in ("best.pt", "last.pt"):
-        change(folder / name, files=None)
-    status, printed, _ = run("eval.py", folder)
-    assert status == 0 and printed.count("is made again") == 1 and read_meta(data) == meta
-    told = run("sample.py", folder, "--tokens", 30)
-    # of a version earlier still, which left it in meta.json alone
-    change(folder / "best.pt", background=None)
-    assert told == run("sample.py", folder, "--tokens", 30) and told[0] == 0
-    assert run("train.py", folder, "--resume", "--max_steps", 4)[0] == 0
-
-
-def old_run(folder, **retired):
-    """Make a run one of commit 2c59031, which had two keys more; `retired` gives their values.
-
-    And it had one less, `joined`.
-    """
-    retired = {"min_lookback": 0, "dial": "blend", **retired}
-    for name in ("best.pt", "last.pt"):
-        change(folder / name, retired, joined=None, **retired)
-    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in retired.items())
-    config = (folder / "config.toml").read_text()
-    assert config.count("joined = false\n") == 1
-    (folder / "config.toml").write_text(config.replace("joined = false\n", "") + lines)
-
-
-def test_a_run_with_retired_keys_at_their_defaults_is_the_same_run(train, run):
-    new, old = train("new", max_steps=2), train("old", max_steps=2)
-    old_run(old)
-    results, texts = [], []
-    for folder in (new, old):
-        assert run("eval.py", folder, "--json", "r.json")[2] == ""
-        results.append(json.loads(Path("r.json").read_text()))
-        texts.append(run("sample.py", folder, "--tokens", 30))
-        status, printed, error = run("train.py", folder, "--resume", "--max_steps", 4)
-        assert (status, error) == (0, "") and "from step 2" in printed
-    keys = "loss", "perplexity", "accuracy", "layers", "by_position"
-    assert [results[0][key] for key in keys] == [results[1][key] for key in keys]
-    assert texts[0] == texts[1] and texts[0][0] == 0
-    assert_same_run(new, old)
-    assert not {"min_lookback", "dial"} & load_run(old)[1].keys()
-    assert "dial" not in (old / "config.toml").read_text()
-
-
-@pytest.mark.parametrize("retired", [{"dial": "penalty"}, {"min_lookback": 16}])
-def test_a_run_that_used_a_retired_key_is_read_with_a_warning_and_not_resumed(train, run, retired):
-    ((key, value),) = retired.items()
-    folder = train(f"retired-{key}", max_steps=2)
-    old_run(folder, **retired)
-    for command in (["eval.py", folder], ["sample.py", folder, "--tokens", 9]):
-        status, printed, error = run(*command)
-        assert status == 0 and printed and error.count("\n") == 1
-        assert f"{folder / 'best.pt'}: this version has no {key} = {value!r}" in error
-    status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
-    assert status == 2 and error.startswith(f"error: {key} has left") and one_line(error), error
-    toml = (folder / "config.toml").read_text().splitlines(keepends=True)
-    kept = [line for line in toml if not line.startswith(key)]  # by hand
-    (folder / "config.toml").write_text("".join(kept))
-    status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
-    assert status == 2 and f"{key} was {value!r}" in error and one_line(error), error

@@ -11,22 +11,16 @@ import numpy as np
 import pytest
 
 import locality
+from conftest import ROOT
 from experiments.segmentation import main, p_k, trace, window_diff
 from support.files import run_script
 
-ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data" / "sample.txt"
-
-
-def script(folder, *options):
-    command = [sys.executable, "-m", "experiments.segmentation", *options]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
 
 
 @pytest.fixture
 def segmentation(monkeypatch, capsys):
-    """segmentation(*options) does the same in this process, and returns what it prints."""
+    """segmentation(*options) runs the script in this process and returns what it prints."""
 
     def run(*options):
         monkeypatch.setattr("sys.argv", ["segmentation", *map(str, options)])
@@ -55,47 +49,45 @@ def test_the_measures():
 
 
 def test_documents_from_books(books, tmp_path, segmentation):
-    table = tmp_path / "table.json"
-    how = "--seeds", 1, "--documents", 2, "--tokenizer", "bytes"
-    told = segmentation("--books", books, *how, "--json", table)
-    tables = json.loads(table.read_text())
+    path = tmp_path / "table.json"
+    options = "--books", books, "--seeds", 1, "--documents", 2
+    printed = segmentation(*options, "--json", path)
+    tables = json.loads(path.read_text())
     assert list(tables) == ["ten books", "ten places of one book"]
     for title, rivals in tables.items():
-        assert title in told
+        assert title in printed
         scores = {rival: np.array(list(row.values())) for rival, row in rivals.items()}
         assert all(s.shape == (4, 2) and s.min() >= 0 and s.max() <= 1 for s in scores.values())
-        # whatever one block gets wrong, a block per sentence gets right
+        # every pair that one block gets wrong, a block per sentence gets right
         both = scores["one block"][:, 0] + scores["a block per sentence"][:, 0]
         assert both == pytest.approx(1)
         assert (scores["a block per sentence"][:, 1] > 0.9).all()
-    segmentation("--books", books, *how, "--json", table)
-    assert json.loads(table.read_text()) == tables  # drawn at random, and always the same
-    told = segmentation("--books", books, *how, "--first", "--no-background")
-    assert "ten texts" in told and "semantic" in told
+    segmentation(*options, "--json", path)
+    assert json.loads(path.read_text()) == tables  # drawn at random, and always the same
+    printed = segmentation(*options, "--first", "--no-background")
+    assert "ten texts" in printed and "semantic" in printed
 
 
-def test_haste_saves_little_lag_and_the_constant_is_left_as_it_was(books, tmp_path, segmentation):
-    usual, table = locality.SURE, tmp_path / "table.json"
-    how = "--seeds", 1, "--documents", 3, "--tokenizer", "bytes", "--json", table
-    told = segmentation("--haste", "--books", books, *how)
-    rows = json.loads(table.read_text())
-    assert locality.SURE == usual and told.count("(as it is)") == 1
+def test_haste_saves_little_lag_and_restores_the_constant(books, tmp_path, segmentation):
+    usual, path = locality.SURE, tmp_path / "table.json"
+    options = "--seeds", 1, "--documents", 3, "--json", path
+    printed = segmentation("--haste", "--books", books, *options)
+    rows = json.loads(path.read_text())
+    assert locality.SURE == usual and printed.count("(the default)") == 1
     assert len({(row["Pk"], row["lag"], row["mean lookback"]) for row in rows}) > 3
     assert all(row["closed"] < row["mean lookback"] for row in rows)
-    assert (
-        rows[0]["lag"] <= rows[-1]["lag"] and rows[0]["mean lookback"] < rows[-1]["mean lookback"]
-    )
+    first, last = rows[0], rows[-1]
+    assert first["lag"] <= last["lag"] and first["mean lookback"] < last["mean lookback"]
 
 
 def test_a_page_and_lengths_are_drawn(tmp_path, segmentation):
-    page = "--page", SAMPLE, "--from", "Chapter 2.", "--figure", "new/page.png"
-    done = script(tmp_path, *page)
-    assert done.returncode == 0, done.stderr
-    assert "678 sentences, 221 blocks" in done.stdout
-    assert (tmp_path / "new" / "page.png").read_bytes().startswith(b"\x89PNG")
+    figure = tmp_path / "new" / "page.png"
+    printed = segmentation("--page", SAMPLE, "--from", "Chapter 2.", "--figure", figure)
+    assert "678 sentences, 221 blocks" in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
     figure = tmp_path / "lengths.svg"
-    told = segmentation("--lengths", SAMPLE, "--figure", figure)
-    assert told.startswith("sample: 221 blocks") and "<svg" in figure.read_text()
+    printed = segmentation("--lengths", SAMPLE, "--figure", figure)
+    assert printed.startswith("sample: 221 blocks") and "<svg" in figure.read_text()
 
 
 def test_a_trace_goes_through_the_text_sentence_by_sentence():
@@ -121,7 +113,7 @@ def test_a_trace_goes_through_the_text_sentence_by_sentence():
         (["--books", "short.txt"], "at least 3"),
         (["--books", "few.txt"], "200 sentences"),
         (["--books", "few.txt", "--seeds", "0"], "at least 1"),
-        (["--page", str(SAMPLE), "--haste"], "--haste goes with --books"),
+        (["--page", str(SAMPLE), "--haste"], "--haste needs --books"),
         (["--books", "few.txt", "--json", "nowhere/t.json"], "nowhere/t.json"),
     ],
 )
@@ -133,12 +125,14 @@ def test_mistakes_end_in_one_line(options, why, segmentation, tmp_path, monkeypa
     Path("empty.txt").write_text(" \n")
     with pytest.raises(SystemExit) as stopped:
         segmentation(*options)
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
-    assert why in told
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert why in error
 
 
-def test_so_does_the_script(tmp_path):
-    done = script(tmp_path, "--page", "nowhere.txt")
-    why = "cannot read nowhere.txt: No such file or directory"
-    assert (done.returncode, done.stderr) == (2, f"error: {why}\n")
+def test_the_script_itself_ends_in_one_line_too(tmp_path):
+    command = [sys.executable, "-m", "experiments.segmentation", "--page", "nowhere.txt"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    error = "error: cannot read nowhere.txt: No such file or directory\n"
+    assert (done.returncode, done.stderr) == (2, error)

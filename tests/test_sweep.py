@@ -1,7 +1,6 @@
-"""A sweep runs each cell once and says which one broke; its statistics are what they say."""
+"""A sweep runs each cell once, resumes after any stop, and names the cells that broke."""
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -19,18 +18,7 @@ from conftest import ROOT, script_here
 from forks import children, started
 from prepare_data import read_meta
 from support.files import InputError
-from support.plots import look
-from support.report import (
-    collect,
-    comparisons,
-    interval,
-    markdown,
-    over_text,
-    paired,
-    read_results,
-    sign_flip_p,
-)
-from support.settings import ADDED, RETIRED, to_toml
+from support.settings import to_toml
 from sweep import read_cells, run_cell
 from train import Config, read_values
 
@@ -51,177 +39,7 @@ TINY = {
 }
 
 
-def test_intervals_are_students_and_hold_the_mean_as_often_as_they_say():
-    assert interval([4.0]) == (4.0, None, None)
-    mean, sd, half = interval([1.0, 2.0, 4.0])
-    assert (mean, sd) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
-    assert half == pytest.approx(4.303 * sd / math.sqrt(3))
-    for n in (2, 5, 12):
-        draws = np.random.default_rng(n).normal(3, 2, (2000, n))
-        holds = sum(abs(mean - 3) <= half for mean, _, half in map(interval, draws)) / 2000
-        assert 0.935 < holds < 0.965
-
-
-MANY = [{seed: 1 + seed * step for seed in range(21)} for step in (0.1, 0.2)]  # 21 seeds
-
-
-def test_the_permutation_test_is_exact():
-    assert sign_flip_p([1, 2, 3]) == 0.25
-    assert sign_flip_p([1, -1]) == 1
-    assert sign_flip_p([0, 0, 0]) == 1
-    d = np.random.default_rng(0).normal(0.4, 1, 7)
-    means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=7)]
-    assert sign_flip_p(d) == pytest.approx(np.mean([m >= abs(d.mean()) - 1e-12 for m in means]))
-    assert sign_flip_p(d) == sign_flip_p(-d)
-    assert sign_flip_p(range(21)) is None
-    assert "| – |" in markdown([], [{"first": "a", "second": "b", **paired(*MANY)}], {})
-
-
-def test_every_kind_of_blocks_has_a_sign_of_its_own():
-    kinds = [f"block:{n}" for n in range(14)]
-    assert len({look(kinds, kind)[0] for kind in kinds}) == 14
-
-
-def test_pairs_share_their_seeds():
-    row = paired({1: 1.0, 2: 2.0, 3: 9.0}, {1: 0.9, 2: 1.8, 4: 7.0})
-    assert row["seeds"] == 2
-    assert row["ratio"] == pytest.approx(math.exp(0.15))
-    assert row["p"] == row["p_least"] == 0.5
-    assert row["low"] < row["ratio"] < row["high"]
-    assert paired({1: 1.0}, {2: 1.0}) is None and paired({1: 1.0}, {1: 1.0})["low"] is None
-    same = paired({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0})
-    assert same["low"] == same["ratio"] == same["high"] == 1
-
-
-def test_the_interval_over_the_text_holds_the_truth_as_often_as_it_says():
-    """Contexts are drawn; the true ratio is e ** 0.02."""
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(200):
-        tokens = rng.integers(100, 400, 60)
-        nats = rng.normal(3, 0.5, 60) * tokens
-        more = (0.02 + rng.normal(0, 0.05, 60)) * tokens
-        a, b = (
-            [
-                {"seed": s, "by_context": list(zip((n + rng.normal(0, 1, 60)), tokens))}
-                for s in (1, 2)
-            ]
-            for n in (nats + more, nats)
-        )
-        low, high = over_text(a, b)
-        held += low <= math.exp(0.02) <= high
-    assert 180 <= held < 200
-    # both ends, of seeds that differ
-    a, b = (
-        [{"seed": s, "by_context": [(x, 9)] * 4 + [(0, 9)] * 16} for s in (1, 2)] for x in (9, 0)
-    )
-    a[1]["by_context"] = [(27, 9)] * 4 + [(0, 9)] * 16  # 18 of 20 x 9, on average
-    share = np.random.default_rng(5).binomial(20, 0.2, 200_000) * 18 / 180
-    expected = np.exp(np.percentile(share, (2.5, 97.5)))
-    assert over_text(a, b) == pytest.approx(expected, abs=0.02)
-    b[1]["by_context"] = b[1]["by_context"][:-1]  # another text
-    assert over_text(a, b) is None
-    assert over_text(a[:1], b[1:]) is None and over_text([{"seed": 1}], [{"seed": 1}]) is None
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [("by_context", None), ("by_context", [[1, 2], [3]]), ("by_context", ["a"]), ("blocks", 5)],
-)
-def test_damaged_results_are_named(tmp_path, key, value):
-    layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
-    results = {"seed": 1, "layers": [layer], "config": asdict(Config(**TINY))}
-    results |= dict.fromkeys(("loss", "perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
-    results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    read_results(tmp_path / "results.json")
-    (tmp_path / "results.json").write_text(json.dumps({**results, key: value}))
-    with pytest.raises(InputError, match="is damaged"):
-        read_results(tmp_path / "results.json")
-
-
-@pytest.mark.parametrize("old", [0, 1, 2])
-def test_a_rival_is_compared_with_the_blocks_that_it_was_matched_to(tmp_path, old):
-    """`old`: seeds up to this one are of commit 2c59031, whose configs had two keys more."""
-    for cap, window in ((64, "window:30"), (128, "window:60")):
-        for partition in ("semantic", window):
-            for seed in (1, 2):
-                how = {"max_lookback": cap, "partition": partition, "schedule": "localist"}
-                config = Config(**{**TINY, **how, "seed": seed})
-                folder = tmp_path / f"{cap}.{partition}.{seed}"
-                folder.mkdir()
-                layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
-                config = asdict(config)
-                if seed <= old:
-                    config = {k: v for k, v in {**config, **RETIRED}.items() if k not in ADDED}
-                results = {"seed": seed, "layers": [layer], "config": config}
-                results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
-                results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
-                results["loss"] = cap / 100 + len(partition) + seed
-                (folder / "results.json").write_text(json.dumps(results))
-    groups, keys = collect(tmp_path)
-    rows = [(row["first"], row["second"]) for row in comparisons(groups, keys)]
-    assert rows == [
-        ("localist, semantic, max_lookback 128", "localist, window:60"),
-        ("localist, semantic, max_lookback 64", "localist, window:30"),
-        ("semantic, mean of 2", "window, the same"),
-    ]
-
-
-def rows_of(text, column, value):
-    """The rows of a report's tables, as dicts, whose `column` is `value`."""
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
-    header, found = None, []
-    for line, after in zip(lines, [*lines[1:], [""]]):
-        header = line if after[0].startswith("---") else header
-        found.append(dict(zip(header, line)))
-    return [row for row in found if row.get(column) == value]
-
-
-def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
-    """Semantic and closed blocks in one sweep, each with rivals of its own mean lookback."""
-    means = {"semantic": 60, "window:61": 60, "aligned:118": 61, "shifted:400": 60, "document": 90}
-    means |= {"semantic:closed": 40, "window:41": 40, "block:81": 40, "block:95": 47}
-    cells = [(partition, mean, 200) for partition, mean in means.items()]
-    # another cap, under which semantic blocks hardly differ; and a document that has more in sight
-    cells += [("semantic", 58, 150), ("window:59", 58, 150), ("document", 70, 150)]
-    cells += [("block:129", 64, 150)]  # more than 5 % from all of them
-    for number, (partition, mean, cap) in enumerate(cells):
-        how = {"partition": partition, "schedule": "localist", "max_lookback": cap}
-        config = Config(**{**TINY, **how})
-        layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
-        results = {"seed": 1, "layers": [layer], "config": asdict(config), "loss": 1 + number}
-        results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens"), 1)
-        results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
-        results["blocks"] = {"mean_lookback": mean, "forced": 0.125}
-        results |= {"mean_lookback": mean + 2, "reach": {"median": 77.0, "most": 99}}
-        losses = np.random.default_rng(number).normal(10 * (1 + number), 3, 25)
-        results["by_context"] = [(nats, 10) for nats in losses]
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "results.json").write_text(json.dumps(results))
-    groups, keys = collect(tmp_path)
-    pairs = comparisons(groups, keys)
-    rows = {(row["first"], row["second"]) for row in pairs}
-    rows = {tuple(name.removeprefix("localist, ") for name in row) for row in rows}
-    same = [name + ", max_lookback 200" for name in ("shifted:400", "document", "semantic:closed")]
-    assert {row for row in rows if "mean of" not in row[0]} == {
-        *(("semantic, max_lookback 200", rival) for rival in ("window:61", "aligned:118", *same)),
-        *((same[2], rival) for rival in ("window:41", "block:81", same[1])),
-        ("semantic, max_lookback 150", "window:59"),
-        ("semantic, max_lookback 150", "document, max_lookback 150"),
-    }
-    text = markdown(groups, pairs, {})
-    (row,) = rows_of(text, "configuration", "localist, window:41")
-    assert row["mean lookback, tokens: training"] == "40" and row["test"] == "42"
-    assert row["reach, tokens (median)"] == "77" and row["starts forced by the cap, %"] == "12.5"
-    assert row["fidelity: last layer"] == "1.000" and row["seeds"] == "1"
-    row = rows_of(text, "first", "localist, semantic, max_lookback 200")[0]
-    assert row["second"] == "localist, window:61"
-    low, high = map(float, row["95 % over the text"].split(" … "))
-    ratio = float(row["perplexity, first to second [95 %]"])
-    assert ratio == pytest.approx(math.exp(-1), 1e-3) and low < ratio < high < 2 * low
-
-
-def test_a_cell_that_was_begun_goes_on_only_as_what_it_was(tmp_path):
+def test_a_cell_resumes_only_with_the_same_config(tmp_path):
     cell = Config(**{**TINY, "out": str(tmp_path / "cell")})
     (tmp_path / "cell").mkdir()
     (tmp_path / "cell" / "last.pt").touch()
@@ -249,7 +67,7 @@ def test_a_sweep_leaves_a_folder_of_something_else_alone(tmp_path, monkeypatch, 
     assert Path("mine/distributed.toml").read_text() == "\n".join(lines)
 
 
-def test_a_cell_that_cannot_be_started_is_broken_and_the_others_go_on(tmp_path):
+def test_a_cell_that_cannot_be_started_is_broken_and_the_others_run(tmp_path):
     cell = Config(**{**TINY, "out": str(tmp_path / "cell")})
     (tmp_path / "cell.log").mkdir()
     why = run_cell(cell, 1, None, set(), [])
@@ -259,7 +77,7 @@ def test_a_cell_that_cannot_be_started_is_broken_and_the_others_go_on(tmp_path):
 def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     matched = ["window:matched", "block:matched", "aligned:matched"]
-    found = []
+    means = []
     for like in ("semantic", "semantic:closed"):
         reach, sizes = [], []
         values = {**TINY, "max_lookback": 400, "sweep": [{"partition": [like, *matched]}]}
@@ -273,12 +91,12 @@ def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monke
         assert len(reach) == 4 and sizes[1:3] == [str(mean + 1), str(2 * mean + 1)]
         assert reach[1:3] == pytest.approx([reach[0]] * 2, abs=0.8)
         assert reach[3] == pytest.approx(reach[0], rel=0.05)
-        found.append(reach[0])
-    assert found[0] > found[1] + 4 > 20
+        means.append(reach[0])
+    assert means[0] > means[1] + 4 > 20
 
 
 @pytest.mark.parametrize(
-    "sweep, says",
+    "sweep, words",
     [
         (None, "sweep"),
         ([], "sweep"),
@@ -293,9 +111,9 @@ def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monke
         ([{"max_lookback": [20], "partition": ["aligned:matched"]}], "too long for aligned"),
     ],
 )
-def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, says):
+def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=words):
         read_cells({**TINY, **({"sweep": sweep} if sweep is not None else {})})
 
 
@@ -313,10 +131,10 @@ def test_every_sweep_in_the_folder_is_understood():
 class Forked(subprocess.Popen):
     """subprocess.Popen, which starts a cell of a sweep without importing torch anew."""
 
-    def __init__(self, command, stdout=None, **how):
+    def __init__(self, command, stdout=None, **options):
         self.fork = None
         if command[0] != sys.executable:
-            return super().__init__(command, stdout=stdout, **how)
+            return super().__init__(command, stdout=stdout, **options)
         self.args, self.stack = command, contextlib.ExitStack()
         self.fork = self.stack.enter_context(started(*command[1:], cwd=".", output=stdout.name))
 
@@ -360,13 +178,13 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "sweep" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "sweep" / f"{name}.svg").read_text()
     table = json.loads((tmp_path / "sweep" / "table.json").read_text())
-    found = {c["name"]: c for c in table["configurations"]}
-    assert [len(c["runs"]) for c in found.values()] == [2, 2] and table["about"]["seeds"] == "1, 2"
+    groups = {c["name"]: c for c in table["configurations"]}
+    assert [len(c["runs"]) for c in groups.values()] == [2, 2] and table["about"]["seeds"] == "1, 2"
     losses = {}
     for name in cells:
         r = json.loads((tmp_path / "sweep" / name / "results.json").read_text())
         losses.setdefault(r["schedule"], {})[r["seed"]] = r["loss"]
-    ratio = next(c["ratio"] for name, c in found.items() if name.startswith("localist"))
+    ratio = next(c["vs_distributed"] for name, c in groups.items() if name.startswith("localist"))
     d = [losses["localist"][seed] - losses["distributed"][seed] for seed in (1, 2)]
     assert ratio["ratio"] == pytest.approx(math.exp(np.mean(d)))
 
@@ -381,7 +199,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "sweep" / "table.md").read_text() != text
     (tmp_path / "sweep" / "table.md").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("support.report.draw_sweep", lambda *args: [])  # drawn twice before
+        patch.setattr("report.sweep.draw_sweep", lambda *args: [])  # drawn twice before
         assert sweep("--report")[0] == 0
     assert "quintic" in (tmp_path / "sweep" / "table.md").read_text()
     for wrong in ("no", "0", "\u00b2"):

@@ -1,0 +1,271 @@
+"""eval.py: windows, every measure against a count by hand, other dials, blocks, texts and weights,
+and figures."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import ROOT
+from eval import attention_maps, evaluate, figure, load, windows
+from locality import SCHEDULES, partition_text, schedule
+from model import GPT, GPTConfig
+from report.plots import layer_mean
+
+
+def tiny(vocab_size, block_size, n_layer=2, dropout=0.5):
+    torch.manual_seed(0)
+    shape = {"n_layer": n_layer, "n_head": 2, "n_embd": 16}
+    return GPT(GPTConfig(vocab_size, block_size, **shape, dropout=dropout, max_lookback=8))
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+def test_eval_reproduces_the_results_and_turns_the_dial(place, run):
+    def measure(*options):
+        assert run("eval.py", "runs/tiny", *options, "--json", "r.json")[0] == 0
+        return json.loads((place / "r.json").read_text())
+
+    expected = json.loads((place / "runs" / "tiny" / "results.json").read_text())
+    results, layers = measure("--figure", "f.svg"), expected["layers"]
+    assert results["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert results["layers"] == layers and "</svg>" in (place / "f.svg").read_text()
+    for option, value, locality in (
+        ("schedule", "localist", [1, 1]),
+        ("floor", 0.5, [0, 0.5]),
+        ("partition", "block:16", [0, 1]),
+        ("stride", 150, [0, 1]),
+        ("split", "val", [0, 1]),
+    ):
+        results = measure(f"--{option}", value)
+        assert [layer["locality"] for layer in results["layers"]] == locality
+        assert results[option] == value != expected[option]
+        assert abs(results["loss"] - expected["loss"]) > 1e-6, option
+        assert results["layers"] != layers, option
+        same = {"schedule", "floor", "partition", "stride", "split", "tokens"} - {option}
+        same -= {"tokens"} if option == "split" else set()
+        assert all(results[key] == expected[key] for key in same)
+        if option == "partition":  # blocks of 16 bytes hold less of the first layer's attention
+            assert results["layers"][0]["fidelity"] < 0.5 * layers[0]["fidelity"]
+
+
+def test_eval_measures_a_run_on_another_text(place, run):
+    expected = json.loads((place / "runs" / "tiny" / "results.json").read_text())
+    text = (place / "data" / "sample.txt").read_text()
+    command = "eval.py", "runs/tiny", "--source", "other.txt", "--json", "r.json"
+    for other in (text, text.upper()):
+        (place / "other.txt").write_text(other)
+        status, printed, _ = run(*command)
+        results = json.loads((place / "r.json").read_text())
+        assert status == 0 and results["source"] == "other.txt" in printed
+        assert results["tokens"] == pytest.approx(expected["tokens"], 0.02)
+        if other == text:
+            assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        else:
+            assert results["loss"] > expected["loss"] + 0.3
+
+
+def test_a_dial_sweep_goes_through_every_schedule(place, run):
+    few = "--contexts", 2, "--json", "d.json"
+    options = "--dial-sweep", "--figure", "d.png"
+    status, printed, _ = run("eval.py", "runs/tiny", *options, *few)
+    rows = json.loads((place / "d.json").read_text())["dials"]
+    assert status == 0 and (place / "d.png").read_bytes().startswith(b"\x89PNG")
+    local = [name for name in SCHEDULES if name != "distributed" for _ in range(4)]
+    assert [row["schedule"] for row in rows] == ["distributed", *local]
+    assert rows[0]["ratio"] == 1 and len({row["tokens"] for row in rows}) == 1
+    for row in rows:
+        locality = [layer["locality"] for layer in row["layers"]]
+        assert locality == schedule(row["schedule"], 2, row["floor"])
+        assert row["ratio"] == pytest.approx(row["perplexity"] / rows[0]["perplexity"])
+        assert f"{row['perplexity']:.3f}" in printed
+        assert layer_mean(row, "fidelity") >= layer_mean(row, "locality") - 1e-6
+    losses = {(row["schedule"], row["floor"]): row["loss"] for row in rows}
+    for name, floor in (("quintic", 1.0), ("reversed", 0.5), ("localist", 0.25)):
+        options = "--schedule", name, "--floor", floor
+        assert run("eval.py", "runs/tiny", *options, *few)[0] == 0
+        loss = json.loads((place / "d.json").read_text())["loss"]
+        assert loss == pytest.approx(losses[name, floor], abs=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# exported weights
+
+
+def test_exported_weights_are_read_with_the_tokenizer_of_their_size(
+    place, run, train, gpt2_tokenizer
+):
+    (place / "short.txt").write_text((ROOT / "data" / "sample.txt").read_text()[:20000])
+    for tokenizer in ("bytes", "gpt2:300"):
+        values = {"tokenizer": tokenizer, "source": "short.txt", "max_steps": 1, "block_size": 32}
+        folder = train(f"export-{tokenizer[:4]}", **values)
+        model, config, trained_on = load(folder)
+        assert config["tokenizer"] == tokenizer and trained_on["source_sha256"]
+        model.save_pretrained(folder / "export")
+        losses = []
+        source = "--source", "short.txt", "--schedule", "quintic"
+        for command in ([folder], [folder / "export", *source]):
+            options = "--partition", "block:16", "--json", "r.json"
+            status, _, error = run("eval.py", *command, *options)
+            assert status == 0, error
+            losses.append(json.loads((place / "r.json").read_text())["loss"])
+        size = f"{folder / 'export'} has {model.config.vocab_size} tokens"
+        assert error == f"{size}; using the tokenizer {tokenizer}\n" and losses[0] == losses[1]
+
+
+def test_exported_weights_are_measured_on_any_text(place, run, exported, gpt2_tokenizer):
+    (place / "few.txt").write_text((ROOT / "data" / "sample.txt").read_text()[:6000])
+    command = "eval.py", exported, "--source", "few.txt", "--json", "r.json"
+    for options, locality in (([], 0), (["--schedule", "quintic"], 1)):
+        assert run(*command, *options)[0] == 0
+        results = json.loads((place / "r.json").read_text())
+        (layer,) = results["layers"]
+        assert layer["locality"] == locality <= layer["fidelity"] + 1e-6
+        assert results["loss"] == pytest.approx(math.log(50257), abs=0.5)
+
+
+# --------------------------------------------------------------------------------------------------
+# measures
+
+
+@pytest.mark.parametrize(
+    "n, T, stride", [(100, 10, 10), (101, 10, 3), (57, 16, 8), (10, 30, 5), (12, 11, 1), (2, 1, 1)]
+)
+def test_windows_score_every_token_but_the_first_exactly_once(n, T, stride):
+    scored = []
+    for start, first in windows(n, T, stride):
+        assert 0 <= start and start + min(T, n - 1) < n
+        scored += range(start + first + 1, start + min(T, n - 1) + 1)
+    assert scored == list(range(1, n))
+
+
+def count_by_hand(model, tokens, lookback, vocabulary, contexts):
+    """What `evaluate` returns for contexts of 20 of 130 tokens, query by query."""
+    nats, correct, layers, by_context = 0.0, 0, np.zeros((2, 4)), []
+    near, far, backs = [], [], []  # losses after at most 16 tokens, and after more; lookbacks
+    for start, first in contexts:
+        rows = (a[start : start + 20] for a in (tokens, lookback, tokens[1:]))
+        x, r, y = (torch.from_numpy(row.astype(np.int64))[None] for row in rows)
+        with torch.no_grad():
+            logits = model(x, r)[0][0]
+        losses = F.cross_entropy(logits, y[0], reduction="none").tolist()
+        for i in range(20):
+            if 19 <= start + i < 110:  # only these tokens are at every position of a context
+                (near if i < 16 else far).append(losses[i])
+        back = [min(int(r[0, i]), i) for i in range(20)]
+        backs += back[first:]
+        nats += sum(losses[first:])
+        by_context.append((sum(losses[first:]), 20 - first))
+        correct += (logits[first:].argmax(-1) == y[0, first:]).sum().item()
+        for layer, a in enumerate(attention_maps(model, x, r)):
+            for i in range(first, 20):
+                for row in a[0, :, i].tolist():  # per head
+                    entropy = -sum(p * math.log2(p) for p in row if p > 0)
+                    pointer = i - back[i] <= np.argmax(row) <= i
+                    layers[layer] += sum(row[i - back[i] : i + 1]), pointer, entropy, row[0]
+    n_bytes = sum(len(vocabulary[t]) for t in tokens[1:])
+    return {
+        "loss": nats / 129,
+        "perplexity": math.exp(nats / 129),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "accuracy": correct / 129,
+        **{"tokens": 129, "bytes": n_bytes, "stride": 5, "context": 20},
+        "mean_lookback": np.mean(backs),
+        "by_position": [(1, np.mean(near)), (17, np.mean(far))],
+        "by_context": by_context,
+        "layers": (layers / 129 / 2).tolist(),  # two heads
+        "reach": None,  # a layer below 1 sees everything
+    }
+
+
+def test_evaluate_equals_counting_by_hand(monkeypatch):
+    model = tiny(5, 20).eval()
+    model.set_locality([0.3, 1])
+    tokens = np.random.default_rng(0).integers(0, 5, 130).astype(np.uint16)
+    vocabulary = [b"a", b"bc", b"def", b"ghij", b"klmno"]  # tokens of several bytes
+    lookback = partition_text(tokens, vocabulary, "block:6", 8)
+    expected = count_by_hand(model, tokens, lookback, vocabulary, windows(130, 20, 5))
+    assert 10 < expected["accuracy"] * 129 < 60
+    # it measures without dropout, restores the mode of the model, and the number of queries at a
+    # time changes nothing
+    for training, at_once in ((False, 10**9), (True, 1), (True, 7 * 8 * 2 * 20)):
+        monkeypatch.setattr("eval.AT_ONCE", at_once)
+        results = evaluate(model.train(training), tokens, lookback, vocabulary, stride=5)
+        assert model.training == training and results.keys() == expected.keys()
+        layers = results.pop("layers")
+        assert [layer.pop("locality") for layer in layers] == [0.3, 1]
+        keys = "fidelity", "pointer_accuracy", "entropy", "first_token"
+        results["layers"] = [[layer[key] for key in keys] for layer in layers]
+        for key, value in expected.items():
+            if key != "reach":
+                assert np.array(results[key]) == pytest.approx(np.array(value), rel=1e-5), key
+        assert results["reach"] is None
+
+
+def test_the_reach_of_a_local_model_equals_counting_by_hand():
+    model, rng = tiny(5, 20), np.random.default_rng(1)
+    model.set_locality([1, 1])
+    i = np.arange(130)
+    starts = np.maximum.accumulate(i - np.minimum(rng.integers(4, 30, 130), i // 2))
+    lookback = i - starts  # some of it is above max_lookback, 8
+    results = evaluate(model, i.astype(np.uint16) % 5, lookback, [b"a"] * 5, stride=5)
+    distances = []
+    for start, first in windows(130, 20, 5):
+        for i in range(first, 20):
+            j = i
+            for _ in model.h:
+                j -= min(int(lookback[start + j]), 8, j)
+            distances.append(i - j)
+    assert results["reach"] == {"median": np.median(distances), "most": max(distances)}
+    assert lookback.max() > 8
+
+
+# --------------------------------------------------------------------------------------------------
+# figures
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "n_layer, block_size, words, title",
+    [(2, 20, b"$\\newcommand{x}$ ", "$ is not a formula"), (1, 1, "漢字".encode(), "漢字")],
+)
+def test_a_figure_is_drawn_without_dropout_and_warns_of_nothing(
+    tmp_path, monkeypatch, n_layer, block_size, words, title
+):
+    model, tokens, drawn = (
+        tiny(256, block_size, n_layer).train(),
+        np.arange(60, dtype=np.uint16),
+        [],
+    )
+
+    def record(*args):
+        drawn.append((args, list(attention_maps(*args))))
+        return drawn[-1][1]
+
+    monkeypatch.setattr("eval.attention_maps", record)
+    layer = {"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": n_layer - 1}
+    results = {"layers": [layer] * n_layer}
+    figure(model, tokens, tokens % 8, [words] * 256, results, tmp_path / "f.png", title)
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    ((args, maps),) = drawn
+    assert all(map(torch.equal, maps, attention_maps(*args)))
+    if block_size > 1:  # otherwise the only weight is 1
+        model.train()
+        assert not all(map(torch.equal, maps, attention_maps(*args)))
+
+
+def test_a_figure_needs_no_home():
+    code = "from report.plots import pyplot; pyplot().figure()"
+    environment = {**os.environ, "HOME": "/dev/null"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

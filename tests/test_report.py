@@ -1,0 +1,214 @@
+"""Statistics are what they say, tables are tables, and a sweep compares what can be compared."""
+
+import itertools
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from report.plots import look
+from report.stats import as_ratio, holm, mean_interval, paired, sign_flip_p
+from report.sweep import collect, comparisons, read_results, resampled_losses, report_text
+from report.tables import aligned, markdown, plus_minus, with_interval
+from support.files import InputError
+from train import Config
+
+
+def test_intervals_are_students_and_hold_the_mean_as_often_as_they_say():
+    assert mean_interval([4.0]) == (4.0, None, None)
+    mean, sd, half = mean_interval([1.0, 2.0, 4.0])
+    assert (mean, sd) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert half == pytest.approx(4.303 * sd / math.sqrt(3))
+    for n in (2, 5, 12):
+        draws = np.random.default_rng(n).normal(3, 2, (2000, n))
+        holds = [abs(mean - 3) <= half for mean, _, half in map(mean_interval, draws)]
+        assert 0.935 < np.mean(holds) < 0.965
+
+
+def test_the_permutation_test_is_exact():
+    assert sign_flip_p([1, 2, 3]) == 0.25
+    assert sign_flip_p([1, -1]) == sign_flip_p([0, 0, 0]) == 1
+    d = np.random.default_rng(0).normal(0.4, 1, 7)
+    means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=7)]
+    assert sign_flip_p(d) == pytest.approx(np.mean([m >= abs(d.mean()) - 1e-12 for m in means]))
+    assert sign_flip_p(d) == sign_flip_p(-d)
+    assert sign_flip_p(range(21)) is None
+
+
+def test_holm_corrects_for_all_tests():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1, 1]
+    rng = np.random.default_rng(0)
+    wrong = [min(holm(rng.random(3).tolist())) < 0.05 for _ in range(2000)]
+    assert np.mean(wrong) < 0.065
+
+
+def test_pairs_share_their_seeds():
+    row = paired({1: 1.0, 2: 2.0, 3: 9.0}, {1: 0.9, 2: 1.8, 4: 7.0})
+    assert row["seeds"] == 2 and row["difference"] == pytest.approx(0.15)
+    assert row["p"] == row["least_p"] == 0.5 and row["text"] is None
+    assert row["low"] < row["difference"] < row["high"]
+    ratio = as_ratio(row)
+    assert "difference" not in ratio and ratio["ratio"] == pytest.approx(math.exp(0.15))
+    assert [math.exp(row[end]) for end in ("low", "high")] == [ratio["low"], ratio["high"]]
+    assert paired({1: 1.0}, {2: 1.0}) is None
+    assert as_ratio(paired({1: 1.0}, {1: 1.0}))["low"] is None
+    same = as_ratio(paired({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}))
+    assert same["low"] == same["ratio"] == same["high"] == 1
+
+
+def over_text(a, b):
+    """The interval over the text of a ratio of two groups, lists of runs."""
+    a_loss, b_loss = ({r["seed"]: 0.0 for r in runs} for runs in (a, b))
+    row = paired(a_loss, b_loss, resampled_losses(a, b))
+    return row and as_ratio(row)["text"]
+
+
+def test_the_interval_over_the_text_holds_the_truth_as_often_as_it_says():
+    """Contexts are drawn; the true ratio is e ** 0.02."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        tokens = rng.integers(100, 400, 60)
+        nats = rng.normal(3, 0.5, 60) * tokens
+        more = (0.02 + rng.normal(0, 0.05, 60)) * tokens
+        a, b = (
+            [
+                {"seed": s, "by_context": list(zip((n + rng.normal(0, 1, 60)), tokens))}
+                for s in (1, 2)
+            ]
+            for n in (nats + more, nats)
+        )
+        low, high = over_text(a, b)
+        held += low <= math.exp(0.02) <= high
+    assert 180 <= held < 200
+    # both ends, for seeds that differ
+    a, b = (
+        [{"seed": s, "by_context": [(x, 9)] * 4 + [(0, 9)] * 16} for s in (1, 2)] for x in (9, 0)
+    )
+    a[1]["by_context"] = [(27, 9)] * 4 + [(0, 9)] * 16  # 18 of 20 x 9, on average
+    share = np.random.default_rng(5).binomial(20, 0.2, 200_000) * 18 / 180
+    expected = np.exp(np.percentile(share, (2.5, 97.5)))
+    assert over_text(a, b) == pytest.approx(expected, abs=0.02)
+    assert over_text(a[:1], b[1:]) is None
+    b[1]["by_context"] = b[1]["by_context"][:-1]  # another text
+    assert over_text(a, b) is None
+    few = [{"seed": 1, "by_context": [(1, 9)] * 19}]
+    assert over_text(few, few) is None
+
+
+def test_tables():
+    rows = [["a", 1, "x"], ["bcd", 10.5, "–"]]
+    assert markdown(["n", "value", ""], rows).splitlines() == [
+        "| n | value |  |",
+        "| --- | --- | --- |",
+        "| a | 1 | x |",
+        "| bcd | 10.5 | – |",
+    ]
+    assert aligned(["n", "value", ""], rows).splitlines() == [
+        "n    value   ",
+        "a        1  x",
+        "bcd   10.5  –",
+    ]
+    assert plus_minus([1, 3], 1) == "2.0 ± 1.4" and plus_minus([1], 2) == "1.00"
+    assert plus_minus([1, 3], 1, interval=True) == "2.0 ± 12.7"
+    row = paired({1: 1.0, 2: 3.0}, {1: 0.0, 2: 0.0})
+    assert with_interval(row, 1) == "2.0 [-10.7, 14.7]" and with_interval(None, 1) == "–"
+    many = paired(dict.fromkeys(range(21), 1.0), {seed: seed for seed in range(21)})
+    assert "| – |" in report_text([], [{"first": "a", "second": "b", **as_ratio(many)}], {})
+
+
+def test_every_series_has_a_marker_of_its_own():
+    series = [f"block:{n}" for n in range(14)]
+    assert len({look(series, blocks)[0] for blocks in series}) == 14
+
+
+def results_of(**changes):
+    """results.json of a run, as far as the report of a sweep reads it."""
+    layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
+    results = {"seed": 1, "layers": [layer], "by_context": [[1.0, 2]], "reach": None}
+    results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens", "loss"), 1)
+    results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
+    results |= {"mean_lookback": 1, "blocks": {"mean_lookback": 1, "forced": 0.125}}
+    return {**results, "config": asdict(Config(schedule="localist")), **changes}
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("by_context", None),
+        ("by_context", [[1, 2], [3]]),
+        ("by_context", ["a"]),
+        ("blocks", 5),
+        ("reach", {}),
+        ("layers", []),
+        ("loss", "1"),
+        ("torch", 2),
+        ("config", {}),
+    ],
+)
+def test_damaged_results_are_named(tmp_path, key, value):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results_of()))
+    assert read_results(path) == {**results_of(), "folder": tmp_path}
+    path.write_text(json.dumps(results_of(**{key: value})))
+    with pytest.raises(InputError, match="is damaged; delete it"):
+        read_results(path)
+
+
+def rows_of(text, column, value):
+    """The rows of a report's tables, as dicts, whose `column` is `value`."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    header, rows = None, []
+    for line, after in zip(lines, [*lines[1:], [""]]):
+        header = line if after[0].startswith("---") else header
+        rows.append(dict(zip(header, line)))
+    return [row for row in rows if row.get(column) == value]
+
+
+def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
+    """Semantic and closed blocks in one sweep, each with rivals of its own mean lookback."""
+    means = {"semantic": 60, "window:61": 60, "aligned:118": 61, "shifted:400": 60, "document": 90}
+    means |= {"semantic:closed": 40, "window:41": 40, "block:81": 40, "block:95": 47}
+    cells = [(partition, mean, 200) for partition, mean in means.items()]
+    # another cap, under which semantic blocks hardly differ; and a document that has more in sight
+    cells += [("semantic", 58, 150), ("window:59", 58, 150), ("document", 70, 150)]
+    cells += [("block:129", 64, 150)]  # more than 5 % from all of them
+    for number, (partition, mean, cap) in enumerate(cells):
+        config = Config(partition=partition, schedule="localist", max_lookback=cap)
+        losses = np.random.default_rng(number).normal(10 * (1 + number), 3, 25)
+        results = results_of(
+            config=asdict(config),
+            loss=1 + number,
+            blocks={"mean_lookback": mean, "forced": 0.125},
+            mean_lookback=mean + 2,
+            reach={"median": 77.0, "most": 99},
+            by_context=[(nats, 10) for nats in losses],
+        )
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "results.json").write_text(json.dumps(results))
+    groups, keys = collect(tmp_path)
+    pairs = comparisons(groups, keys)
+    rows = [tuple(row[k].removeprefix("localist, ") for k in ("first", "second")) for row in pairs]
+    same = [name + ", max_lookback 200" for name in ("shifted:400", "document", "semantic:closed")]
+    assert len(rows) == 12 and set(rows) == {
+        *(("semantic, max_lookback 200", rival) for rival in ("window:61", "aligned:118", *same)),
+        *((same[2], rival) for rival in ("window:41", "block:81", same[1])),
+        ("semantic, max_lookback 150", "window:59"),
+        ("semantic, max_lookback 150", "document, max_lookback 150"),
+        ("semantic, mean of 2", "window, the same"),
+        ("semantic, mean of 2", "document, the same"),
+    }
+    mean = pairs[rows.index(("semantic, mean of 2", "window, the same"))]
+    assert mean["ratio"] == pytest.approx(math.exp(-1)) and mean["text"] is None
+    text = report_text(groups, pairs, {})
+    (row,) = rows_of(text, "configuration", "localist, window:41")
+    assert row["mean lookback, tokens: training"] == "40" and row["test"] == "42"
+    assert row["reach, tokens (median)"] == "77" and row["starts forced by the cap, %"] == "12.5"
+    assert row["fidelity: last layer"] == "1.000" and row["seeds"] == "1"
+    row = rows_of(text, "first", "localist, semantic, max_lookback 200")[0]
+    assert row["second"] == "localist, window:61"
+    low, high = map(float, row["95 % over the text"].split(" … "))
+    ratio = float(row["perplexity, first to second [95 %]"])
+    assert ratio == pytest.approx(math.exp(-1), 1e-3) and low < ratio < high < 2 * low

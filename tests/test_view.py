@@ -1,0 +1,778 @@
+"""The page shows what was measured, keeps text as text, and works in a browser, offline."""
+
+import base64
+import json
+import math
+import random
+import re
+import shlex
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+import view
+from conftest import ROOT, script_here
+from eval import attention_maps, evaluate, load
+from locality import ChangePoints, Partitioner, count_background, partition_text, reach, schedule
+from model import GPT, GPTConfig
+from prepare_data import TextConfig, get_encoding, prepare, token_bytes
+from report.blocks import block_moves, block_starts, liveliest
+from report.page import fill, label
+from support.files import InputError
+from view import Excerpt, Text, cut, draw_foreign, find_words, given_text, influence
+from view import join_short, measure, own_text, two_dials
+
+BYTES = [bytes([i]) for i in range(256)]
+SAMPLE = (ROOT / "data" / "sample.txt").read_bytes()
+HOSTILE = (
+    '</script><img src=x onerror="alert(1)"><!-- \u202ereversed\u202c \x07\x1b[31m <b>bold</b>. '
+    "&lt;i&gt; مرحبا بالعالم. 👩\u200d👩\u200d👧 naïve 中文。 {{x}} ${1} \\u003c @DATA@ @HASHES@. "
+    "And so on.\n\n"
+    "A new paragraph begins here. It says a little more. "
+)
+# what a page says of its making, and the config of a run
+FACTS = {"run": "a <run>", "partition": "sentence", "max_lookback": 20, "plain": False}
+FACTS |= {"command": "c", "commit": "c", "date": "d", "device": "cpu", "torch": "t", "seed": None}
+
+
+def data_of(html):
+    """What a page holds: its data, and its arrays."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
+    data = json.loads(text)
+    raw, arrays = zlib.decompress(base64.b64decode(data["numbers"])), {}
+    for name, stored in data["arrays"].items():
+        dtype = {1: np.uint8, 2: "<u2"}[stored["bytes"]]
+        arrays[name] = np.frombuffer(raw, dtype, stored["n"], stored["at"]) / stored["scale"]
+    return data, arrays
+
+
+def at_dial(arrays, dial):
+    return {name[:-1]: values for name, values in arrays.items() if name.endswith(str(dial))}
+
+
+@pytest.fixture
+def make_page(run, tmp_path):
+    """make_page(run or weights, ...): the page of view.py as (data, arrays)."""
+
+    def make_page(name, *options):
+        status, _, error = run("view.py", name, *options, "--out", tmp_path / "page.html")
+        assert status == 0, error
+        return data_of((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+    return make_page
+
+
+# --------------------------------------------------------------------------------------------------
+# the numbers
+
+
+def test_the_page_shows_what_eval_and_the_model_say(make_page):
+    data, arrays = make_page("runs/tiny")
+    model, config, trained_on = load("runs/tiny")
+    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+    tokens, lookback = prepare(TextConfig.of(config), trained_on).split("test")
+    at, last = (int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", data["shown"])[:2])
+    T, L, H, K = last - at + 1, data["layers"], data["heads"], data["keys"]
+    tokens = tokens[at : at + T]
+    lookback = np.minimum(lookback[at : at + T], np.arange(T))
+    assert data["lookback"] == lookback.tolist()
+    assert [data["labels"][i] for i in data["tokens"]] == [label(vocabulary[t]) for t in tokens]
+    assert [dial["schedule"] for dial in data["dials"]] == ["quintic", "distributed"]
+    x, back = (torch.tensor(a.astype(np.int64))[None] for a in (tokens, lookback))
+    for i, dial in enumerate(data["dials"]):
+        model.set_locality(schedule(dial["schedule"], L, dial["floor"]))
+        assert dial["locality"] == model.locality
+        shown = at_dial(arrays, i)
+        fidelity, entropy = (shown[name].reshape(L, H, T) for name in ("fidelity", "entropy"))
+        floors = np.rint(65535 * np.array(dial["locality"])) / 65535
+        assert (fidelity >= floors[:, None, None] - 1.1 / 65535).all()
+        # eval scores T - 1 predictions
+        results = evaluate(model, tokens, lookback, vocabulary)
+        assert dial["perplexity"] == pytest.approx(results["perplexity"], rel=1e-5)
+        means = fidelity[:, :, :-1].mean((1, 2)), entropy[:, :, :-1].mean((1, 2))
+        for layer, share, bits in zip(results["layers"], *means):
+            assert share == pytest.approx(layer["fidelity"], abs=1e-5)
+            assert bits == pytest.approx(layer["entropy"], abs=2e-4)
+        # every key that is drawn, and no stronger one is left out
+        keys = shown["keys"].reshape(L, H + 1, T, K).astype(int)
+        weights = shown["roots"].reshape(L, H + 1, T, K) ** 2
+        for layer, a in enumerate(attention_maps(model, x, back)):
+            a = torch.cat((a[0], a[0].mean(0, keepdim=True))).numpy()  # (H + 1, T, T)
+            drawn = np.take_along_axis(a, keys[layer], -1)
+            assert np.abs(np.sqrt(drawn) - np.sqrt(weights[layer])).max() < 0.51 / 255
+            np.testing.assert_allclose(drawn, -np.sort(-a, -1)[..., :K], atol=1e-6)
+        # what may come next
+        bits = -predict(model, x, back).numpy() / math.log(2)
+        names = [label(token) for token in vocabulary]
+        for t in (0, 1, T // 2, T - 2):
+            best = np.argsort(bits[t], kind="stable")[: data["likeliest"]]
+            likely = shown["likely"].reshape(T, -1)[t].astype(int)
+            assert [data["labels"][n] for n in likely] == [names[n] for n in best]
+            shown_bits = shown["bits"].reshape(T, -1)[t]
+            np.testing.assert_allclose(shown_bits, bits[t][[*best, tokens[t + 1]]], atol=1e-3)
+            assert shown["rank"][t] == (bits[t] < bits[t][tokens[t + 1]]).sum() + 1
+
+
+def small_model(**more):
+    torch.manual_seed(3)
+    shape = {"vocab_size": 256, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**{**shape, **more})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # so that predictions depend on the text
+    return model
+
+
+@torch.no_grad()
+def predict(model, x, lookback):
+    """The log probabilities, (T, V) in nats. x, lookback: (1, T)."""
+    return model(x, lookback)[0][0].log_softmax(-1)
+
+
+@torch.no_grad()
+def by_definition(model, x, lookback, sentence, text, i):
+    """KL in bits between p_i and p_i with a sentence replaced by a text, and the latter."""
+    other = x.clone()
+    for position in range(max(sentence[0], 1), sentence[1]):
+        other[0, position] = text[position - sentence[0]]
+    p, q = (model(context, lookback)[0][0, i].double() for context in (x, other))
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return kl_div(q, p, log_target=True, reduction="sum").item() / math.log(2), q.exp()
+
+
+@pytest.mark.parametrize("anchor", [False, True])
+def test_influence_in_one_pass_is_the_definition_in_two(anchor):
+    model = small_model(anchor=anchor)
+    model.set_locality([0.0, 0.5, 1.0])
+    x = torch.randint(256, (1, 40))
+    lookback = torch.tensor([[i % 9 for i in range(40)]])
+    log_p = predict(model, x, lookback)
+    for sentence in ((0, 5), (5, 17), (17, 39)):
+        begin, end = sentence
+        foreign = torch.randint(256, (3, end - begin))
+        bits, p = influence(model, x, lookback, log_p, sentence, foreign)
+        assert bits.shape == (3, 40 - end) and p.shape == (40 - end, 256)
+        for i in range(end, 40):
+            expected = [by_definition(model, x, lookback, sentence, text, i) for text in foreign]
+            assert bits[:, i - end].tolist() == pytest.approx([e[0] for e in expected], 1e-3, 1e-5)
+            torch.testing.assert_close(p[i - end], (sum(e[1] for e in expected) / 3).float())
+        assert bits.min() > 1e-9  # a layer below 1 reaches every sentence
+        same = x[:, begin:end].repeat(2, 1)
+        assert influence(model, x, lookback, log_p, sentence, same)[0].abs().max() < 1e-6
+    # if every layer is at 1, a sentence has influence only in its block, tokens 9 ... 17
+    model.set_locality([1.0] * 3)
+    log_p, foreign = predict(model, x, lookback), torch.randint(256, (2, 9))
+    for end in (14, 18):
+        bits, _ = influence(model, x, lookback, log_p, (9, end), foreign[:, : end - 9])
+        assert (bits[:, : 18 - end] > 1e-4).all() and bits[:, 18 - end :].max() < 1e-9
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A model with an anchor and three heads, and what a page shows of it: (model, excerpt, drawn,
+    dials, data)."""
+    model = small_model(anchor=True, n_head=3, n_embd=48, max_lookback=20)
+    tokens = np.random.default_rng(4).integers(97, 103, 60)
+    tokens[[9, 10, 23, 24, 35, 36, 48, 49]] = list(b". " * 4)
+    tokens[[11, 25, 37, 50]] = list(b"ABCD")
+    excerpt = cut(Text("it", tokens, 0, None, None), 60, BYTES, FACTS)
+    assert len(excerpt.sentences) == 5
+    dials = two_dials(["quintic", "localist"], [0.8, 0.3], {"floor": 1.0}, 3)
+    foreign = np.array(list(b"One. And another, longer. More. And so on and on it goes. " * 5))
+    drawn = draw_foreign(foreign, BYTES, excerpt.sentences[:-1], 3)
+    data = measure(model, excerpt, BYTES, foreign, dials, 3) | FACTS
+    return model, excerpt, drawn, dials, data
+
+
+def test_the_page_shows_the_influence_of_its_sentences(measured):
+    model, excerpt, drawn, dials, data = measured
+    _, arrays = data_of(fill(data))
+    x, lookback = (torch.tensor(a)[None] for a in (excerpt.tokens, excerpt.lookback))
+    names = [label(byte) for byte in BYTES]
+    for dial, (_, _, locality) in enumerate(dials):
+        model.set_locality(locality)
+        at, shown = 0, at_dial(arrays, dial)
+        for (begin, end), texts in zip(excerpt.sentences[:-1], drawn):
+            for i in (end, 59):
+                pairs = [by_definition(model, x, lookback, (begin, end), t, i) for t in texts]
+                bits, p = sum(x for x, _ in pairs) / 3, sum(q for _, q in pairs).numpy() / 3
+                slot = at + i - end
+                assert shown["influence"][slot] == pytest.approx(bits, abs=2e-3)
+                assert shown["new_bits"][slot] == pytest.approx(-np.log2(p.max()), abs=2e-3)
+                assert data["labels"][int(shown["new"][slot])] == names[p.argmax()]
+                likely = shown["likely"].reshape(60, -1)[i].astype(int)
+                ids = [names.index(data["labels"][k]) for k in likely]
+                ids += excerpt.tokens[i + 1 : i + 2].tolist()
+                after = shown["after"].reshape(-1, data["likeliest"] + 1)[slot]
+                np.testing.assert_allclose(after[: len(ids)], -np.log2(p[ids]), atol=2e-3)
+            at += 60 - end
+        assert at == len(shown["influence"])
+
+
+def test_evidence_is_the_odds_of_the_change_point_model_and_the_cap_has_none(monkeypatch):
+    tokens = np.frombuffer(SAMPLE[:9000], np.uint8)
+    background = count_background(tokens, BYTES)
+    chances, chance_later = [], ChangePoints.chance_later
+
+    def recorded(self, *where):
+        chances.append(chance_later(self, *where))
+        return chances[-1]
+
+    monkeypatch.setattr(ChangePoints, "chance_later", recorded)
+    for partition, cap in (("semantic", 65535), ("semantic", 190), ("sentence", 65535)):
+        chances.clear()
+        lookback, moves = view.walk(tokens, Partitioner(BYTES, partition, cap, background))
+        walked = np.array(chances)
+        stream, streamed = Partitioner(BYTES, partition, cap, background), []
+        for token in tokens:
+            stream.push([token])
+            streamed += stream.moves[1:]
+        sure = [move for move in moves if move[2] is not None]
+        assert sure == [move for move in streamed if move[2] is not None]
+        block = 0
+        for (token, start, bits), (until, _, _) in zip(moves, [*moves[1:], (len(tokens), 0, 0)]):
+            assert start > block
+            if bits is not None:
+                assert token - block <= cap  # otherwise the cap has decided
+                likely = 2**bits / (1 + 2**bits)
+                assert likely > 0.6 and min(abs(walked - likely)) < 1e-9
+            block = start
+            inside = np.arange(token, until)
+            assert (inside - lookback[token:until] == np.maximum(start, inside - cap)).all()
+        assert bool(sure) == (partition == "semantic")
+        assert (len(sure) == len(moves)) == (partition == "semantic" and cap == 65535)
+
+
+@pytest.mark.parametrize("partition", ["semantic", "sentence", "window:30", "block:64"])
+def test_an_excerpt_has_the_blocks_that_were_prepared(partition):
+    """Even from the middle of a text of several documents."""
+    vocabulary = [*BYTES, b"<|endoftext|>"]
+    documents = [list(SAMPLE[a:b]) for a, b in ((0, 5000), (9000, 12000), (3000, 8000))]
+    tokens = np.array([*documents[0], 256, *documents[1], 256, *documents[2]])
+    background = count_background(tokens, vocabulary)
+    config = FACTS | {"partition": partition, "max_lookback": 300}
+    lookback = partition_text(tokens, vocabulary, partition, 300, background)
+    _, moves = view.walk(tokens, Partitioner(vocabulary, partition, 300, background))
+    moves = {move[:2]: move[2] for move in moves}
+    for start in (0, 4900, 7000, len(tokens) - 400, *block_starts(lookback)[:20].tolist()):
+        excerpt = cut(Text("it", tokens, start, background, None), 300, vocabulary, config)
+        assert excerpt.tokens.tolist() == tokens[start : start + 300].tolist()
+        expected = np.minimum(lookback[start : start + 300], np.arange(300))
+        assert excerpt.lookback.tolist() == expected.tolist()
+        for token, block, words in excerpt.marks:
+            assert partition == "semantic" and 0 < block <= token < 300
+            assert token - excerpt.lookback[token] == block  # true from here on
+            assert lookback[start + token] != lookback[start + token - 1] + 1  # but not before
+            bits = moves[start + token, start + block]
+            sure = "> 40 bits" if bits and bits > 39.9 else f"{bits or 0:.1f} bits"
+            assert words == ("cap" if bits is None else sure)
+    # a joined text no longer says where a document ends: the prepared lookback counts
+    prepared = (np.arange(len(tokens)) % 77).astype(np.uint16)
+    text = Text("it", tokens, 4900, background, None, prepared)
+    excerpt = cut(text, 300, vocabulary, config)
+    assert excerpt.lookback.tolist() == np.minimum(prepared[4900:5200], np.arange(300)).tolist()
+
+
+def test_the_liveliest_place_shows_the_most_blocks():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        n, T = rng.integers(2, 300), int(rng.integers(2, 100))
+        block = np.maximum.accumulate(np.where(rng.random(n) < 0.05, np.arange(n) - 3, 0)).clip(0)
+        lookback = (np.arange(n) - block).astype(np.uint16)
+        moves = list(zip(*block_moves(lookback)))
+        fits = [0, *(start for _, start in moves if start <= n - T)]
+        seen = [sum(at < start and token < at + T for token, start in moves) for at in fits]
+        assert liveliest(lookback, T) == fits[seen.index(max(seen))]
+
+
+def test_foreign_texts_begin_with_a_sentence_and_are_not_the_same_twice():
+    foreign = np.array(list(b"One thing. Two things. Three things. Four things. Five things."))
+    starts = [bytes(foreign[i:].tolist()) for i in view.sentence_starts(foreign, BYTES)]
+    assert len(starts) == 5
+    for texts, length in zip(draw_foreign(foreign, BYTES, [(0, 7), (7, 20)], 3), (7, 13)):
+        drawn = [bytes(text.tolist()) for text in texts]
+        assert texts.shape == (3, length) and len(set(drawn)) == 3
+        assert all(any(start.startswith(text) for start in starts) for text in drawn)
+    longer = draw_foreign(foreign, BYTES, [(0, 200)], 7)[0]  # than the whole text: it repeats
+    assert longer.shape == (7, 200)
+
+
+def test_words_are_found_at_the_token_where_they_begin():
+    rng = random.Random(3)
+    vocabulary = [b"a", b"b", b" ", b"\n", b" a", b"ab ", b"\r\n", b"\t"]
+    for _ in range(200):
+        ids = np.array([rng.randrange(len(vocabulary)) for _ in range(40)])
+        tokens, text = [vocabulary[i] for i in ids], Text("it", ids, 0, None, None)
+        match = re.search(r"a\s+b", b"".join(tokens).decode())
+        if match:
+            ends = np.cumsum([len(token) for token in tokens])
+            at = find_words(text, vocabulary, " a \n b ")
+            assert at == next(i for i, end in enumerate(ends) if end > match.start())
+        else:
+            with pytest.raises(InputError, match="does not contain"):
+                find_words(text, vocabulary, "a b")
+
+
+def test_two_dials():
+    config = {"schedule": "quintic", "floor": 0.5}
+
+    def shown(names=None, floors=None, config=config):
+        return [dial[:2] for dial in two_dials(names, floors, config, 3)]
+
+    assert shown() == [("quintic", 0.5), ("distributed", 0.5)]
+    assert shown(["linear"], [0.8]) == [("linear", 0.8), ("distributed", 0.8)]
+    assert shown(["linear", "cubic"]) == [("linear", 0.5), ("cubic", 0.5)]
+    assert shown(["linear", "cubic"], [1.0, 0.2]) == [("linear", 1.0), ("cubic", 0.2)]
+    weights = {"schedule": "distributed", "floor": 1.0}
+    assert shown(config=weights) == [("distributed", 1.0), ("quintic", 1.0)]
+    assert two_dials(None, None, config, 3)[0][2] == schedule("quintic", 3, 0.5)
+    assert shown(None, [1.0, 0.2]) == [("quintic", 1.0), ("quintic", 0.2)]
+    with pytest.raises(InputError, match="two dials"):
+        shown(["linear"] * 3)
+
+
+def test_sentences_cover_the_excerpt_and_are_not_too_short():
+    rng = random.Random(5)
+    for _ in range(300):
+        T = rng.randrange(2, 700)
+        starts = [0, *sorted(rng.sample(range(1, T), rng.randrange(0, min(T, 300))))]
+        joined = join_short(starts, T)
+        assert [begin for begin, _ in joined] == [0, *(end for _, end in joined[:-1])]
+        assert joined[-1][1] == T and {begin for begin, _ in joined} <= set(starts)
+        assert all(end - begin >= max(T / 32, 2) for begin, end in joined[:-1])
+        assert len(joined) <= 33 and (len(joined) > 1 or starts[-1] < T / 32 + 2)
+
+
+@pytest.mark.parametrize("layers, heads, most", [(8, 6, 3e6), (12, 12, 8e6)])
+def test_the_size_of_a_page(layers, heads, most, monkeypatch):
+    """With random weights, whose attention compresses worst, and as many sentences as possible."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, 512, layers, heads, 4 * heads, max_lookback=256)).eval()
+    with torch.no_grad():
+        for layer in model.h:
+            layer.attn.c_attn.weight.mul_(4)
+    tokens, foreign = np.random.default_rng(0).integers(97, 123, (2, 512))
+    lookback = np.minimum(np.arange(512), np.arange(512) % 100)
+    excerpt = Excerpt("", tokens, lookback, [], join_short(range(0, 512, 16), 512))
+    dials = two_dials(None, None, {"schedule": "quintic", "floor": 1.0}, layers)
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(model, idx, lookback, log_p, sentence, foreign):  # as many, without the passes
+        p = torch.randn(512 - sentence[1], 256, generator=generator).softmax(-1)
+        return torch.rand(1, 512 - sentence[1], generator=generator), p
+
+    monkeypatch.setattr(view, "influence", numbers)
+    data = measure(model, excerpt, BYTES, foreign, dials, 1)
+    assert data["keys"] >= 16 and 1e6 < len(fill(data | FACTS)) < most
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+@pytest.fixture(scope="module")
+def hostile(place, tmp_path_factory):
+    """A page of the hostile text, whose file has a hostile name: 192 tokens of bytes."""
+    folder = tmp_path_factory.mktemp("hostile")
+    text, out = folder / "<img src=x>.txt", folder / "page.html"
+    text.write_text(HOSTILE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert script_here("view.py", "runs/tiny", "--text", text, "--out", out) == 0
+    return out
+
+
+def test_a_hostile_text_is_data_and_nothing_else(hostile):
+    html, empty = hostile.read_text(encoding="utf-8"), fill({})
+    data, _ = data_of(html)
+    assert data["shown"].startswith("<img src=x>.txt, tokens 0 ")
+    assert html.count("<script") == empty.count("<script") == 2
+    assert html.count("</script") == 2 and "<img" not in html and "onerror" not in empty
+    shown = "".join(data["text"])
+    assert shown.startswith("</script><img src=x onerror=") and "\\u202ereversed" in shown
+    policy = re.search(r'Content-Security-Policy"\s+content="([^"]*)"', html)[1]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+
+
+def test_the_examples_work(run, tmp_path):
+    lines = re.findall(r"^ +python (view.py runs/quickstart.*)", view.__doc__, re.M)
+    assert len(lines) == 4
+    for line in lines:
+        script, *words = shlex.split(line.replace("quickstart", "tiny"), comments=True)
+        assert run(script, *words, "--out", tmp_path / "page.html")[0] == 0, line
+
+
+def test_which_text_is_shown_and_which_is_foreign(make_page, tmp_path):
+    words = "--split", "train", "--from", "Colin  Cherry", "--tokens", 50
+    data, _ = make_page("runs/tiny", *words)
+    assert "".join(data["text"]).startswith("Colin Cherry") and len(data["text"]) == 50
+    assert data["shown"].startswith("train split, tokens ")
+    # in the middle of a text, the blocks are those of the text
+    _, config, trained_on = load("runs/tiny")
+    text = prepare(TextConfig.of(config), trained_on)
+    _, lookback = text.split("train")
+    at = int(re.search(r"\d[\d,]*", data["shown"])[0].replace(",", ""))
+    assert data["lookback"] == np.minimum(lookback[at : at + 50], np.arange(50)).tolist()
+    data, _ = make_page("runs/tiny", "--prompt", "Two words.")
+    assert data["shown"] == "a prompt, all 10 tokens" and "".join(data["text"]) == "Two words."
+    (tmp_path / "long.txt").write_text("one line, no end, " * 600)
+    data, _ = make_page("runs/tiny", "--text", tmp_path / "long.txt")
+    assert data["shown"] == "long.txt, tokens 0 … 191 of 10,800"
+    # the foreign text: another split, and for weights the sample text
+    for split, other in (("train", "test"), ("val", "test"), ("test", "val")):
+        assert own_text(text, split, 50).foreign.tolist() == text.split(other)[0].tolist()
+    given = given_text(config, trained_on, None, "x y")
+    assert given.foreign.tolist() == text.split("test")[0].tolist()
+    weights = given_text({"tokenizer": "bytes", "source": None}, {}, None, "x y")
+    assert bytes(weights.foreign.tolist()) == SAMPLE
+
+
+def test_the_page_is_written_to_the_run_and_named_last(place, run):
+    for _ in range(2):  # a page is replaced
+        status, printed, _ = run("view.py", "runs/tiny", "--tokens", 30)
+        shown, last = printed.splitlines()
+        assert status == 0 and shown.startswith("test split, tokens ")
+        assert re.fullmatch(r"page: runs/tiny/page.html \(\d.\d MB\), for any browser", last)
+    page = place / "runs" / "tiny" / "page.html"
+    data, _ = data_of(page.read_text())
+    assert data["command"] == "python view.py runs/tiny --tokens 30" and data["commit"]
+    page.unlink()
+
+
+def test_weights_need_a_text_and_plain_code_shows_the_same(run, make_page, tmp_path):
+    small_model().save_pretrained(tmp_path / "weights")
+    words = tmp_path / "weights", "--prompt", "The mind is. It was. So be it."
+    data, arrays = make_page(*words)
+    assert [dial["schedule"] for dial in data["dials"]] == ["distributed", "quintic"]
+    assert data["seed"] is None and data["partition"] == "semantic"
+    plain, same = make_page(*words, "--plain")
+    assert plain["lookback"] == data["lookback"] and same.keys() == arrays.keys()
+    for name in ("fidelity0", "entropy1", "bits1", "influence1"):
+        np.testing.assert_allclose(same[name], arrays[name], atol=2e-3)
+    status, _, error = run("view.py", tmp_path / "weights")
+    assert status == 2 and error.startswith("error: ") and "--text" in error
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("runs/tiny --from 'no such words'", "does not contain the words"),
+        ("runs/tiny --from ' '", "does not contain the words"),
+        ("runs/tiny --prompt a", "at least 2 tokens, but there are 1"),
+        ("runs/tiny --prompt ''", "at least 2 tokens, but there are 0"),
+        ("runs/tiny --text nothing.txt", "nothing.txt: cannot be read"),
+        ("runs/tiny --text runs/tiny/best.pt", "best.pt"),
+        ("runs/tiny --text data/sample.txt --prompt x", "not both"),
+        ("runs/tiny --prompt 'some words' --split val", "--split"),
+        ("runs/tiny --tokens 193", "at most 192 tokens"),
+        ("runs/tiny --tokens 1", "--tokens must be"),
+        ("runs/tiny --draws 0", "--draws must be"),
+        ("runs/tiny --schedule qintic", "quintic"),
+        ("runs/tiny --floor 2", "floor must be"),
+        ("runs/tiny --schedule linear --schedule linear --schedule linear", "two dials"),
+        ("runs/tiny --out no/such/folder.html", "cannot be written"),
+        ("runs/tiny --out runs/tiny/best.pt", "must end in .html"),
+        ("runs/tiny --device abacus", "abacus"),
+        ("runs/none", "runs/none"),
+        ("data", "data"),
+        ("configs/tiny.toml", "configs/tiny.toml"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(place, run, words, message):
+    status, printed, error = run("view.py", *shlex.split(words))
+    assert status == 2 and message in error and not printed
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (place / "runs" / "tiny" / "page.html").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"
+    path = next(filter(None, map(shutil.which, names)), None)
+    if not path:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(path, width, link): a tab with a page from disk that requests nothing and has no
+    errors."""
+    contexts, faults = [], []
+
+    def open_page(path, width=1280, link="", **options):
+        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: faults.append(message.text))
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        tab.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+        tab.on("request", lambda r: r.url.startswith(path.as_uri()) or faults.append(r.url))
+        tab.goto(path.as_uri() + link)
+        tab.wait_for_selector("body[data-ready]", timeout=20000)
+        return tab
+
+    yield open_page
+    for context in contexts:
+        words = context.pages[0].locator("body").inner_text()
+        faults += re.findall(r".*undefined.*|.*NaN.*|.*\[object.*", words)
+        context.close()
+    assert not faults
+
+
+@pytest.fixture
+def open_data(open_page, tmp_path):
+    """open_data(data, width): a tab with the page that shows these data."""
+
+    def open_data(data, *options):
+        path = tmp_path / "page.html"
+        path.write_text(fill(data), encoding="utf-8")
+        return open_page(path, *options)
+
+    return open_data
+
+
+def visible(tab, selector=""):
+    """The elements that a selector finds in the views that are not hidden."""
+    return tab.locator(f".view:not([hidden]) {selector}")
+
+
+def test_a_browser_shows_the_text_and_runs_nothing_of_it(hostile, open_page):
+    data, _ = data_of(hostile.read_text())
+    tab = open_page(hostile)
+    assert visible(tab, ".text span").all_text_contents() == data["text"]
+    assert tab.evaluate("document.images.length + document.querySelectorAll('.text b').length") == 0
+    assert tab.title() == "A text, read by runs/tiny"
+
+
+def test_no_script_runs_but_the_page_s_own(hostile, browser):
+    """Even if a text became part of the page, which it does not."""
+    tab = browser.new_page()
+    tab.goto(hostile.as_uri())
+    tab.evaluate("""() => {
+        const script = document.createElement("script");
+        script.textContent = "window.hit = 1";
+        document.body.append(script);
+        document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.hit = 2'>");
+        document.body.insertAdjacentHTML("beforeend", "<p id=p style='color: red'>p</p>");
+    }""")
+    tab.wait_for_timeout(100)
+    assert tab.evaluate("window.hit") is None
+    assert tab.evaluate("getComputedStyle($('p')).color") != "rgb(255, 0, 0)"
+    tab.close()
+
+
+def test_clicks_and_keys_move_and_a_link_comes_back(hostile, open_page):
+    data, arrays = data_of(hostile.read_text())
+    T, L, H = len(data["text"]), data["layers"], data["heads"]
+    tab = open_page(hostile)
+    visible(tab, ".text span").nth(150).click()
+    assert tab.evaluate("state.t") == 150 and "t=150" in tab.url
+    for key, t in (("ArrowLeft", 149), ("ArrowRight", 150), ("End", T - 1), ("Home", 0)):
+        tab.keyboard.press(key)
+        assert tab.evaluate("state.t") == t
+    tab.keyboard.press("ArrowDown")
+    assert tab.evaluate("state.t") > 10
+    tab.keyboard.press("ArrowUp")
+    assert tab.evaluate("state.t") == 0
+    # the page says what the arrays hold
+    visible(tab, ".text span").nth(180).click()
+    tab.select_option("#layer", index=0)
+    tab.select_option("#head", index=1)
+    share = arrays["fidelity0"].reshape(L, H, T)[0, 1, 180]
+    title = visible(tab, ".cell.on").get_attribute("title")
+    assert title == f"layer 1, head 2: {share:.3f} in the block, floor 0.000"
+    # a sentence
+    likely = visible(tab, ".likely")
+    before = likely.text_content()
+    visible(tab, ".owed button").first.click()
+    assert likely.text_content().count("→") >= 10 > before.count("→")
+    link = tab.url
+    tab.keyboard.press("Escape")
+    assert likely.text_content() == before
+    # side by side, and the link
+    tab.locator("#dials input").nth(2).check()
+    assert visible(tab).count() == 2
+    other = open_page(hostile, link="#" + link.partition("#")[2])
+    assert other.evaluate("[state.t, state.layer, state.head, state.dial]") == [180, 0, 1, 0]
+    assert other.evaluate("state.sentence") >= 0
+    other.evaluate("location.hash = '#t=7'")
+    other.wait_for_function("state.t === 7")
+    odd = open_page(hostile, link="#t=99999&d=x&l=-1&h=%00&s=1e9")
+    assert odd.evaluate("state.layer") == L - 1 and 0 <= chosen(odd) < T
+
+
+def test_what_a_browser_reads_is_what_was_measured(measured, open_data):
+    """Every number that the page can show, of every token, layer, head, sentence and dial."""
+    _, excerpt, _, dials, data = measured
+    tab, (_, arrays) = open_data(data), data_of(fill(data))
+    T, L, H, K, N = 60, 3, 3, data["keys"], data["likeliest"]
+    ends = [end for _, end in excerpt.sentences[:-1]]
+    first = np.cumsum([0, *(T - end for end in ends)]).tolist()  # values before each sentence's
+    depends = {t: max(x for _, x in tab.evaluate(f"influences(0, {t})")) for t in range(29, 59)}
+    assert depends[tab.evaluate("state.t")] == max(
+        depends.values()
+    )  # the page opens at a telling token
+    for dial, (schedule_name, floor, locality) in enumerate(dials):
+        tab.locator("#dials input").nth(dial).check()
+        assert visible(tab, "h2").text_content() == f"{schedule_name}, floor {floor}"
+        floors = [x.split(" ≥ ")[1] for x in visible(tab, "td.mean").all_text_contents()]
+        assert floors == [f"{x:.3f}" for x in locality]
+        stored = at_dial(arrays, dial)
+        for name in ("fidelity", "entropy"):
+            shaped = stored[name].reshape(L, H, T)
+            shaped = np.concatenate((shaped, shaped.mean(1, keepdims=True)), 1)
+            every = f"[...Array({L * (H + 1) * T}).keys()].map(i => measure('{name}', {dial}, "
+            every += f"Math.floor(i / {(H + 1) * T}), Math.floor(i / {T}) % {H + 1}, i % {T}))"
+            np.testing.assert_allclose(tab.evaluate(every), shaped.flatten())
+        keys, roots = (stored[name].reshape(L, H + 1, T, K) for name in ("keys", "roots"))
+        for layer, head, t in ((0, 0, 0), (1, 2, 30), (2, 3, 59)):
+            pairs = tab.evaluate(f"strongest({dial}, {layer}, {head}, {t})")
+            expected = zip(keys[layer, head, t], roots[layer, head, t] ** 2)
+            np.testing.assert_allclose(pairs, [pair for pair in expected if pair[1]])
+        for t in range(T):
+            slots = [(s, first[s] + t - end) for s, end in enumerate(ends) if end <= t]
+            pairs = tab.evaluate(f"influences({dial}, {t})")
+            assert pairs == [[s, stored["influence"][at]] for s, at in slots]
+            for s, at in [(-1, None), *slots][-2:]:
+                rows = tab.evaluate(f"nextTokens({dial}, {t}, {s})")
+                ids = stored["likely"][t * N : (t + 1) * N].astype(int).tolist()
+                assert [row["id"] for row in rows[:N]] == ids
+                actual = [row["id"] for row in rows if row["isActual"]]
+                assert actual == data["tokens"][t + 1 : t + 2]
+                p = 2 ** -stored["bits"].reshape(T, N + 1)[t]
+                assert [row["p"] for row in rows[:N]] == pytest.approx(p[:N].tolist())
+                after = [row["after"] for row in rows]
+                if at is None:
+                    assert set(after) == {None}
+                else:
+                    expected = 2 ** -stored["after"].reshape(-1, N + 1)[at]
+                    assert after[:N] == pytest.approx(expected[:N].tolist())
+                    assert stored["new"][at] in [row["id"] for row in rows]
+        assert tab.evaluate(f"[...numbers.rank{dial}]") == stored["rank"].tolist()
+        assert not tab.evaluate(f"[...Array({T}).keys()].some(t => reach({dial}, t))")  # an anchor
+    # what the words say
+    tab.evaluate("pick({ t: 55, dial: 0, sentence: -1 })")
+    panel = visible(tab, ".panel").text_content()
+    assert "token 55 of this page. Its block: " in panel and "and the first token" in panel
+    assert f"rank {arrays['rank0'][55]:.0f}" in panel
+    start = 55 - excerpt.lookback[55]
+    ranked = sorted(tab.evaluate("influences(0, 55)"), key=lambda pair: -pair[1])
+    shown = visible(tab, ".owed button > :nth-child(2)").all_text_contents()
+    assert shown == [f"{x:.{2 if x < 9.995 else 1}f} bits" for _, x in ranked]
+    for (s, _), words in zip(ranked, visible(tab, ".owed .words").all_text_contents()):
+        begin, end = excerpt.sentences[s]
+        where = "outside" if end <= start else "partly in" if begin < start else "in"
+        assert words.startswith(f"{where} the block: ")
+    names = [name.split() for name in tab.evaluate("views[0].tokens.map(node => node.className)")]
+    for i, name in enumerate(names):
+        assert ("mine" in name) == (start <= i <= 55 or i == 0)
+        assert ("later" in name) == (i > 55)
+    bars = [i for i, name in enumerate(names) if "start" in name]
+    assert bars == block_starts(excerpt.lookback)[1:].tolist()
+
+
+def test_the_page_tells_the_reach(open_data):
+    """The first token that can change a prediction, if every layer is at 1."""
+    model, tokens = small_model(max_lookback=300), np.frombuffer(SAMPLE, np.uint8).astype(int)
+    background = count_background(tokens, BYTES)
+    dials = two_dials(["localist", "quintic"], [1.0], {"floor": 1.0}, 3)
+    for partition, window in (("semantic:closed", False), ("semantic", False), ("window:9", True)):
+        config = FACTS | {"partition": partition, "max_lookback": 300}
+        excerpt = cut(Text("it", tokens, 4000, background, None), 60, BYTES, config)
+        lookback = np.arange(60) - np.maximum.accumulate(np.array([0, 7, 19, 33, 50]).repeat(12))
+        excerpt = excerpt if window else excerpt._replace(lookback=lookback, marks=[])
+        tab = open_data(measure(model, excerpt, BYTES, tokens, dials, 1) | config)
+        first = tab.evaluate("[...Array(60).keys()].map(t => reach(0, t))")
+        assert first == reach(excerpt.lookback, [1.0] * 3).tolist() and max(first) > 30
+        tab.evaluate("pick({ t: 55, dial: 0 })")
+        panel = visible(tab, ".panel")
+        certified = f"nothing before token {first[55]}, {55 - first[55]} tokens back, can change it"
+        assert certified in panel.text_content()
+        tab.evaluate("pick({ t: 55, dial: 1 })")
+        assert "the whole text before it can change it" in panel.text_content()
+        kind = tab.locator("#kind").text_content()
+        assert ("was noticed" in kind) == (partition == "semantic:closed")
+
+
+def test_the_marks_name_the_blocks_where_they_were_noticed(make_page, open_data):
+    data, _ = make_page("runs/tiny")
+    tab = open_data(data)
+    marks = tab.evaluate("""[...views[0].text.querySelectorAll(".mark")].map(mark => {
+        let next = mark;
+        while (!next.dataset.t) next = next.nextElementSibling;
+        return [+next.dataset.t, mark.textContent] })""")
+    starts = [0, *block_starts(np.array(data["lookback"]))[1:].tolist()]
+    expected = [[start, str(n)] for n, start in enumerate(starts, 1)]
+    expected += [[t, f"{starts.index(start) + 1}: {words}"] for t, start, words in data["marks"]]
+    assert sorted(marks) == sorted(expected) and len(data["marks"]) > 1
+
+
+def test_a_long_page_begins_with_its_token_in_sight_and_does_not_jump(measured, open_data):
+    """On a phone too, where the text has its own box. Only another token may scroll the page."""
+    data = {**measured[-1], "text": [piece + "\n\n" for piece in measured[-1]["text"]]}
+    for width in (390, 1280):
+        tab = open_data(data, width)
+        assert tab.evaluate("scrollY") == 0
+        tab.evaluate("$('legend').open = false")
+        assert tab.evaluate("""() => { const box = views[0].text.getBoundingClientRect();
+            const at = views[0].tokens[state.t].getBoundingClientRect();
+            const end = innerWidth < 400 ? box.bottom : innerHeight;  // of what scrolls
+            return at.top >= box.top && at.bottom <= end }""")
+        # the line about the hovered token is up to date and keeps its height
+        tab.evaluate("pick({ t: 10 })")
+        visible(tab, ".text span").nth(12).hover()
+        line = tab.locator("#over")
+        assert line.text_content().endswith("not read yet")
+        height = line.bounding_box()["height"]
+        tab.keyboard.press("ArrowRight")
+        assert line.text_content().startswith("token 11: ")
+        tab.evaluate("(hovered = { dial: 0, t: 12 }, describe(), pick({ t: 13 }), 0)")
+        assert "not read yet" not in line.text_content()
+        assert line.bounding_box()["height"] == height
+    visible(tab, ".text").focus()
+    tab.keyboard.press("End")
+    assert tab.evaluate("scrollY") > 100 and tab.evaluate("state.t") == 59
+    tab.evaluate("scrollTo(0, 60)")
+    visible(tab, ".cell").first.click()
+    tab.keyboard.press("Escape")
+    button = visible(tab, ".owed button").nth(1)
+    button.evaluate("button => button.focus({ preventScroll: true })")
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("scrollY") == 60 and tab.evaluate("state.sentence") >= 0
+    tab.keyboard.press("Enter")  # the focus is still there
+    assert tab.evaluate("state.sentence") == -1
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_is_wider_than_the_screen(hostile, open_page, make_page, tmp_path, width):
+    """Not even 10,000 letters on one line. A tap selects a token, as a click does."""
+    (tmp_path / "long.txt").write_text("x" * 10_000)
+    make_page("runs/tiny", "--text", tmp_path / "long.txt")
+    for path in (hostile, tmp_path / "page.html"):
+        tab = open_page(path, width, has_touch=True)
+        visible(tab, ".text span").nth(20).tap()
+        assert tab.evaluate("state.t") == 20
+        for dial in range(3):
+            tab.locator("#dials input").nth(dial).check()
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_it_prints_without_its_tools(hostile, open_page):
+    tab = open_page(hostile)
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert not tab.locator("#tools").is_visible() and visible(tab, ".panel").is_visible()
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(252, 251, 248)"
