@@ -349,8 +349,9 @@ def add_model_arguments(parser, action="store"):
     """What eval.py, sample.py and view.py share. action: of --schedule and --floor."""
     add = parser.add_argument
     add("run", help="a run of train.py; or weights: gpt2, gpt2-medium ... or a path")
-    add("--schedule", action=action, help="another schedule than that of the run")
-    add("--floor", type=float, action=action, help="another floor, above 0 and at most 1")
+    twice = "; give it twice to compare two" if action == "append" else ""
+    add("--schedule", action=action, help=f"another schedule than that of the run{twice}")
+    add("--floor", type=float, action=action, help=f"another floor, above 0 and at most 1{twice}")
     add("--plain", action="store_true", help="run the code of the lesson, without fast/")
     add("--device", default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, mps")
 

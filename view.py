@@ -117,9 +117,7 @@ def cut(text, T, vocabulary, config):
     start, n = text.start, len(text.tokens)
     end = min(start + T, n)
     if end - start < 2:
-        raise InputError(
-            f"{text.name}: a page needs at least 2 tokens, but there are {end - start}"
-        )
+        raise InputError(f"{text.name}: a page needs at least 2 tokens, not {end - start}")
     partition, cap = config["partition"], config["max_lookback"]
     partitioner = Partitioner(vocabulary, partition, cap, text.background, config["plain"])
     lookback, moves = walk(text.tokens[:end], partitioner)
@@ -392,7 +390,9 @@ def check_arguments(args):
     if args.text and args.prompt is not None:
         raise InputError("give --text or --prompt, not both")
     if other and args.split:
-        raise InputError("--split selects a part of the run's text; do not combine it with another")
+        raise InputError(
+            "--split selects a part of the run's text; it does not apply to --text or --prompt"
+        )
     if not other and not run:
         raise InputError(
             f"{args.run}: there is no checkpoint of a run here; to look at other weights, give a "

@@ -134,9 +134,9 @@ def stale_because(folder, recipe):
     except (InputError, OSError) as e:
         return str(e)
     titles = {"source_sha256": "text", "code_sha256": "version of the code that finds blocks"}
-    for name, value in recipe.items():
-        if meta.get(name) != value:
-            return f"it was prepared with another {titles.get(name, name)}"
+    changed = [titles.get(key, key) for key, value in recipe.items() if meta.get(key) != value]
+    if changed:
+        return f"it was prepared with another {', '.join(changed)}"
     return "" if complete else "a file has another length"
 
 
@@ -182,14 +182,15 @@ def check_identity(prepared, trained_on):
         raise changed(prepared.meta["source"])  # its text is missing, and another is prepared
     before, now = trained_on["files"], prepared.meta["files"]
     names = [name for name in now if before.get(name) != now[name]]
-    if all("lookback" in name for name in names):
-        what = "blocks: the partitioner"
-    else:
-        what = "tokens: the tokenizer"
+    if any("lookback" not in name for name in names):
+        raise InputError(
+            f"{prepared.folder} has other tokens ({', '.join(names)}): the tokenizer has changed "
+            "since this run was trained; use the version of the code that trained it"
+        )
     if names:
         raise InputError(
-            f"{prepared.folder} has other {what} has changed since this run was trained; use the "
-            f"version of the code that trained it ({', '.join(names)})"
+            f"{prepared.folder} has other blocks ({', '.join(names)}): the partitioner has changed "
+            "since this run was trained; use the version of the code that trained it"
         )
 
 

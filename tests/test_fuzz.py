@@ -87,6 +87,7 @@ def same(a, b):
 
 def mutated_text(text, rng):
     """The text with one to three small changes."""
+    another_value = lambda _: json.dumps(rng.choice(VALUES))
     for _ in range(rng.choice([1, 1, 2, 3])):
         at, lines = rng.randrange(len(text) + 1), text.split("\n")
         line, kind = rng.randrange(len(lines)), rng.randrange(6)
@@ -100,8 +101,7 @@ def mutated_text(text, rng):
             if kind == 3:
                 lines.insert(rng.randrange(len(lines)), lines[line])
             elif kind == 4:
-                value = json.dumps(rng.choice(VALUES))
-                lines[line] = re.sub(r"(?<=[=:] )[^,]+", lambda _: value, lines[line])  # noqa: B023
+                lines[line] = re.sub(r"(?<=[=:] )[^,]+", another_value, lines[line])
             else:
                 lines[line] = "".join(rng.sample(lines[line], len(lines[line])))
             text = "\n".join(lines)

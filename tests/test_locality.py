@@ -322,8 +322,8 @@ def test_reach_is_what_the_layers_hand_on(seed):
         "“Come here,” she said. |“Why?” he asked. |He came.",
         "'Tis late. |'Tis very late. |(So it is.) |[Indeed.] |_Quite._ |Good",
         "It cost 3.50 at example.com today. |He said so . '' |`` No , '' she said . |Fine",
-        "A paragraph that was wrapped\nin the middle of a sentence\nby hand. |Another one,\nwith Mr."
-        "\nSmith in it.",
+        "A paragraph that was wrapped\nin the middle of a sentence\nby hand. |Another one,\n"
+        "with Mr.\nSmith in it.",
         "Мы пришли домой. |Он ушёл. |А. С. Пушкин писал т. е. сочинял. |Конец",
         "Ἦλθεν ὁ ἄνθρωπος. |Καλημέρα. |Τέλος",
         "यह एक वाक्य है। |यह दूसरा है। |अंत",

@@ -21,11 +21,14 @@ import torch
 
 import prepare_data
 from conftest import ROOT, TINY, flags, prepared_folder
-from eval import load_run
+from eval import load
 from forks import children, started
 from model import GPT
-from prepare_data import read_meta
+from prepare_data import TextConfig, prepare
+from support import prepared
+from support.ddp import Process
 from support.files import InputError
+from support.prepared import read_meta
 from train import Config, random_batch, read_config
 
 
@@ -205,8 +208,8 @@ def test_a_signal_ends_a_run_cleanly_and_it_can_be_resumed(place, run, number):
     status, printed, _ = run("train.py", folder, "--resume", "--max_steps", step + 4)
     assert status == 0 and f"from step {step}" in printed
     assert json.loads((folder / "results.json").read_text())["steps"] == step + 4
-    status, _, error = run("train.py", folder, "--resume", "--fidelity", 0.5)
-    assert status == 2 and "fidelity was 1.0, is 0.5" in error
+    status, _, error = run("train.py", folder, "--resume", "--floor", 0.5)
+    assert status == 2 and "floor was 1.0, is 0.5" in error
     assert run("train.py", "runs/none", "--resume")[0] == 2
 
 
@@ -249,7 +252,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(
     assert (status, error) == (130, "") if harm == "stopped" else status == 2 and one_line(error)
     assert "config.toml" in os.listdir(folder) and "last.pt" not in os.listdir(folder)
     status, _, error = run("train.py", folder, "--resume")
-    assert status == 2 and "no last.pt to go on from; start the run anew" in error
+    assert status == 2 and "no last.pt to resume from; start the run again" in error
     assert run("train.py", TINY, *few, "--out", folder)[0] == 0
     status, _, error = run("train.py", TINY, *few, "--out", folder)
     assert status == 2 and "holds a run" in error and one_line(error)
@@ -257,31 +260,31 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(
 
 def test_a_run_that_began_meanwhile_is_not_replaced(place, run, train, monkeypatch):
     """A run checks its folder before it prepares its data, and again when it has the lock."""
-    out, prepared = place / "runs" / "meanwhile", prepare_data.prepared
+    out = place / "runs" / "meanwhile"
 
     def other_run(*args, **options):
         monkeypatch.undo()
         monkeypatch.chdir(place)
         shutil.copytree(place / "runs" / "tiny", out)
-        return prepared(*args, **options)
+        return prepare(*args, **options)
 
-    monkeypatch.setattr(prepare_data, "prepared", other_run)
+    monkeypatch.setattr(prepare_data, "prepare", other_run)
     status, _, error = run("train.py", TINY, "--out", out)
     assert status == 2 and one_line(error) and "holds a run" in error, error
     assert_same_run(place / "runs" / "tiny", out)
 
 
 def test_a_run_never_reads_what_another_prepared_in_the_same_folder(place, run, monkeypatch):
-    other = flags(tokenizer="bytes", partition="block:32", out="data/both")
-    prepared = prepare_data.prepared
+    other = {"tokenizer": "bytes", "partition": "block:32", "data": "data/both"}
+    fill = prepared.fill
 
-    def prepared_twice(*args):
-        folder = prepared(*args)
-        prepare_data.prepare("data/sample.txt", "data/both", "bytes", "block:32", 128)
-        return folder
+    def fill_twice(folder, recipe, reason, build):
+        fill(folder, recipe, reason, build)
+        monkeypatch.setattr(prepared, "fill", fill)
+        prepare(TextConfig(**other))
 
-    assert run("prepare_data.py", "data/sample.txt", *other)[0] == 0
-    monkeypatch.setattr(prepare_data, "prepared", prepared_twice)
+    assert run("prepare_data.py", "data/sample.txt", *flags(**other))[0] == 0
+    monkeypatch.setattr(prepared, "fill", fill_twice)
     status, _, error = run("train.py", TINY, *flags(data="data/both", out="runs/both-data"))
     assert status == 2 and one_line(error), error
     assert "data/both has just been prepared with partition = 'block:32'" in error
@@ -291,7 +294,7 @@ def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made_or_without_its_me
     folder = train("few", max_steps=2)
     config = (folder / "config.toml").read_text()
     status, _, error = run("train.py", folder, "--resume", "--max_steps", 1)
-    assert status == 2 and one_line(error) and "has made 2 steps already; max_steps (1)" in error
+    assert status == 2 and one_line(error) and "has already run 2 steps; max_steps (1)" in error
     assert (folder / "config.toml").read_text() == config
     status, printed, _ = run("train.py", folder, "--resume")
     assert status == 0 and "from step 2 of 2" in printed
@@ -354,17 +357,17 @@ def test_a_run_for_which_memory_is_too_small_says_what_to_change(error, place, r
     status, _, told = run(
         "train.py", TINY, *few, *"--batch_size 6 --grad_accum 2 --overwrite".split()
     )
-    change = "start anew with --batch_size 3 --grad_accum 4 --overwrite"
+    change = "start over with --batch_size 3 --grad_accum 4 --overwrite"
     assert status == 2 and one_line(told) and "memory at step 1, with 6 contexts of 64" in told
     assert change in told and "1/2 of the memory" in told and "--resume" not in told
     allowed += 8 * [None]
     status, _, told = run("train.py", TINY, *few, *change.split()[3:])
-    assert status == 2 and "at step 3" in told and "go on from step 2 with --resume" in told
+    assert status == 2 and "at step 3" in told and "continue from step 2 with --resume" in told
     assert "--batch_size 1 --grad_accum 12 --overwrite" in told  # 3 has no smaller factor
     allowed += 4 * [None]
     assert run("train.py", "runs/greedy", "--resume")[0] == 0
     status, _, told = run("train.py", TINY, *few, "--batch_size", 1, "--overwrite")
-    assert status == 2 and one_line(told) and "start anew with --block_size 32 --overwrite" in told
+    assert status == 2 and one_line(told) and "start over with --block_size 32 --overwrite" in told
 
 
 def test_if_memory_is_too_small_for_the_last_score_a_run_says_how_to_repeat_it(run, monkeypatch):
@@ -398,7 +401,7 @@ def test_ctrl_c_at_the_end_of_a_run_says_how_to_continue(place, run, train, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("eval.table", stop)
+        patch.setattr("report.tables.measures_table", stop)
         status, _, error = run("train.py", TINY, *flags(max_steps=2, out="runs/end"))
     assert status == 130 and error.startswith("stopped at step 2; ")
     assert run("train.py", "runs/end", "--resume")[0] == 0
@@ -464,10 +467,14 @@ def test_two_processes_train_like_one_and_if_one_dies_the_run_ends_and_can_be_re
 
 
 def test_processes_share_a_batch_without_overlap():
-    tokens, config, cpu = np.arange(5000, dtype=np.uint16), Config(batch_size=6), "cpu"
-    arguments = tokens, tokens, 20, config, 7, torch.device(cpu)
-    whole = random_batch(*arguments)
-    shares = [random_batch(*arguments, rank, 3) for rank in range(3)]
+    tokens, config, cpu = (
+        np.arange(5000, dtype=np.uint16),
+        Config(batch_size=6),
+        torch.device("cpu"),
+    )
+    arguments = (tokens, tokens), 20, config, 7
+    whole = random_batch(*arguments, Process(cpu, 0, 1))
+    shares = [random_batch(*arguments, Process(cpu, rank, 3)) for rank in range(3)]
     for all_rows, *rows in zip(whole, *shares):
         shared = {tuple(row) for part in rows for row in part.tolist()}
         assert {tuple(row) for row in all_rows.tolist()} == shared
@@ -492,8 +499,8 @@ def test_a_checkpoint_without_its_config_is_refused(place, run):
     for change in ({"config": {}}, {"config": None}, {"text": {}}, {"cwd": 3}, {"cwd": "\0"}):
         torch.save({**state, **change}, place / "runs" / "bare" / "best.pt")
         with pytest.raises(InputError, match="best.pt: not a checkpoint of train.py"):
-            load_run(place / "runs" / "bare")
-    for script in ("eval.py", "sample.py", "read.py"):
+            load(place / "runs" / "bare")
+    for script in ("eval.py", "sample.py", "view.py"):
         status, _, error = run(script, "runs/bare")
         assert status == 2 and one_line(error)
 
@@ -519,7 +526,7 @@ def test_a_pickle_in_any_place_is_refused_and_not_run(place, run):
         for command in (
             ["eval.py", folder],
             ["sample.py", folder],
-            ["read.py", folder],
+            ["view.py", folder],
             ["train.py", folder, "--resume"],
             ["train.py", bomb],
             ["train.py", TINY, "--init_from", bomb, "--out", "runs/x"],
@@ -557,25 +564,25 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     for command in commands:
         status, _, error = run(*command)
         assert status == 2 and one_line(error)
-        assert "test.lookback.bin is not what was prepared" in error
+        assert "test.lookback.bin was changed, damaged or replaced" in error
     (data / "test.lookback.bin").write_bytes(lookback)
-    other = flags(tokenizer="bytes", partition="block:9", out=data)
+    other = flags(tokenizer="bytes", partition="block:9", data=data)
     assert run("prepare_data.py", "data/sample.txt", *other)[0] == 0
-    # prepared with other parameters since then: it is made again, and says so
+    # prepared with other parameters since then: it is rebuilt, and says so
     status, printed, _ = run(*commands[0])
     assert status == 0
-    assert "own is made again: it was made with another source_sha256" not in printed
-    assert "own is made again: it was made with another partition, max_lookback" in printed
+    assert "another text" not in printed
+    assert "own: it was prepared with another partition, max_lookback" in printed
 
-    def other_blocks(tokens, *args, out):
+    def other_blocks(tokens, vocabulary, partition, cap, background, out, plain):
         out[:] = 1
 
     def other_tokens(files, encoding, path):
         path.write_bytes(b"a\0b\0" * 50000)
 
     for name, code, says in (
-        ("partition", other_blocks, "other blocks: the partitioner"),
-        ("encode", other_tokens, "other tokens: the tokenizer"),
+        ("partition_text", other_blocks, "the partitioner has changed"),
+        ("encode", other_tokens, "the tokenizer has changed"),
     ):
         with monkeypatch.context() as patch:  # another version of the code
             patch.setattr(f"prepare_data.{name}", code)
@@ -589,9 +596,9 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
         state = torch.load(folder / name, weights_only=True)
         state["config"]["tokenizer"] = "gpt2:300"
         torch.save(state, folder / name)
-    for script in ("eval.py", "sample.py", "read.py"):
+    for script in ("eval.py", "sample.py", "view.py"):
         status, _, error = run(script, folder)
-        assert status == 2 and "a model of 256 tokens that names a tokenizer of 300" in error
+        assert status == 2 and "the model has 256 tokens, its tokenizer 300" in error
 
 
 def test_a_run_whose_text_is_gone_is_measured_and_resumed_on_what_was_prepared(place, run, train):
@@ -603,14 +610,14 @@ def test_a_run_whose_text_is_gone_is_measured_and_resumed_on_what_was_prepared(p
     (place / "lent.txt").unlink()
     status, printed, error = run("eval.py", folder)
     assert (status, printed) == (0, before[1]) and error.count("\n") == 1
-    assert "lent.txt: no such file" in error and "not compared with the text" in error
+    assert "lent.txt: no such file" in error and "could not be compared with the text" in error
     status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
-    assert status == 0 and error.count("not compared with the text") == 1
+    assert status == 0 and error.count("could not be compared with the text") == 1
     assert_same_run(whole, folder)
     (data,) = (place / "data").glob("lent.*")
     (data / "val.bin").write_bytes(b"\0\0" + (data / "val.bin").read_bytes()[2:])
     status, _, error = run("train.py", folder, "--resume", "--max_steps", 5)
-    assert status == 2 and "val.bin is not what was prepared" in error
+    assert status == 2 and "val.bin was changed, damaged or replaced" in error
 
 
 def test_a_run_that_began_from_weights_continues_without_them(place, run, train):

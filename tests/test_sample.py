@@ -1,14 +1,17 @@
 """Generation: the key-value cache changes nothing, and tokens are drawn as asked."""
 
-import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import sample
+from conftest import prepared_folder
 from locality import Partitioner, partition_text, schedule
 from model import GPT, GPTConfig
+from prepare_data import get_encoding, token_bytes
 from sample import KVCache, generate, sample_token
 from support.files import InputError
+from support.prepared import Prepared
 
 VOCABULARY = [b"ab. "[i % 4 : i % 4 + 1] for i in range(101)]
 
@@ -102,13 +105,8 @@ def test_slots_are_overwritten_from_the_oldest_on():
     keys = torch.arange(7.0).view(1, 1, 7, 1).expand(2, 1, 7, 1)
     cache.fill(keys, keys)
     new = torch.tensor([7.0, 3.0]).view(2, 1, 1, 1)
-    k, _ = cache.update(new, new, at + 1, 5)
-    assert k[0].flatten().tolist() == [5, 6, 7, 3, 4] and k[1].flatten()[:4].tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    k = cache.update(new, new, at + 1, 5)[0].flatten(1).tolist()
+    assert k[0] == [5, 6, 7, 3, 4] and k[1][:4] == [0, 1, 2, 3]
 
 
 def test_generation_needs_the_blocks_if_a_layer_is_local():
@@ -140,4 +138,89 @@ def test_temperature_and_top_k_and_top_p_shape_the_draw():
         assert kept[k:].sum() == 0 and (kept[:k] - p[:k] / p[:k].sum()).abs().max() < 0.04
     both = sample_token(torch.stack((logits[0], -logits[0])), temperature=0)  # row by row
     assert both.tolist() == [order[0], order[-1]]
-    assert np.isfinite(p).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+def test_sample_writes_the_same_text_for_the_same_seed(run):
+    mind = "sample.py", "runs/tiny", "--prompt", "The mind "
+    first, second = (run(*mind, "--tokens", 60, "--top-k", 20) for _ in range(2))
+    assert first == second and first[0] == 0
+    assert first[1].startswith("The mind ") and len(first[1]) > 30
+    short = "sample.py", "runs/tiny", "--tokens", 20
+    greedy, cold = (run(*short, "--temperature", t) for t in (0, 1e-46))
+    assert greedy == cold and greedy[0] == 0
+    # two texts for each of two prompts: with only one likely token each, they are the same as if
+    # each prompt had its own call
+    likely = "--tokens", 40, "--top-p", 1e-6
+    _, a, _ = run(*mind, *likely)
+    _, b, _ = run("sample.py", "runs/tiny", "--prompt", "I", *likely)
+    _, printed, _ = run(*mind, "--prompt", "I", "--samples", 2, *likely)
+    assert printed == "\n---\n".join((a, a, b, b))
+
+
+@pytest.fixture
+def sampled(place, monkeypatch):
+    """sampled(word, …) runs sample.py and returns the (model, ids of the prompts) that it gives to
+    `generate`."""
+    monkeypatch.chdir(place)
+    calls = []
+
+    def record(model, prompts, *args):
+        calls.append((model, prompts))
+        return generate(model, prompts, *args)
+
+    def start(*words):
+        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, words)])
+        sample.main()
+        return calls.pop()
+
+    monkeypatch.setattr(sample, "generate", record)
+    return start
+
+
+def test_sample_uses_the_dial_and_the_blocks_of_the_run(place, sampled, monkeypatch):
+    partitioners = []
+
+    def record(*args):
+        partitioners.append(args)
+        return Partitioner(*args)
+
+    monkeypatch.setattr(sample, "Partitioner", record)
+    for words, locality in (
+        ([], [0, 1]),
+        (["--schedule", "localist"], [1, 1]),
+        (["--floor", 0.5], [0, 0.5]),
+    ):
+        model, _ = sampled("runs/tiny", *words, "--tokens", 2)
+        assert model.locality == locality
+    vocabulary = token_bytes(get_encoding("bytes"))
+    background = Prepared(prepared_folder(place)).meta["background"]
+    assert background and partitioners == [(vocabulary, "semantic", 128, background, False)] * 3
+
+
+def test_a_prompt_may_contain_the_end_of_a_text(sampled, monkeypatch):
+    ranks, special = {bytes([i]): i for i in range(255)}, {"<|endoftext|>": 255}
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=special
+    )
+    monkeypatch.setattr(sample, "get_encoding", lambda name: encoding)
+    _, prompts = sampled("runs/tiny", "--prompt", "a<|endoftext|>b", "--tokens", 1)
+    assert prompts == [[97, 255, 98]]
+
+
+def test_exported_weights_are_sampled_at_dial_0_or_another(
+    sampled, exported, gpt2_tokenizer, capsys
+):
+    prompt = gpt2_tokenizer.encode_ordinary("The mind is")
+    words = exported, "--prompt", "The mind is", "--tokens", 5, "--temperature", 0
+    for options, locality in (([], [0]), (["--schedule", "quintic"], [1])):
+        model, _ = sampled(*words, *options)
+        assert model.locality == locality
+        model = GPT.from_pretrained(exported)
+        model.set_locality(locality)
+        blocks = Partitioner(token_bytes(gpt2_tokenizer), "semantic", 512)
+        ids = [token for (token,) in generate(model, [prompt], 5, [blocks], 0)]
+        assert capsys.readouterr().out == gpt2_tokenizer.decode(prompt + ids) + "\n"

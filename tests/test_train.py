@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, flags, prepared_folder
 from eval import evaluate, load
 from locality import partition_text, schedule
 from model import GPT, GPTConfig
-from prepare_data import TextConfig, prepare
+from prepare_data import TextConfig
 from support.ddp import Process
 from support.files import InputError
 from support.prepared import Prepared
@@ -121,17 +121,9 @@ def test_the_result_of_a_run_is_its_best_model_not_its_last(place, train):
     assert results["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_a_run_is_fine_tuned_and_its_export_loads_in_transformers(place, train):
+def test_a_run_can_start_from_another(train):
     folder = train("tuned", init_from="runs/tiny", schedule="localist", max_steps=2)
-    assert read_metrics(folder, "val_loss")[0]["val_loss"] < 3.5  # it did not start from scratch
-    transformers = pytest.importorskip("transformers")
-    model = load(folder)[0]
-    model.save_pretrained(place / "export")
-    model.set_locality([0, 0])
-    other = transformers.GPT2LMHeadModel.from_pretrained(place / "export").eval()
-    idx = torch.arange(40)[None]
-    with torch.no_grad():
-        assert (other(idx).logits - model(idx)[0]).abs().max() < 1e-4
+    assert read_metrics(folder, "val_loss")[0]["val_loss"] < 3.5  # from scratch it would be 5.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,21 +194,6 @@ def test_a_batch_depends_only_on_the_seed_and_its_number():
     assert not torch.equal(batch(1, 6)[0], x) and not torch.equal(batch(2, 5)[0], x)
 
 
-def test_a_text_that_was_prepared_differently_is_refused(place, monkeypatch):
-    monkeypatch.chdir(place)
-    folder = prepared_folder(place)
-    meta = Prepared(folder).meta
-    text = TextConfig.of({**meta, "data": str(folder)})
-    # as if another process rebuilt the folder just after this one found it up to date
-    monkeypatch.setattr("support.prepared.stale_because", lambda *_: "")
-    others = {"source": "x", "tokenizer": "gpt2", "partition": "block:9", "max_lookback": 9}
-    others |= {"val": 0.2, "test": 0.3, "joined": True, "source_sha256": "0", "code_sha256": "0"}
-    for name, other in others.items():
-        monkeypatch.setattr("support.prepared.read_meta", lambda _, new={name: other}: meta | new)
-        with pytest.raises(InputError, match=re.escape(f"prepared with {name} = {other!r}")):
-            prepare(text)
-
-
 def test_a_compiled_run_is_the_same_run(train, monkeypatch):
     compile, compiled = torch.compile, []
 
@@ -279,38 +256,24 @@ def test_dropout_and_max_lookback_are_those_of_the_config_from_scratch_and_from_
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name):
     model = GPT(GPTConfig(64, 16, n_layer=2, n_head=2, n_embd=16))
     config = Config(optimizer=name, weight_decay=0.3, beta1=0.8, beta2=0.7)
-    optimizers = build_optimizers(model, config)
-    groups = [
-        (type(optimizer), group) for optimizer in optimizers for group in optimizer.param_groups
-    ]
-    assert all(g["betas"] == (0.8, 0.7) for _, g in groups if "betas" in g)
-    rows = [(p, kind, g["weight_decay"]) for kind, g in groups for p in g["params"]]
+    rows = []
+    for optimizer in build_optimizers(model, config):
+        for group in optimizer.param_groups:
+            assert group.get("betas", (0.8, 0.7)) == (0.8, 0.7)
+            row = type(optimizer), group["weight_decay"], group.get("parts")
+            rows += [(p, *row) for p in group["params"]]
     assert sum(p.numel() for p, *_ in rows) == sum(p.numel() for p in model.parameters())
-    by_parameter = {p: rest for p, *rest in rows}
+    by_parameter = {p: row for p, *row in rows}
     for parameter, p in model.named_parameters():
         vector = "ln_" in parameter or parameter.endswith("bias")
-        inner = name == "muon" and parameter.startswith("h.") and not vector
-        kind = Muon if inner else torch.optim.AdamW
-        assert by_parameter[p] == [kind, 0 if vector else 0.3], parameter
-
-
-def test_muon_steps_equally_far_for_queries_keys_and_values_whatever_their_gradients():
-    model = GPT(GPTConfig(64, 16, n_layer=2, n_head=2, n_embd=32))
-    optimizers = build_optimizers(model, Config(optimizer="muon", weight_decay=0.0))
-    before = [layer.attn.c_attn.weight.detach().clone() for layer in model.h]
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    for layer in model.h:
-        layer.attn.c_attn.weight.grad[64:] *= 1e3  # the values
-    for optimizer in optimizers:
-        optimizer.step()
-    for layer, old in zip(model.h, before):
-        q, k, v = (part.norm().item() for part in (layer.attn.c_attn.weight - old).chunk(3))
-        assert q > 0 and (k, v) == pytest.approx((q, q), rel=0.1)
+        expected = [torch.optim.AdamW, 0 if vector else 0.3, None]
+        if name == "muon" and parameter.startswith("h.") and not vector:
+            expected = [Muon, 0.3, 3 if "c_attn" in parameter else 1]  # queries, keys and values
+        assert by_parameter[p] == expected, parameter
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["bfloat16", "float32"])
-def test_muon_steps_like_that_of_pytorch(monkeypatch, fast):
+def test_muon_steps_like_that_of_pytorch_also_for_several_matrices_in_one(monkeypatch, fast):
     monkeypatch.setattr("support.machine.fast_bfloat16", lambda device: fast)
     torch.manual_seed(0)
     shapes = (8, 24), (24, 8), (16, 16), (8, 24), (16, 16)
@@ -325,6 +288,7 @@ def test_muon_steps_like_that_of_pytorch(monkeypatch, fast):
     for _ in range(3):
         for b in theirs:
             b.grad = torch.randn_like(b)
+        theirs[-1].grad *= 1e3  # as large as a gradient is, it moves its part no further
         for a, b in zip(ours, theirs):
             a.grad = b.grad
         stacked.grad = torch.cat([b.grad for b in theirs[-3:]])
@@ -339,21 +303,6 @@ def test_muon_steps_like_that_of_pytorch(monkeypatch, fast):
 
 # --------------------------------------------------------------------------------------------------
 # divergence
-
-
-def test_a_run_that_diverges_says_so_and_its_metrics_are_valid_json(place, run):
-    wild = {"learning_rate": 100, "warmup_steps": 0, "grad_clip": 0, "max_steps": 30}
-    rare = {"log_interval": 100, "eval_interval": 15, "eval_contexts": 1}
-    status, _, error = run("train.py", TINY, *flags(**wild, **rare, out="runs/diverged"))
-    assert status == 2 and error.count("\n") == 1
-    assert error.startswith("error: training diverged at step ") and "learning_rate" in error
-
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-
-    lines = (place / "runs" / "diverged" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == [0]
-    assert load(place / "runs" / "diverged")[0].wte.weight.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -392,7 +341,8 @@ def test_divergence_names_step_and_layer_and_is_never_saved(
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "set_locality", set_and_harm)
         status, _, error = run("train.py", TINY, *flags(**options, out=out))
-    assert status == 2
+    assert status == 2 and error.startswith("error: training diverged") and error.count("\n") == 1
+    assert "lower learning_rate" in error
     assert re.search(rf"diverged at step {step} \(.*{kind}: {re.escape(name)}; ", error), error
     report = json.loads((out / "diverged.json").read_text())
     assert report[kind][0] == name and report["step"] == step
@@ -400,6 +350,7 @@ def test_divergence_names_step_and_layer_and_is_never_saved(
         state = torch.load(path, weights_only=True)
         assert state["step"] in (0, 4)
         assert all(value.isfinite().all() for value in state["model"].values())
+    assert not re.search("NaN|Infinity", (out / "metrics.jsonl").read_text())  # it is valid JSON
     assert run("train.py", out, "--resume")[0] == 0  # without the harm, it continues from there
     assert not (out / "diverged.json").exists()
 
@@ -482,7 +433,6 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
     sample = "--source data/sample.txt"
     mistakes = [
         ("train.py", "config"),
-        ("train.py seed 3", "seed"),
         ("train.py data", "data is a folder"),
         ("train.py nothing.toml", "nothing.toml"),
         ("train.py broken.toml", "TOML"),
