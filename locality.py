@@ -365,6 +365,8 @@ class Partitioner:
         tokens = np.asarray(tokens).reshape(-1)
         if not len(tokens):
             return np.zeros(0, np.uint16)
+        if tokens.min() < 0 or tokens.max() >= len(self.n_bytes):
+            raise InputError(f"a token is outside the vocabulary of {len(self.n_bytes)} tokens")
         i = np.arange(self.n_tokens, self.n_tokens + len(tokens))
         self.n_tokens += len(tokens)
         if self.name == "window":

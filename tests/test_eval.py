@@ -19,25 +19,34 @@ from model import GPT, GPTConfig
 from report.plots import layer_mean
 
 
-def tiny(vocab_size, block_size, n_layer=2, dropout=0.5):
+def tiny(vocab_size, block_size, n_layer=2):
     torch.manual_seed(0)
     shape = {"n_layer": n_layer, "n_head": 2, "n_embd": 16}
-    return GPT(GPTConfig(vocab_size, block_size, **shape, dropout=dropout, max_lookback=8))
+    return GPT(GPTConfig(vocab_size, block_size, **shape, dropout=0.5, max_lookback=8))
+
+
+@pytest.fixture
+def measure(place, run):
+    """measure(run, option, …) runs eval.py. Returns (results, stdout, stderr)."""
+
+    def start(*words):
+        status, printed, error = run("eval.py", *words, "--json", "r.json")
+        assert status == 0, error
+        return json.loads((place / "r.json").read_text()), printed, error
+
+    return start
 
 
 # --------------------------------------------------------------------------------------------------
 # the command line
 
 
-def test_eval_reproduces_the_results_and_turns_the_dial(place, run):
-    def measure(*options):
-        assert run("eval.py", "runs/tiny", *options, "--json", "r.json")[0] == 0
-        return json.loads((place / "r.json").read_text())
-
+def test_eval_reproduces_the_results_and_turns_the_dial(place, measure):
     expected = json.loads((place / "runs" / "tiny" / "results.json").read_text())
-    results, layers = measure("--figure", "f.svg"), expected["layers"]
+    results, _, _ = measure("runs/tiny", "--figure", "f.svg")
     assert results["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
-    assert results["layers"] == layers and "</svg>" in (place / "f.svg").read_text()
+    assert results["layers"] == expected["layers"]
+    assert "</svg>" in (place / "f.svg").read_text()
     for option, value, locality in (
         ("schedule", "localist", [1, 1]),
         ("floor", 0.5, [0, 0.5]),
@@ -45,27 +54,25 @@ def test_eval_reproduces_the_results_and_turns_the_dial(place, run):
         ("stride", 150, [0, 1]),
         ("split", "val", [0, 1]),
     ):
-        results = measure(f"--{option}", value)
+        results, _, _ = measure("runs/tiny", f"--{option}", value)
         assert [layer["locality"] for layer in results["layers"]] == locality
         assert results[option] == value != expected[option]
         assert abs(results["loss"] - expected["loss"]) > 1e-6, option
-        assert results["layers"] != layers, option
+        assert results["layers"] != expected["layers"], option
         same = {"schedule", "floor", "partition", "stride", "split", "tokens"} - {option}
         same -= {"tokens"} if option == "split" else set()
         assert all(results[key] == expected[key] for key in same)
         if option == "partition":  # blocks of 16 bytes hold less of the first layer's attention
-            assert results["layers"][0]["fidelity"] < 0.5 * layers[0]["fidelity"]
+            assert results["layers"][0]["fidelity"] < 0.5 * expected["layers"][0]["fidelity"]
 
 
-def test_eval_measures_a_run_on_another_text(place, run):
+def test_eval_measures_a_run_on_another_text(place, measure):
     expected = json.loads((place / "runs" / "tiny" / "results.json").read_text())
     text = (place / "data" / "sample.txt").read_text()
-    command = "eval.py", "runs/tiny", "--source", "other.txt", "--json", "r.json"
     for other in (text, text.upper()):
         (place / "other.txt").write_text(other)
-        status, printed, _ = run(*command)
-        results = json.loads((place / "r.json").read_text())
-        assert status == 0 and results["source"] == "other.txt" in printed
+        results, printed, _ = measure("runs/tiny", "--source", "other.txt")
+        assert results["source"] == "other.txt" in printed
         assert results["tokens"] == pytest.approx(expected["tokens"], 0.02)
         if other == text:
             assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -73,12 +80,11 @@ def test_eval_measures_a_run_on_another_text(place, run):
             assert results["loss"] > expected["loss"] + 0.3
 
 
-def test_a_dial_sweep_goes_through_every_schedule(place, run):
-    few = "--contexts", 2, "--json", "d.json"
-    options = "--dial-sweep", "--figure", "d.png"
-    status, printed, _ = run("eval.py", "runs/tiny", *options, *few)
-    rows = json.loads((place / "d.json").read_text())["dials"]
-    assert status == 0 and (place / "d.png").read_bytes().startswith(b"\x89PNG")
+def test_a_dial_sweep_goes_through_every_schedule(place, measure):
+    few = "runs/tiny", "--contexts", 2
+    results, printed, _ = measure(*few, "--dial-sweep", "--figure", "d.png")
+    assert (place / "d.png").read_bytes().startswith(b"\x89PNG")
+    rows = results["dials"]
     local = [name for name in SCHEDULES if name != "distributed" for _ in range(4)]
     assert [row["schedule"] for row in rows] == ["distributed", *local]
     assert rows[0]["ratio"] == 1 and len({row["tokens"] for row in rows}) == 1
@@ -90,38 +96,27 @@ def test_a_dial_sweep_goes_through_every_schedule(place, run):
         assert layer_mean(row, "fidelity") >= layer_mean(row, "locality") - 1e-6
     losses = {(row["schedule"], row["floor"]): row["loss"] for row in rows}
     for name, floor in (("quintic", 1.0), ("reversed", 0.5), ("localist", 0.25)):
-        options = "--schedule", name, "--floor", floor
-        assert run("eval.py", "runs/tiny", *options, *few)[0] == 0
-        loss = json.loads((place / "d.json").read_text())["loss"]
-        assert loss == pytest.approx(losses[name, floor], abs=1e-9)
-
-
-# --------------------------------------------------------------------------------------------------
-# exported weights
+        results, _, _ = measure(*few, "--schedule", name, "--floor", floor)
+        assert results["loss"] == pytest.approx(losses[name, floor], abs=1e-9)
 
 
 def test_exported_weights_are_measured_on_any_text_with_the_tokenizer_of_their_size(
-    place, run, train, exported, gpt2_tokenizer
+    place, measure, train, exported, gpt2_tokenizer
 ):
     (place / "short.txt").write_text((ROOT / "data" / "sample.txt").read_text()[:20000])
-
-    def measure(*command):
-        status, _, error = run("eval.py", *command, "--partition", "block:16", "--json", "r.json")
-        assert status == 0, error
-        return json.loads((place / "r.json").read_text()), error
-
-    source = "--source", "short.txt"
+    source, blocks = ("--source", "short.txt"), ("--partition", "block:16")
     for tokenizer in ("bytes", "gpt2:300"):
         values = {"tokenizer": tokenizer, "source": "short.txt", "max_steps": 1, "block_size": 32}
         folder = train(f"export-{tokenizer[:4]}", **values)
-        model, _, _ = load(folder)
-        model.save_pretrained(folder / "export")
-        results, error = measure(folder / "export", *source, "--schedule", "quintic")
-        size = f"{folder / 'export'} has {model.config.vocab_size} tokens"
-        assert error == f"{size}; using the tokenizer {tokenizer}\n"
-        assert results["loss"] == measure(folder)[0]["loss"]
+        export, (model, _, _) = folder / "export", load(folder)
+        model.save_pretrained(export)
+        expected, _, _ = measure(folder, *blocks)
+        results, _, error = measure(export, *source, *blocks, "--schedule", "quintic")
+        assert results["loss"] == expected["loss"]
+        size = model.config.vocab_size
+        assert error == f"{export} has {size} tokens; using the tokenizer {tokenizer}\n"
     for options, locality in (([], 0), (["--schedule", "quintic"], 1)):
-        results, _ = measure(exported, *source, *options)
+        results, _, _ = measure(exported, *source, *options)
         (layer,) = results["layers"]
         assert layer["locality"] == locality <= layer["fidelity"] + 1e-6
         assert results["loss"] == pytest.approx(math.log(50257), abs=0.5)

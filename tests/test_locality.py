@@ -180,9 +180,8 @@ def test_chunks_and_processes_agree_with_one_push(partition, monkeypatch):
     monkeypatch.setattr("locality.SHARE", 3000)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     assert (partition_text(tokens, vocabulary, partition, 100) == whole).all()
-    if partition not in ("window:7", "block:5"):  # these do not read the text
-        with pytest.raises(IndexError):  # an error in a child process is raised here
-            partition_text(np.append(tokens, 257), vocabulary, partition, 100)
+    with pytest.raises(InputError):  # an error in a child process is raised here
+        partition_text(np.append(tokens, 257), vocabulary, partition, 100)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)

@@ -1,4 +1,4 @@
-"""Generation: the key-value cache changes nothing, and tokens are drawn as asked."""
+"""Generation: the key-value cache changes nothing, and tokens are drawn correctly. sample.py."""
 
 import pytest
 import tiktoken

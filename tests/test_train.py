@@ -288,7 +288,7 @@ def test_muon_steps_like_that_of_pytorch_also_for_several_matrices_in_one(monkey
     for _ in range(3):
         for b in theirs:
             b.grad = torch.randn_like(b)
-        theirs[-1].grad *= 1e3  # as large as a gradient is, it moves its part no further
+        theirs[-1].grad *= 1e3  # it must not move its part further
         for a, b in zip(ours, theirs):
             a.grad = b.grad
         stacked.grad = torch.cat([b.grad for b in theirs[-3:]])
