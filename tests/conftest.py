@@ -35,6 +35,13 @@ def pytest_collection_finish():
         forkserver.ensure_running()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The size of every file of the lesson, so that growth is seen."""
+    sizes = {path.name: len(path.read_text().splitlines()) for path in sorted(ROOT.glob("*.py"))}
+    listed = ", ".join(f"{name} {lines}" for name, lines in sizes.items())
+    terminalreporter.write_line(f"lines of the lesson: {listed}; {sum(sizes.values())} in all")
+
+
 @pytest.fixture
 def serve():
     """A web server on 127.0.0.1: serve({path: bytes}) -> (address, that dict, which may change).

@@ -55,16 +55,11 @@ def test_functions_are_short_and_share_no_variables(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_the_top_level_holds_the_lesson_and_no_supporting_code(capsys):
-    """It also prints the size of every file of the lesson, so that growth is seen."""
+def test_the_top_level_holds_the_lesson_and_no_supporting_code():
+    """At the end of the tests, conftest.py prints the size of every file, so that growth is seen."""
     supporting = re.compile(r"flock|fsync|mallopt|zipfile|signal\.signal|re\.compile|hashlib\.file")
-    sizes = []
-    for path in sorted(ROOT.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        assert not supporting.findall(text), path.name
-        sizes.append(f"{path.name} {len(text.splitlines())}")
-    with capsys.disabled():
-        print(f"\nlines of the lesson: {', '.join(sizes)}")
+    for path in ROOT.glob("*.py"):
+        assert not supporting.findall(path.read_text(encoding="utf-8")), path.name
 
 
 def test_every_promise_names_tests_that_there_are():

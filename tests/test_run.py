@@ -276,15 +276,15 @@ def test_a_run_that_began_meanwhile_is_not_replaced(place, run, train, monkeypat
 
 def test_a_run_never_reads_what_another_prepared_in_the_same_folder(place, run, monkeypatch):
     other = {"tokenizer": "bytes", "partition": "block:32", "data": "data/both"}
-    fill = prepared.fill
+    Prepared = prepared.Prepared
 
-    def fill_twice(folder, recipe, reason, build):
-        fill(folder, recipe, reason, build)
-        monkeypatch.setattr(prepared, "fill", fill)
+    def prepared_again(folder):  # by another process, just before it is read
+        monkeypatch.setattr(prepared, "Prepared", Prepared)
         prepare(TextConfig(**other))
+        return Prepared(folder)
 
     assert run("prepare_data.py", "data/sample.txt", *flags(**other))[0] == 0
-    monkeypatch.setattr(prepared, "fill", fill_twice)
+    monkeypatch.setattr(prepared, "Prepared", prepared_again)
     status, _, error = run("train.py", TINY, *flags(data="data/both", out="runs/both-data"))
     assert status == 2 and one_line(error), error
     assert "data/both has just been prepared with partition = 'block:32'" in error
