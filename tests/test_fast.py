@@ -1,9 +1,7 @@
-"""Every fast twin computes what its plain twin computes: values and gradients, for every partition."""
+"""Every fast twin computes what its plain twin computes: values, and gradients if it has any."""
 
 import ast
-import dataclasses
 import json
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
 
-from conftest import ROOT, TINY, flags
-from fast import attention
+from conftest import ROOT
 from fast.attention import (
     BlockMask,
     block_mask,
@@ -71,8 +68,7 @@ class ElsewhereTensor(torch.Tensor):
 @pytest.mark.parametrize("max_lookback", [1, 8, 31, 130, 300])
 @pytest.mark.parametrize("anchor", [False, True])
 @pytest.mark.parametrize("where", [torch.Tensor, ElsewhereTensor])
-@pytest.mark.parametrize("locality", [1.0, 0.3])
-def test_attention_equals_the_definition(T, max_lookback, anchor, where, locality):
+def test_attention_equals_the_definition(T, max_lookback, anchor, where):
     torch.manual_seed(T)
     q, k, v = torch.randn(3, 2, 4, T, 12).unbind(0)
     lookback = clamp_lookback(random_lookback(2, T, max_lookback, seed=T), max_lookback)
@@ -80,14 +76,15 @@ def test_attention_equals_the_definition(T, max_lookback, anchor, where, localit
     mask = block_mask(lookback.as_subclass(where), max_lookback, anchor)
     if where is ElsewhereTensor and T % 128 == 64:
         assert mask.dense is None
-    y = blended_attention(*fast, mask, locality).as_subclass(torch.Tensor)
     block = in_block(lookback, anchor)[:, None]
-    expected = attention_weights(plain[0], plain[1], block, locality) @ plain[2]
-    assert (y - expected).abs().max() < 1e-5
-    weight = torch.randn_like(y)
-    gradients = torch.autograd.grad((y * weight).sum(), fast)
-    for a, b in zip(gradients, torch.autograd.grad((expected * weight).sum(), plain)):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    for locality in (1.0, 0.3):
+        y = blended_attention(*fast, mask, locality).as_subclass(torch.Tensor)
+        expected = attention_weights(plain[0], plain[1], block, locality) @ plain[2]
+        assert (y - expected).abs().max() < 1e-5
+        weight = torch.randn_like(y)
+        gradients = torch.autograd.grad((y * weight).sum(), fast)
+        for a, b in zip(gradients, torch.autograd.grad((expected * weight).sum(), plain)):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_without_locality_no_mask_is_needed():
@@ -305,7 +302,7 @@ def test_plain_blocks_are_the_same_blocks(partition, max_lookback):
 
 
 def test_a_plain_run_is_the_same_run_within_rounding(place, run, train):
-    folder = train("plain", plain="true")
+    train("plain", plain="true")
     losses = []
     for name in ("tiny", "plain"):
         lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()

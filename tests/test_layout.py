@@ -56,7 +56,7 @@ def test_functions_are_short_and_share_no_variables(path):
 
 
 def test_the_top_level_holds_the_lesson_and_no_supporting_code():
-    """At the end of the tests, conftest.py prints the size of every file, so that growth is seen."""
+    """conftest.py prints the size of every file at the end of the tests."""
     supporting = re.compile(r"flock|fsync|mallopt|zipfile|signal\.signal|re\.compile|hashlib\.file")
     for path in ROOT.glob("*.py"):
         assert not supporting.findall(path.read_text(encoding="utf-8")), path.name
