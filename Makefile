@@ -10,7 +10,7 @@ quickstart: .venv/run-time
 test: .venv/tests
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 format: .venv/tests
 	.venv/bin/ruff format .

@@ -15,6 +15,7 @@ import support  # first: it sets what torch reads when it is loaded  # noqa: F40
 import argparse
 import math
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -71,8 +72,7 @@ def load(name, device="cpu", source=None, plain=False):
     state = read_checkpoint(path)
     try:
         config = state["config"] | {"plain": plain or state["config"]["plain"]}
-        trained_on = {key: state["text"][key] for key in ("source_sha256", "files", "background")}
-        trained_on["cwd"] = state["cwd"]
+        trained_on = {**state["text"], "cwd": state["cwd"]}
         model = GPT.from_state(state, path, plain=config["plain"])
         model.set_locality(schedule(config["schedule"], model.config.n_layer, config["floor"]))
         TextConfig.of(config)
@@ -101,14 +101,10 @@ def load_published(name, device, source, plain):
     get_encoding(tokenizer)
     if tokenizer != "gpt2":
         print(f"{name} has {size} tokens; using the tokenizer {tokenizer}", file=sys.stderr)
-    config = {f: getattr(TextConfig, f) for f in TextConfig.__dataclass_fields__}
-    config |= {"source": source, "tokenizer": tokenizer, "plain": plain}
-    config |= {"max_lookback": model.config.max_lookback}
-    return (
-        model.to(device).eval(),
-        config | {"schedule": "distributed", "floor": 1.0, "seed": None},
-        {},
-    )
+    config = asdict(TextConfig(max_lookback=model.config.max_lookback, plain=plain))
+    config |= {"source": source, "tokenizer": tokenizer}
+    config |= {"schedule": "distributed", "floor": 1.0, "seed": None}
+    return model.to(device).eval(), config, {}
 
 
 def turn(model, config, name=None, floor=None):
@@ -413,8 +409,8 @@ def check_arguments(args):
         )
     if not args.source and (args.run in PRETRAINED or not is_run(args.run)):
         raise InputError(
-            f"{args.run}: there is no checkpoint of a run here; to measure other weights, name a "
-            "text: --source my_book.txt"
+            f"{args.run} contains no checkpoint of a run; to measure other weights, name a text: "
+            "--source my_book.txt"
         )
 
 

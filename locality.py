@@ -96,7 +96,7 @@ def evidence(sentence, block, distinct, q, alpha, discount):
 class Evidence:
     """The evidence of each sentence of a document for every block that may be running.
 
-    The background probabilities q are learned as the document goes on: the document's counts, on
+    The background probabilities q are learned as the document is read: its counts so far, on
     top of `prior` words distributed as `base` (word id -> probability), on top of `least`.
     """
 

@@ -178,8 +178,8 @@ def prepare(text, trained_on=None):
     trained_on: what the checkpoint of a run says of its text; then the folder must be the same as
     it was then. Raises InputError for a text that cannot be read, is too short, or has changed.
     """
-    data = text.data or default_folder(text)
-    cwd = prepared.find_cwd(text.source, data, trained_on) if trained_on else ""
+    folder = text.data or default_folder(text)
+    cwd = prepared.find_cwd(text.source, folder, trained_on) if trained_on else ""
     # the code counts, too: another partitioner finds other blocks. A schedule finds none.
     code = files.digest_code(
         [locality.__file__, sentences.__file__, evidence.__file__],
@@ -187,10 +187,10 @@ def prepare(text, trained_on=None):
     )
     recipe = {f.name: getattr(text, f.name) for f in fields(TextConfig) if f.name != "data"}
     recipe["code_sha256"] = code
-    found = prepared.open_or_build(Path(cwd, data), recipe, cwd, partial(build, text))
+    data = prepared.open_or_build(Path(cwd, folder), recipe, cwd, partial(build, text))
     if trained_on:
-        prepared.check_identity(found, trained_on)
-    return found
+        prepared.check_identity(data, trained_on)
+    return data
 
 
 def build(text, paths, work):

@@ -208,10 +208,8 @@ def main():
     turn(model, config, args.schedule, args.floor)
     encoding = get_encoding(config["tokenizer"])
     vocabulary, background = token_bytes(encoding), trained_on.get("background")
-    partition, max_lookback = config["partition"], config["max_lookback"]
-    partitioners = [
-        Partitioner(vocabulary, partition, max_lookback, background, args.plain) for _ in prompts
-    ]
+    rules = config["partition"], config["max_lookback"], background, config["plain"]
+    partitioners = [Partitioner(vocabulary, *rules) for _ in prompts]
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = args.temperature, args.top_k, args.top_p, generator
     ids = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]

@@ -395,8 +395,8 @@ def check_arguments(args):
         )
     if not other and not run:
         raise InputError(
-            f"{args.run}: there is no checkpoint of a run here; to look at other weights, give a "
-            "text: --text my_page.txt, or --prompt"
+            f"{args.run} contains no checkpoint of a run; to look at other weights, give a text: "
+            "--text my_page.txt, or --prompt"
         )
     if args.tokens is not None and not 2 <= args.tokens <= MOST:
         raise InputError(f"--tokens must be in 2 ... {MOST}, not {args.tokens}")

@@ -231,12 +231,12 @@ def localist(seed, lookback, cap=250):
 def test_closed_blocks_are_blind_to_what_lies_before_them_to_the_bit(partition, cap):
     """A certificate from end to end: whatever the text before the block, and whatever the weights,
     with every layer at 1 the output is the same."""
-    found = partition_text(TOKENS, BYTES, partition, cap).astype(int)
+    blocks = partition_text(TOKENS, BYTES, partition, cap).astype(int)
     checked = 0
     for seed, at in enumerate((1000, 4200, 7700)):
         rng = np.random.default_rng(seed)
         idx = TOKENS[at : at + 300]
-        lookback = np.minimum(found[at : at + 300], np.arange(300))
+        lookback = np.minimum(blocks[at : at + 300], np.arange(300))
         start, run = np.arange(300) - lookback, localist(seed, lookback, cap)
         logits = run(idx)
         assert (reach(lookback, [1.0] * 6) == start).all()
@@ -252,11 +252,11 @@ def test_closed_blocks_are_blind_to_what_lies_before_them_to_the_bit(partition, 
 def test_semantic_blocks_are_not_and_what_can_reach_a_token_does():
     """The reach is attained: the earliest token that may change an output does change it, and no
     earlier one does."""
-    found = partition_text(TOKENS, BYTES, "semantic", 60).astype(int)
+    blocks = partition_text(TOKENS, BYTES, "semantic", 60).astype(int)
     inside = further = 0
     for seed, at in enumerate((1000, 4200)):
         idx = TOKENS[at : at + 300]
-        lookback = np.minimum(found[at : at + 300], np.arange(300))
+        lookback = np.minimum(blocks[at : at + 300], np.arange(300))
         run, earliest = localist(seed, lookback), reach(lookback, [1.0] * 6)
         logits = run(idx)
         for token in range(20, 300, 20):
