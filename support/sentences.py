@@ -59,10 +59,9 @@ def search_end(pattern, piece):
     """The first end of a sentence in a piece of text (bytes), a match or None. Its last group is
     the first character of the next sentence, which is not a lowercase letter."""
     match = pattern.search(piece)
-    # the pattern excludes a to z; all other lowercase letters are excluded here
-    while (
-        match and match.lastgroup == "maybe" and match["maybe"].decode(errors="replace").islower()
-    ):
+    while match and match.lastgroup == "maybe" and match["maybe"][0] > 127:  # not ASCII
+        if not match["maybe"].decode(errors="replace").islower():
+            break  # the pattern itself excludes a to z
         match = pattern.search(piece, match.start() + 1)
     return match
 

@@ -319,7 +319,7 @@ def test_reach_is_what_the_layers_hand_on(seed):
         "Mr. Smith met Dr. J. R. Brown of the U.S. Navy, e.g. at sea. |See vol. 3, pp. 4 and No. 5."
         " |No. |I won't.",
         "“Come here,” she said. |“Why?” he asked. |He came.",
-        "'Tis late. |'Tis very late. |(So it is.) |[Indeed.] |_Quite._ |Good",
+        "Alas! |'twas late. |'Tis very late. |(So it is.) |[Indeed.] |_Quite._ |Good",
         "It cost 3.50 at example.com today. |He said so . '' |`` No , '' she said . |Fine",
         "A paragraph that was wrapped\nin the middle of a sentence\nby hand. |Another one,\n"
         "with Mr.\nSmith in it.",
