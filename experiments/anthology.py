@@ -5,8 +5,8 @@
 
 A passage is a few whole paragraphs. In WikiText every line is a paragraph. A heading (= Title =)
 ends a passage and is left out. Passages are separated by <|endoftext|>, so `partition = "document"`
-knows the true boundaries. With `joined = true` it is replaced by a newline, and neither the model
-nor any other partition can see where a passage ends.
+knows the true boundaries. With `joined = true` it is replaced by a newline, and nothing else shows
+where a passage ends.
 
 --refrain mixes in a few words of the passages, repeated many times. From these a model learns to
 copy what it has seen before, which it has to learn before it can use a long context.
@@ -26,16 +26,13 @@ WIKITEXT = re.compile(r"^ = [^=\n]+ = $", re.M)  # a title
 
 
 def passages(text, rng, shortest, longest):
-    """Yield the passages of a text, strings.
+    """Yield the passages of a text, strings. rng: a random.Random.
 
     Each is a few whole paragraphs, together at least as long as a length that is drawn for it,
     log-uniformly between shortest and longest, in characters. The remainder before a heading, or at
-    the end, is a passage if it has `shortest` characters. rng: a random.Random.
+    the end, is a passage if it has `shortest` characters.
     """
-
-    def draw():
-        return math.exp(rng.uniform(math.log(shortest), math.log(longest)))
-
+    draw = lambda: math.exp(rng.uniform(math.log(shortest), math.log(longest)))
     passage, wanted = "", draw()
     between = r"\n" if WIKITEXT.search(text) else r"\n\s*\n"
     text = text.replace("<|endoftext|>", "\n\n= =\n\n") + "\n\n= ="
@@ -77,9 +74,8 @@ def with_refrains(texts, share, longest, seed):
 
 def anthology(paths, shortest, longest, seed):
     """The passages of text files (Paths) in random order, a list of strings."""
-    rng, texts = random.Random(seed), []
-    for path in paths:
-        texts += passages("".join(pieces(path)), rng, shortest, longest)
+    rng = random.Random(seed)
+    texts = [p for path in paths for p in passages("".join(pieces(path)), rng, shortest, longest)]
     rng.shuffle(texts)
     return texts
 
@@ -90,9 +86,7 @@ def main():
     add("out", type=Path, help="the text file to write")
     add("source", nargs="+", help="text file, folder, http(s) address or gutenberg:NUMBER")
     add("--shortest", type=int, default=500, help="minimum length of a passage, in characters")
-    add(
-        "--longest", type=int, default=3000, help="a passage ends with the paragraph that gets here"
-    )
+    add("--longest", type=int, default=3000, help="it ends with the paragraph that gets here")
     add("--refrain", type=float, default=0.0, help="characters of refrain per character of text")
     add("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -107,9 +101,7 @@ def main():
     check_writable(args.out)
     texts = anthology(source_files(args.source), args.shortest, args.longest, args.seed)
     if len(texts) < 2:
-        raise InputError(
-            f"{args.source} has only {len(texts)} passages of this length; use a longer text"
-        )
+        raise InputError(f"{args.source} has only {len(texts)} such passages; use a longer text")
     mixed = with_refrains(texts, args.refrain, args.longest, args.seed) if args.refrain else texts
     write_text(args.out, "\n<|endoftext|>".join(mixed) + "\n")
     mean = sum(map(len, texts)) / len(texts)

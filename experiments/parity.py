@@ -4,19 +4,17 @@
 
 The reference is the CPU in float32, not compiled. It is compared with float32 and bfloat16, each
 compiled and not compiled, and with bfloat16 compiled with attention in chunks, which a model with
-dropout uses. The dial is at 0, 0.5 and 1. The error of the gradients is the norm of the difference
-divided by the norm of the reference.
+dropout uses. The error of the gradients is the norm of the difference divided by their norm.
 
 Two more checks: gradients must be finite when every score is far below 0, as in some trained models
-(cuDNN's attention can fail there: pytorch issue 196678); and a model must be compiled only once for
-all steps of a run, even with evaluations in between.
-
-A value that is not finite, or an error larger than rounding, ends the script with an error.
+(cuDNN's attention can fail there: PyTorch issue 196678); and a model must be compiled only once for
+all steps of a run, even with evaluations in between. A value that is not finite, or an error larger
+than rounding, ends the script with an error.
 """
 
-import argparse
 import contextlib
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,13 +22,13 @@ import support  # before torch: it sets what torch reads when it is loaded  # no
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
 from eval import evaluate
-from experiments.bench import Table, free_memory
+from experiments.bench import CPU, Table, free_memory
 from fast.attention import block_mask, local_attention
 from model import GPT, GPTConfig, clamp_lookback
-from support.files import InputError, check_writable, run_script
+from support.files import InputError, run_script
 from support.machine import compiles, pick_device
 
 # block_size, max_lookback, anchor; 960 is a multiple of 128, the tile of a kernel, plus half a tile
@@ -59,8 +57,7 @@ def step(model, batch, device, dtype=torch.float32, compiled=False):
     """(loss, all gradients as one vector on the CPU) of a model that is moved to the device."""
     model, batch = model.to(device), [x.to(device) for x in batch]
     forward = torch.compile(model, dynamic=False) if compiled else model
-    lower = dtype != torch.float32
-    with torch.autocast(device.type, dtype) if lower else contextlib.nullcontext():
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = forward(*batch)[1]
     gradients = torch.autograd.grad(loss, [*model.parameters()])
     vector = torch.cat([g.float().flatten() for g in gradients]).cpu()
@@ -68,31 +65,32 @@ def step(model, batch, device, dtype=torch.float32, compiled=False):
     return loss.item(), vector
 
 
-def compare(args, shape, table):
+def compare(device, compiled, shape, table):
     """Add a row for every case and every way to compute it. Returns the names that failed."""
-    ways = [(dtype, way) for dtype in LIMITS for way in ("", ", compiled")]
-    ways, failed = [*ways, (torch.bfloat16, ", compiled, in chunks")], []
+    ways = [(dtype, way) for dtype in LIMITS for way in ("", ", compiled")[: 1 + compiled]]
+    ways += [(torch.bfloat16, ", compiled, in chunks")] * compiled
+    failed = []
     for T, max_lookback, anchor in CASES:
         model, batch = example(shape, T, max_lookback, anchor)
-        expected_loss, expected = step(model, batch, torch.device("cpu"))
+        (expected_loss, expected), rows = step(model, batch, CPU), {}
         for dtype, way in ways:
-            if way and (args.quick or not compiles(args.device, "auto")):
-                continue
+            chunks = contextlib.nullcontext()
             if "chunks" in way:
                 torch.compiler.reset()
                 chunks = patch("model.flex_applies", lambda *_: False)
-            with chunks if "chunks" in way else contextlib.nullcontext():
-                loss, gradient = step(model, batch, args.device, dtype, bool(way))
+            with chunks:
+                loss, gradient = step(model, batch, device, dtype, bool(way))
             errors = (
                 abs(loss - expected_loss),
-                ((gradient - expected).norm() / expected.norm()).item(),
+                float((gradient - expected).norm() / expected.norm()),
             )
             name = f"T = {T}, {max_lookback} back{', anchor' * anchor}, {dtype}{way}"
             name = name.replace("torch.", "")
-            table.row("parity", name, loss_error=errors[0], gradient_error=errors[1])
+            rows[name] = {"loss_error": errors[0], "gradient_error": errors[1]}
             if not all(error < limit for error, limit in zip(errors, LIMITS[dtype])):  # or NaN
                 failed.append(name)
-        free_memory(args.device)
+        table.add("parity", rows)
+        free_memory()
     return failed
 
 
@@ -101,74 +99,54 @@ def check_low_scores(device, table):
 
     Adds a row for every case. Returns the names that failed.
     """
-
-    def is_finite(name, y, inputs):
-        gradients = torch.autograd.grad(y.sum(), inputs)
-        finite = all(g.isfinite().all().item() for g in gradients)
-        table.row("parity", name, finite=finite)
-        return finite
-
-    failed = []
+    avoided, cases, rows = "scores of -120, a mask of 192 keys, which we avoid", {}, {}
     for max_lookback, anchor in ((128, False), (128, True), (256, False), (256, True)):
         for T in (192, 320, 1024):
-            q, k, v = scores_of_minus_120(T, device)
             lookback = random_lookback(1, T, max_lookback).to(device)
-            y = local_attention(q, k, v, block_mask(lookback, max_lookback, anchor))
             name = f"scores of -120, T = {T}, {max_lookback} back{', anchor' * anchor}"
-            if not is_finite(name, y, (q, k, v)):
-                failed.append(name)
-    q, k, v = scores_of_minus_120(192, device)
+            cases[name] = T, local_attention, block_mask(lookback, max_lookback, anchor)
     mask = torch.ones(192, 192, dtype=torch.bool, device=device).tril()
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    is_finite("scores of -120, a mask of 192 keys, which we avoid", y, (q, k, v))
-    return failed
+    cases[avoided] = 192, scaled_dot_product_attention, mask
+    for name, (T, attend, mask) in cases.items():
+        q, k, v = torch.randn(3, 1, 1, T, 64) * torch.tensor([0.1, 0.1, 1]).view(3, 1, 1, 1, 1)
+        q[..., 0], k[..., 0] = 1, -120 * math.sqrt(64)  # q @ k / 8 is close to -120 everywhere
+        q, k, v = (x.to(device, torch.bfloat16).requires_grad_() for x in (q, k, v))
+        gradients = torch.autograd.grad(attend(q, k, v, mask).sum(), (q, k, v))
+        rows[name] = {"finite": all(g.isfinite().all().item() for g in gradients)}
+    table.add("parity", rows)
+    return [name for name, row in rows.items() if not row["finite"] and name != avoided]
 
 
-def scores_of_minus_120(T, device):
-    """q, k and v, (1, 1, T, 64) bfloat16, for which q @ k / 8 is close to -120 everywhere."""
-    q, k, v = (torch.randn(1, 1, T, 64) for _ in range(3))
-    q, k = q / 10, k / 10
-    q[..., 0], k[..., 0] = 1, -120 * math.sqrt(64)
-    return [x.to(device, torch.bfloat16).requires_grad_() for x in (q, k, v)]
+def check_compiled_once(device, table):
+    """Add a row: is a model compiled once in six steps, with ragged evaluations in between?
 
-
-def check_compiled_once(args, shape, table):
-    """Is a model compiled once in six steps, with evaluations of ragged batches in between?
-
-    Adds a row. Returns a list with the complaint, empty if there is none.
+    Returns a list with the complaint, empty if there is none.
     """
     torch._dynamo.utils.counters.clear()
-    model, (x, _, y) = example(shape, 1024, 128, False)
-    model, x, y = (each.to(args.device) for each in (model, x, y))
-    compiled = torch.compile(model)
-    tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], 4000, np.uint16)
-    zeros, vocabulary = np.zeros(4000, np.uint16), [b"a"] * shape["vocab_size"]
+    model, (x, _, y) = example(SHAPE, 1024, 128, False)
+    model, x, y = (each.to(device) for each in (model, x, y))
+    compiled, V = torch.compile(model), SHAPE["vocab_size"]
+    tokens = np.random.default_rng(0).integers(0, V, 4000, np.uint16)
     for _ in range(6):
-        compiled(x, random_lookback(2, 1024, 128).to(args.device), y)[1].backward()
-        evaluate(model, tokens, zeros, vocabulary, batch_size=4, measure=False)
+        compiled(x, random_lookback(2, 1024, 128).to(device), y)[1].backward()
+        evaluate(model, tokens, np.zeros_like(tokens), [b"a"] * V, batch_size=4, measure=False)
     counters = torch._dynamo.utils.counters
     graphs, breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
-    table.row("parity", "six steps", graphs=graphs, breaks=breaks)
+    table.add("parity", {"six steps": {"graphs": graphs, "breaks": breaks}})
     return [] if (graphs, breaks) == (1, 0) else [f"compiled {graphs} graphs, {breaks} breaks"]
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.parity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda ...")
     parser.add_argument("--quick", action="store_true", help="a small model, not compiled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     args = parser.parse_args()
-    if args.json:
-        check_writable(args.json)
-    args.device = pick_device(args.device)
-    table, shape = Table(args.device, args.json), QUICK if args.quick else SHAPE
-    failed = check_low_scores(args.device, table) + compare(args, shape, table)
-    if compiles(args.device, "auto") and not args.quick:
-        failed += check_compiled_once(args, shape, table)
+    device = pick_device(args.device)
+    table, compiled = Table(device, args.json), compiles(device, "auto") and not args.quick
+    failed = check_low_scores(device, table)
+    failed += compare(device, compiled, QUICK if args.quick else SHAPE, table)
+    failed += check_compiled_once(device, table) if compiled else []
     if failed:
         raise InputError(f"the device does not agree with the CPU: {'; '.join(failed)}")
 

@@ -5,30 +5,28 @@
     python -m experiments.segmentation --page data/sample.txt [--from WORDS] [--figure FILE]
     python -m experiments.segmentation --lengths BOOK.txt BOOK.txt BOOK.txt [--figure FILE]
 
---books makes documents whose topic shifts are known, as Choi did (2000, "Advances in domain
+--books makes documents whose topic shifts are known, like Choi (2000, "Advances in domain
 independent linear text segmentation"). A document is ten pieces, and each piece is a few
-consecutive sentences of another text. The task is to find where one piece ends and the next
-begins. BOOKS.txt holds the texts, separated by <|endoftext|> or a title of WikiText. With --first
-a piece is the first sentences of its text, like Choi's. Otherwise it can come from anywhere in the
-text, which suits a few long texts.
+consecutive sentences of another text: its first ones with --first, like Choi's, otherwise from
+anywhere, which suits a few long texts. The task is to find where one piece ends and the next
+begins. BOOKS.txt holds the texts, separated by <|endoftext|> or a title of WikiText. Counting from
+0, the documents are made of texts 2, 5, 8 ..., and the background words come from texts 0, 3, 6 ...
+The constants in locality.py were chosen on texts 1, 4, 7 ... of 48 books, with WikiText-2 in view.
 
---haste measures what it costs to decide sooner. A block starts when the odds for a new block are
-good enough (SURE in locality.py). With lower odds the start is known sooner, and is wrong more
-often.
-
-Counting from 0, the documents are made of texts 2, 5, 8 ..., and the background words come from
-texts 0, 3, 6 ... The constants in locality.py were chosen on texts 1, 4, 7 ... of 48 books, with
-WikiText-2 in view.
+--haste measures what it costs to decide sooner: with lower odds for a new block (SURE in
+locality.py), its start is known sooner, and is wrong more often.
 """
 
-import argparse
 import importlib.util
 import random
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
@@ -36,8 +34,9 @@ import locality
 from locality import Partitioner, count_background, partition_text
 from prepare_data import get_encoding, token_bytes
 from report.blocks import block_moves
-from support.files import InputError, check_writable, run_script, write_json
 from report.plots import COLORS, bare, check_suffix, pyplot, save_figure
+from report.tables import aligned
+from support.files import InputError, check_writable, run_script, write_json
 from support.sentences import END_OF_TEXT, FUNCTION_WORDS, STOP_WORDS, WordIds, first_bytes
 
 PIECES = 10  # of a document
@@ -51,30 +50,20 @@ ANY_LENGTH = 65535  # bytes: a lookback that cuts no block
 
 
 def read(path):
-    """The bytes of a UTF-8 text file. Raises InputError."""
+    """The bytes of a UTF-8 text file. Raises InputError or OSError."""
+    text = Path(path).read_bytes()
     try:
-        text = Path(path).read_bytes()
         text.decode()
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text") from e
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
     return text
 
 
-# the calls to locality.py: text as bytes, or as tokens with the bytes of each
-
-
 def word_counts(text):
     """The background of a text (bytes): how often it has each word."""
     return count_background(np.frombuffer(text, np.uint8), BYTES)
-
-
-def lookbacks(tokens, vocabulary, partition, counts, max_lookback=MAX_LOOKBACK):
-    """The lookback of each token, (n,) uint16."""
-    return partition_text(tokens, vocabulary, partition, max_lookback, counts)
 
 
 def pieces_at(text, starts):
@@ -83,7 +72,7 @@ def pieces_at(text, starts):
 
 
 # --------------------------------------------------------------------------------------------------
-# documents with known topic shifts
+# documents with known topic shifts: (sentences, the number of each sentence's piece)
 
 
 def sentences_of(book):
@@ -93,41 +82,39 @@ def sentences_of(book):
     return [b" ".join(w) for w in words if len(w) >= 4]
 
 
-def choi_document(sources, shortest, longest, rng, first=False):
-    """A document of PIECES runs of sentences: (sentences, the number of each sentence's piece).
+def read_books(args):
+    """(sentences of texts 2, 5, 8 ... of a file, a list of lists; word counts of 0, 3, 6 ...)."""
+    books = BREAK.split(read(args.books))
+    if len(books) < 3:
+        raise InputError(f"{args.books} holds {len(books)} texts; at least 3 are needed")
+    enough = 11 if args.first else 200
+    sources = [s for s in map(sentences_of, books[2::3]) if len(s) >= enough]
+    if not sources:
+        raise InputError(f"{args.books}: none of the texts 2, 5, 8 ... has {enough} sentences")
+    background = END_OF_TEXT.join(books[0::3])
+    return sources, None if args.no_background else word_counts(background)
 
-    sources: the sentences of each text, a list of lists. Each piece comes from another text if
-    there are enough. first: take the first sentences of the text, and not any.
+
+def choi_documents(sources, name, args):
+    """Documents of the set `name`, as many per seed as args say.
+
+    sources: for each document in turn, the sentences of each text, a list of lists. Each piece
+    comes from another text if there are enough.
     """
-    enough = len(sources) >= PIECES
-    texts = rng.sample(sources, PIECES) if enough else rng.choices(sources, k=PIECES)
-    sentences, piece = [], []
-    for number, text in enumerate(texts):
-        size = rng.randint(shortest, longest)
-        start = 0 if first else rng.randrange(len(text) - size + 1)
-        sentences += text[start : start + size]
-        piece += [number] * size
-    return sentences, np.array(piece)
-
-
-def choi_documents(sources, name, seeds, n, first):
-    """n documents of the set `name` per seed. sources: one list of texts, or several in turn."""
-    documents = []
-    for seed in range(seeds):
+    (shortest, longest), documents = SETS[name], []
+    for seed in range(args.seeds):
         rng = random.Random(f"{seed} {name}")
-        for i in range(n):
-            texts = sources[i % len(sources)]
-            documents.append(choi_document(texts, *SETS[name], rng, first))
+        for _, texts in zip(range(args.documents), cycle(sources)):
+            enough = len(texts) >= PIECES
+            texts = rng.sample(texts, PIECES) if enough else rng.choices(texts, k=PIECES)
+            sentences, piece = [], []
+            for number, text in enumerate(texts):
+                size = rng.randint(shortest, longest)
+                start = 0 if args.first else rng.randrange(len(text) - size + 1)
+                sentences += text[start : start + size]
+                piece += [number] * size
+            documents.append((sentences, np.array(piece)))
     return documents
-
-
-def parts_of(book):
-    """Ten parts of one book, to be used like ten books.
-
-    They are harder to tell apart: they share an author, a style and often a subject.
-    """
-    edges = [len(book) * i // PIECES for i in range(PIECES + 1)]
-    return [book[a:b] for a, b in zip(edges, edges[1:])]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,30 +124,26 @@ def parts_of(book):
 # piece[i]: the number of the piece of sentence i
 
 
-def half_a_piece(piece):
-    return max(1, round(len(piece) / (piece[-1] + 1) / 2))
+def windows(piece):
+    """(i - k, i) for every sentence i that has a sentence i - k. k: half a mean piece."""
+    k = max(1, round(len(piece) / (piece[-1] + 1) / 2))
+    return np.arange(len(piece) - k), np.arange(k, len(piece))
 
 
 def p_k(begin, piece):
     """The share of pairs (i - k, i) that are wrong: in one block but two pieces, or the reverse.
 
-    k is half a mean piece (Beeferman, Berger & Lafferty 1999). A block start counts as soon as
-    sentence i has revealed it, and not before.
+    A block start counts as soon as sentence i has revealed it (Beeferman, Berger & Lafferty 1999).
     """
-    k = half_a_piece(piece)
-    i = np.arange(k, len(piece))
-    return float(np.mean((begin[i] <= i - k) != (piece[i] == piece[i - k])))
+    first, i = windows(piece)
+    return float(np.mean((begin[i] <= first) != (piece[i] == piece[first])))
 
 
 def window_diff(begin, piece):
-    """The share of windows (i - k, i] in which the number of boundaries is wrong.
-
-    k is half a mean piece (Pevzner & Hearst 2002).
-    """
-    k = half_a_piece(piece)
-    i = np.arange(k, len(piece))
+    """The share of windows (i - k, i] with a wrong number of boundaries (Pevzner & Hearst 2002)."""
+    first, i = windows(piece)
     count = np.cumsum(np.isin(np.arange(len(piece)), begin) & (np.arange(len(piece)) > 0))
-    return float(np.mean(count[i] - count[i - k] != piece[i] - piece[i - k]))
+    return float(np.mean(count[i] - count[first] != piece[i] - piece[first]))
 
 
 def mean_scores(begins, documents):
@@ -173,21 +156,17 @@ def mean_scores(begins, documents):
 # ours, and its rivals: (sentences, piece) -> begin
 
 
-def semantic(encoding, counts):
+def semantic(encoding, counts, sentences, piece):
     """Our blocks, as they are known at the first token of the next sentence."""
     vocabulary = token_bytes(encoding)
-
-    def begins(sentences, piece):
-        text = b" ".join(sentences).decode()
-        tokens = encoding.encode_to_numpy(text, allowed_special="all")
-        ends = np.cumsum([len(vocabulary[t]) for t in tokens])
-        first_bytes = np.cumsum([0] + [len(s) + 1 for s in sentences[:-1]])
-        first = np.searchsorted(ends, first_bytes, side="right")  # token of each sentence
-        block = np.arange(len(tokens)) - lookbacks(tokens, vocabulary, "semantic", counts)
-        known_at = np.append(first[1:], len(tokens) - 1)
-        return np.searchsorted(first, block[known_at], side="right") - 1
-
-    return begins
+    tokens = encoding.encode_to_numpy(b" ".join(sentences).decode(), allowed_special="all")
+    ends = np.cumsum([len(vocabulary[t]) for t in tokens])
+    starts = np.cumsum([0] + [len(s) + 1 for s in sentences[:-1]])  # bytes
+    first = np.searchsorted(ends, starts, side="right")  # token of each sentence
+    lookback = partition_text(tokens, vocabulary, "semantic", MAX_LOOKBACK, counts)
+    known_at = np.append(first[1:], len(tokens) - 1)
+    block = np.arange(len(tokens)) - lookback
+    return np.searchsorted(first, block[known_at], side="right") - 1
 
 
 def fixed_blocks(sentences, piece):
@@ -197,10 +176,7 @@ def fixed_blocks(sentences, piece):
 
 
 def text_tiling(sentences, piece):
-    """TextTiling (Hearst 1997) of NLTK. It sees the whole document.
-
-    It only cuts between paragraphs, so every sentence is given as a paragraph.
-    """
+    """NLTK's TextTiling (Hearst 1997) with every sentence as a paragraph. It sees everything."""
     from nltk.tokenize import TextTilingTokenizer
 
     text = "\n\n" + "\n\n".join(s.decode() for s in sentences)
@@ -213,99 +189,61 @@ def text_tiling(sentences, piece):
     return counts[np.searchsorted(counts, np.arange(len(sentences)), side="right") - 1]
 
 
-def rivals(encoding, counts):
-    """{name: (sentences, piece) -> begin}"""
-    contest = {
-        "semantic": semantic(encoding, counts),
+def quality(args):
+    """Print the tables and return them: {title: {rival: {set: [Pk, WindowDiff]}}}, means."""
+    sources, counts = read_books(args)
+    rivals = {
+        "semantic": partial(semantic, get_encoding(args.tokenizer), counts),
         "one block": lambda sentences, piece: 0 * piece,
         "a block per sentence": lambda sentences, piece: np.arange(len(piece)),
         "fixed blocks, mean length": fixed_blocks,
     }
     if importlib.util.find_spec("nltk"):
-        contest["TextTiling (sees all)"] = text_tiling
+        rivals["TextTiling (sees all)"] = text_tiling
     else:
         print("nltk is not installed: no TextTiling", file=sys.stderr)
-    return contest
-
-
-def read_books(path, use_background, first):
-    """(sentences of texts 2, 5, 8 ... of a file, a list of lists; word counts of 0, 3, 6 ...).
-
-    The counts are None without use_background. Raises InputError if there are too few texts.
-    """
-    books = BREAK.split(read(path))
-    if len(books) < 3:
-        raise InputError(
-            f"{path} holds {len(books)} texts; at least 3 are needed, separated by <|endoftext|>"
-        )
-    enough = 11 if first else 200
-    sources = [s for s in map(sentences_of, books[2::3]) if len(s) >= enough]
-    if not sources:
-        raise InputError(f"{path}: none of the texts 2, 5, 8 ... has {enough} sentences")
-    return sources, word_counts(END_OF_TEXT.join(books[0::3])) if use_background else None
-
-
-def quality(path, tokenizer, seeds, n, use_background, first):
-    """The tables: {title: {rival: {set: (Pk, WindowDiff)}}}, means over `seeds` x n documents."""
-    sources, counts = read_books(path, use_background, first)
-    contest = rivals(get_encoding(tokenizer), counts)
-    groups_of = {"ten books": [sources], "ten places of one book": [*map(parts_of, sources)]}
-    if first:
-        groups_of = {"ten texts": [sources]}
-    tables = {title: {rival: {} for rival in contest} for title in groups_of}
-    for title, groups in groups_of.items():
-        for name in SETS:
-            documents = choi_documents(groups, name, seeds, n, first)
-            for rival, begins in contest.items():
-                tables[title][rival][name] = mean_scores(begins, documents)
+    # parts of one book are harder to tell apart: they share an author, a style and often a subject
+    edges = [[len(book) * i // PIECES for i in range(PIECES + 1)] for book in sources]
+    parts = [[book[a:b] for a, b in zip(e, e[1:])] for book, e in zip(sources, edges)]
+    tables = {"ten books": [sources], "ten places of one book": parts}
+    tables = {"ten texts": [sources]} if args.first else tables
+    header = [word for name in [*SETS, "mean"] for word in (f"{name}: Pk", "WD")]
+    for title, groups in tables.items():
+        documents, lines = {name: choi_documents(groups, name, args) for name in SETS}, []
+        tables[title] = {rival: {} for rival in rivals}
+        for rival, row in tables[title].items():
+            row |= {name: mean_scores(rivals[rival], documents[name]) for name in SETS}
+            cells = [*row.values(), np.mean([*row.values()], axis=0)]
+            lines.append([rival, *(f"{x:.3f}" for pair in cells for x in pair)])
+        print(f"\n{aligned([title, *header], lines)}", end="")
     return tables
 
 
-def haste(path, tokenizer, seeds, n, use_background, first):
-    """What it costs to decide sooner: a list of dicts, one per value of SURE.
+def haste(args):
+    """Print what it costs to decide sooner, and return it: a list of dicts, one per value of SURE.
 
-    sure; Pk and WindowDiff; lag, the median number of tokens from the start of a block to where it
-    is known; mean lookback, in tokens, of the blocks and of the same blocks closed. Means over
-    `seeds` x n documents of pieces of 3 to 11 sentences.
+    lag: the median number of tokens from the start of a block to where it is known. mean lookback:
+    in tokens; closed: that of the same blocks, closed.
     """
-    sources, counts = read_books(path, use_background, first)
-    encoding, rows, usual = get_encoding(tokenizer), [], locality.SURE
-    vocabulary = token_bytes(encoding)
-    documents = choi_documents([sources], "3-11", seeds, n, first)
+    sources, counts = read_books(args)
+    encoding, rows, lines = get_encoding(args.tokenizer), [], []
+    documents, vocabulary = choi_documents([sources], "3-11", args), token_bytes(encoding)
     texts = [encoding.encode_to_numpy(b" ".join(s).decode()) for s, _ in documents]
-    try:
-        for sure in SURES:
-            locality.SURE = sure
-            scores = mean_scores(semantic(encoding, counts), documents)
-            names = "semantic", "semantic:closed"
-            blocks = [[lookbacks(t, vocabulary, name, counts) for name in names] for t in texts]
-            lags = [np.subtract(*block_moves(lookback)) for lookback, _ in blocks]
-            means = np.mean([[b.mean(dtype=float) for b in pair] for pair in blocks], axis=0)
-            keys = "sure", "Pk", "WindowDiff", "lag", "mean lookback", "closed"
-            lag = np.median(np.concatenate(lags))
-            rows.append(dict(zip(keys, map(float, (sure, *scores, lag, *means)))))
-    finally:
-        locality.SURE = usual
+    partition = partial(partition_text, max_lookback=MAX_LOOKBACK, background=counts)
+    for sure in SURES:
+        with patch.object(locality, "SURE", sure):
+            scores = mean_scores(partial(semantic, encoding, counts), documents)
+            blocks = [partition(text, vocabulary, "semantic") for text in texts]
+            closed = [partition(text, vocabulary, "semantic:closed") for text in texts]
+        lag = float(np.median(np.concatenate([np.subtract(*block_moves(b)) for b in blocks])))
+        means = [float(np.mean([b.mean(dtype=float) for b in each])) for each in (blocks, closed)]
+        keys = "sure", "Pk", "WindowDiff", "lag", "mean lookback", "closed"
+        rows.append(dict(zip(keys, (sure, *scores, lag, *means))))
+        name = f"{sure:.2f}{' (the default)' * (sure == locality.SURE)}"
+        lines.append([name, *(f"{x:.3f}" for x in scores), *(f"{x:.0f}" for x in (lag, *means))])
+    header = "how sure", "Pk", "WD", "lag, tokens", "mean lookback", "the same, closed"
+    print(aligned(header, lines), end="")
     return rows
-
-
-def print_haste(rows):
-    print("how sure      Pk    WD   lag, tokens   mean lookback   the same, closed")
-    for row in rows:
-        usual = "  (the default)" if row["sure"] == locality.SURE else ""
-        print(
-            f"{row['sure']:8.2f}{row['Pk']:8.3f}{row['WindowDiff']:6.3f}{row['lag']:14.0f}"
-            f"{row['mean lookback']:16.0f}{row['closed']:19.0f}{usual}"
-        )
-
-
-def print_tables(tables):
-    for title, table in tables.items():
-        print(f"\n{title:26s}" + "".join(f"{name:>14s}" for name in [*SETS, "mean"]))
-        print(" " * 26 + "      Pk    WD" * (len(SETS) + 1))
-        for rival, row in table.items():
-            cells = [*row.values(), np.mean(list(row.values()), axis=0)]
-            print(f"{rival:26s}" + "".join(f"{pk:8.3f}{wd:6.3f}" for pk, wd in cells))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,11 +256,9 @@ MONO = {"family": "DejaVu Sans Mono", "va": "center"}
 
 
 class Sentence(NamedTuple):
-    """A sentence, and the state of the partitioner at its end."""
-
     start: int  # first byte of the sentence
     next: int  # first byte of the next one
-    block: int  # first byte of the current block
+    block: int  # first byte of the current block, at the end of the sentence
     moved: bool  # whether that block is new
     bits: float  # log2 of the odds that the block before it has ended
 
@@ -341,8 +277,8 @@ def trace(text):
     return sentences
 
 
-def draw_page(path, words, figure):
-    """Draw a page of a text, starting with the block that holds `words`.
+def draw_page(path, words):
+    """A page of a text, starting with the block that holds `words`: a figure.
 
     Each block has a color. Each sentence is followed by its evidence. Words that the block repeats
     are bold.
@@ -358,12 +294,9 @@ def draw_page(path, words, figure):
         raise InputError(f"{path} is too short: all of it is one block")
     paragraphs = starts & {0, *(line.end() for line in re.finditer(rb"\n *", text))}
     share = np.mean([block in paragraphs for block in blocks[1:]])
-    shares = (
-        f"{share:.0%} of the blocks begin a paragraph, "
-        f"and {len(paragraphs) / len(starts):.0%} of the sentences"
-    )
+    shares = f"{share:.0%} of the blocks begin a paragraph, "
+    shares += f"and {len(paragraphs) / len(starts):.0%} of the sentences"
     print(f"{len(starts)} sentences, {len(blocks)} blocks; {shares}")
-
     cell = 0.602 * SIZE / 72  # inches per character
     fig = pyplot().figure(figsize=((WIDTH + 4) * cell, (HEIGHT + 10) * cell * 2.25))
     ax = fig.add_axes((0, 0, 1, 1), xlim=(-2, WIDTH + 2), ylim=(HEIGHT + 5.5, -4.5))
@@ -379,7 +312,7 @@ def draw_page(path, words, figure):
         f"In the whole text, {shares}. (A paragraph makes a break likelier; the words decide.)"
     )
     ax.text(-0.5, HEIGHT + 3.2, key, size=SIZE * 0.82, va="center", linespacing=1.5)
-    save(fig, figure or Path("figures/semantic_blocks.png"))
+    return fig
 
 
 def write_page(ax, text, position, sentences, blocks):
@@ -392,7 +325,12 @@ def write_page(ax, text, position, sentences, blocks):
         block = int(np.searchsorted(blocks, at, side="right"))
         if at > position:
             if at in ended:
-                x += write_evidence(ax, x, y, ended[at])
+                bits, moved = ended[at].bits, ended[at].moved
+                label = f"{bits:+.0f}".replace("-", "−") if np.isfinite(bits) else ""
+                weight, color = ("bold", "#b00000") if moved else ("normal", "#555555")
+                small = {"size": SIZE * 0.72, "weight": weight, "color": color}
+                ax.text(x, y - 0.12, label, **small, **MONO)
+                x += len(label) * 0.72 + 0.8
             if b"\n\n" in text[at - 3 : at]:
                 x, y = 0, y + 1.5
             elif x + len(shown) > WIDTH:
@@ -410,26 +348,14 @@ def write_page(ax, text, position, sentences, blocks):
         x += len(shown) + 1
 
 
-def write_evidence(ax, x, y, sentence):
-    """Write the bits of evidence after a sentence. Returns the width, in characters."""
-    label = f"{sentence.bits:+.0f}".replace("-", "−") if np.isfinite(sentence.bits) else ""
-    style = {"weight": "bold", "color": "#b00000"} if sentence.moved else {"color": "#555555"}
-    ax.text(x, y - 0.12, label, size=SIZE * 0.72, **style, **MONO)
-    return len(label) * 0.72 + 0.8
-
-
-# --------------------------------------------------------------------------------------------------
-# lengths
-
-
-def draw_lengths(paths, figure):
-    """Print and plot the lengths of the blocks of each text, in words."""
+def draw_lengths(paths):
+    """Print the lengths of the blocks of each text, in words; a figure."""
     fig, ax = pyplot().subplots(figsize=(7, 3.6), layout="constrained")
     bins = np.geomspace(4, 1000, 28)
     for path, color, line in zip(paths, cycle(COLORS), cycle(("-", "--", ":"))):
         text, name = read(path), Path(path).stem
         tokens = np.frombuffer(text, np.uint8)
-        lookback = lookbacks(tokens, BYTES, "semantic", word_counts(text), ANY_LENGTH)
+        lookback = partition_text(tokens, BYTES, "semantic", ANY_LENGTH, word_counts(text))
         blocks = pieces_at(text, np.unique(np.arange(len(tokens)) - lookback))
         words = np.array([len(block.split()) for block in blocks])
         low, middle, high = np.percentile(words, [25, 50, 75])
@@ -446,24 +372,11 @@ def draw_lengths(paths, figure):
     ax.set_xticks(ticks, ticks)
     ax.legend(frameon=False, fontsize=9)
     bare(fig)
-    save(fig, figure or Path("figures/block_lengths.png"))
-
-
-def save(fig, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(fig, path)
-    print(f"drew {path}")
-
-
-# --------------------------------------------------------------------------------------------------
+    return fig
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.segmentation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--books", metavar="FILE", help="measure on these texts, separated by <|endoftext|>")
     add("--page", metavar="FILE", help="draw a page of this text in the colors of its blocks")
@@ -487,17 +400,17 @@ def main():
         check_suffix(args.figure)
     if args.json:
         check_writable(args.json)
-    if args.page:
-        draw_page(args.page, args.words, args.figure)
-    elif args.lengths:
-        draw_lengths(args.lengths, args.figure)
-    else:
-        measure, show = (haste, print_haste) if args.haste else (quality, print_tables)
-        background_too, draws = not args.no_background, (args.seeds, args.documents)
-        tables = measure(args.books, args.tokenizer, *draws, background_too, args.first)
-        show(tables)
+    if args.books:
+        tables = haste(args) if args.haste else quality(args)
         if args.json:
             write_json(args.json, tables)
+        return
+    fig = draw_page(args.page, args.words) if args.page else draw_lengths(args.lengths)
+    name = "semantic_blocks.png" if args.page else "block_lengths.png"
+    path = args.figure or Path("figures", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(fig, path)
+    print(f"drew {path}")
 
 
 if __name__ == "__main__":
