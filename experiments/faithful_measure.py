@@ -19,15 +19,9 @@ FOLLOWED = "semantic", "semantic:closed"  # partitions that also read the foreig
 MIN_TOKENS = 8  # of a block whose leak is measured; a block that slides moves with every token
 
 
-# --------------------------------------------------------------------------------------------------
-# the contexts, the same for all models
-
-
 class Context(NamedTuple):
-    """T tokens of the test split, cut into S sentences, and the blocks that the study is about.
-
-    Blocks are (T,) integers: the first token of each token's block.
-    """
+    """T tokens of the test split, cut into S sentences, and the blocks that the study is about:
+    (T,) integers, the first token of each token's block."""
 
     place: int  # of the first token in the split
     tokens: np.ndarray  # (T + 1,) int64; the last one is only predicted
@@ -40,10 +34,8 @@ class Context(NamedTuple):
 
 
 def starts_of(lookback, place, T):
-    """The first token of each token's block, (T,), in the context that begins at `place`.
-
-    lookback: (n,), of the whole split; beyond its end it continues from its beginning.
-    """
+    """The first token of each token's block, (T,), in the context that begins at `place`. Beyond
+    its end, the lookback of the split, (n,), continues from its beginning."""
     i = np.arange(T)
     return i - np.minimum(lookback[(place + i) % len(lookback)].astype(np.int64), i)
 
@@ -55,10 +47,8 @@ def first_tokens(start):
 
 
 def blocks_again(partitioner, tokens, sentences, foreign):
-    """The blocks of a context when the first foreign text replaces each sentence: (S, T).
-
-    partitioner: has read everything before the context; tokens: (T,).
-    """
+    """The blocks of a context, (T,) tokens, when the first foreign text replaces each sentence:
+    (S, T). The partitioner has read everything before the context."""
     blocks = []
     for (begin, end), texts in zip(sentences, foreign):
         replaced, first = tokens.copy(), max(begin, 1)  # the first token is never replaced
@@ -68,11 +58,8 @@ def blocks_again(partitioner, tokens, sentences, foreign):
 
 
 def contexts_of(config, study, T, vocabulary):
-    """The Contexts of a study, a list, and the sha256 of the text and its blocks.
-
-    config: the train.Config of any cell; T: tokens per context. Raises InputError if the text is
-    too short.
-    """
+    """The Contexts of a study, T tokens each, and the sha256 of the text and its blocks. config: of
+    any cell, a train.Config. Raises InputError if the text or the contexts are too short."""
     text = prepare_cell(config, data="", partition="semantic")
     (tokens, lookback), (others, _) = text.split("test"), text.split("val")
     n, fit = len(tokens), (len(tokens) - 1) // T
@@ -81,17 +68,14 @@ def contexts_of(config, study, T, vocabulary):
     if config.joined:  # then only the partition `document` says where a piece begins
         whole = {"data": "", "partition": "document", "max_lookback": 65535}
         _, pieces = prepare_cell(config, **whole).split("test")
-    followed = {
-        name: Partitioner(vocabulary, name, config.max_lookback, text.meta["background"])
-        for name in FOLLOWED
-    }
+    rules = config.max_lookback, text.meta["background"]
+    followed = {name: Partitioner(vocabulary, name, *rules) for name in FOLLOWED}
     contexts, n_read = [], 0
     for number, place in enumerate(np.linspace(0, n - 1 - T, study.contexts).astype(int).tolist()):
-        elsewhere = [place + n * (i + 1) // (SHIFTS + 1) for i in range(SHIFTS)]
-        blocks = [starts_of(lookback, p, T) for p in (place, *elsewhere)]
+        places = [place + n * i // (SHIFTS + 1) for i in range(SHIFTS + 1)]
+        blocks = [starts_of(lookback, p, T) for p in places]
         blocks += [starts_of(pieces, place, T)] if config.joined else []
-        ids = tokens[place : place + T + 1].astype(np.int64)
-        first = first_tokens(blocks[0])
+        ids, first = tokens[place : place + T + 1].astype(np.int64), first_tokens(blocks[0])
         # sentences of different blocks or pieces are not joined
         apart = {*first, *(first_tokens(blocks[-1]) if config.joined else [])}
         sentences = join_short(sorted({*sentence_starts(ids[:T], vocabulary), *apart}), T, apart)
@@ -103,11 +87,11 @@ def contexts_of(config, study, T, vocabulary):
         foreign = draw_foreign(others, vocabulary, sentences, study.draws, 2 * number)
         spans = [(0, token) for token in first]
         before = draw_foreign(others, vocabulary, spans, study.leak_draws, 2 * number + 1)
-        for partitioner in followed.values():
+        again = {}
+        for name, partitioner in followed.items():
             partitioner.push(tokens[n_read:place])
-        n_read = place
-        again = {k: blocks_again(p, ids[:T], sentences, foreign) for k, p in followed.items()}
-        before = dict(zip(first, before))
+            again[name] = blocks_again(partitioner, ids[:T], sentences, foreign)
+        n_read, before = place, dict(zip(first, before))
         contexts.append(Context(place, ids, sentences, blocks, foreign, before, again))
     return contexts, text.meta["sha256"]
 
@@ -121,7 +105,7 @@ def measure(model, context, start, again=None):
     """All measures of a model in a context: a dict of float32 arrays, NaN if there is no value.
 
     start: (T,) the first token of each token's block in the model's own partition; again: (S, T)
-    the same with a foreign text replacing each sentence. The model is in eval mode, on any device.
+    the same with a foreign text replacing each sentence. The model is in eval mode.
 
         influence       (S, T) bits: how much a prediction depends on an earlier sentence
         moved           (S, T) bits more if the partition reads the foreign text as well
@@ -132,16 +116,14 @@ def measure(model, context, start, again=None):
     """
     device, T = model.wte.weight.device, len(start)
     tokens = torch.tensor(context.tokens, device=device)[None]  # (1, T + 1)
-    idx, y = tokens[:, :-1], tokens[0, 1:]
-    lookback = torch.arange(T, device=device)[None] - torch.tensor(start, device=device)  # (1, T)
-    seen = []
-    hook = model.h[-1].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    log_p = model(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
-    hook.remove()
-    flat = uniform(model)
-    log_q = flat(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
-    raw, weighted = pointers(model, seen[0], lookback, context.sentences)
-    even, _ = pointers(flat, seen[0], lookback, context.sentences)
+    idx, y, i, layers = tokens[:, :-1], tokens[0, 1:], torch.arange(T), []
+    lookback = (i - torch.tensor(start))[None].to(device)  # (1, T)
+    x = model.hidden(idx, lookback, lambda layer, *qkv: layers.append(qkv))
+    log_p = model.head(x)[0].log_softmax(-1)  # (T, V)
+    log_q = uniform(model)(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
+    q, k, v = layers[-1]
+    raw, weighted = pointers(model, q, k, v, lookback, context.sentences)
+    even, _ = pointers(model, 0 * q, k, v, lookback, context.sentences)
     bits, moved = torch.full((2, len(context.sentences), T), math.nan)
     for s, sentence in enumerate(context.sentences):
         foreign, end = context.foreign[s].to(device), sentence[1]
@@ -150,7 +132,7 @@ def measure(model, context, start, again=None):
         each, _ = influence(model, idx, lookback, log_p, sentence, foreign)  # (draws, T - end)
         bits[s, end:] = each.mean(0).clamp(min=0).cpu()
         if again is not None:
-            back = torch.arange(T, device=device)[None] - torch.tensor(again[s], device=device)
+            back = (i - torch.tensor(again[s]))[None].to(device)
             other, _ = influence(model, idx, back, log_p, sentence, foreign[:1])
             moved[s, end:] = (other - each[:1])[0].cpu()
     measured = {"influence": bits, "moved": moved, "raw": raw, "weighted": weighted, "even": even}
@@ -160,34 +142,30 @@ def measure(model, context, start, again=None):
     return {name: values.float().cpu().numpy() for name, values in measured.items()}
 
 
-def pointers(model, x, lookback, sentences):
+def pointers(model, q, k, v, lookback, sentences):
     """How much each token attends to each sentence in the last layer: two tensors (S, T).
 
-    x: (1, T, C), the input of that layer's attention. The first is the attention mass, mean over
-    heads. In the second, each key is weighted by the most that its value can add to the stream,
-    the norm of v W_O, and heads are summed (Kobayashi et al. 2020). The first token of the context
-    belongs to no sentence, because it is never replaced.
+    q, k, v: (1, H, T, D), of that layer. The first is the attention mass, mean over heads. In the
+    second, each key is weighted by the most that its value can add to the stream, the norm of
+    v W_O, and heads are summed (Kobayashi et al. 2020). The first token of the context belongs to
+    no sentence, because it is never replaced.
     """
     attn = model.h[-1].attn
-    q, k, v = attn.qkv(x)  # (1, H, T, D) each
     a = attention_weights(q, k, model.in_block(lookback), attn.locality)[0]  # (H, T, T)
     out = attn.c_proj.weight.unflatten(1, (attn.n_head, -1))  # (C, H, D)
     norms = torch.einsum("htd,chd->htc", v[0], out).norm(dim=-1)  # (H, T)
-    keys = torch.arange(a.size(-1), device=x.device)
-    begin, end = torch.tensor(sentences, device=x.device).clamp(min=1).T  # (S,) each
+    keys = torch.arange(a.size(-1), device=q.device)
+    begin, end = torch.tensor(sentences, device=q.device).clamp(min=1).T  # (S,) each
     inside = ((keys[:, None] >= begin) & (keys[:, None] < end)).to(a)  # (T, S)
     return (a.mean(0) @ inside).T, ((a * norms[:, None]).sum(0) @ inside).T
 
 
 @torch.no_grad()
 def uniform(model):
-    """A copy of a model whose last layer attends uniformly to everything it may see.
-
-    With all queries at 0, all scores are 0 (a baseline of Wiegreffe & Pinter 2019).
-    """
+    """A copy of a model whose last layer attends uniformly to everything it may see: with all
+    queries at 0, all scores are 0 (a baseline of Wiegreffe & Pinter 2019)."""
     flat = copy.deepcopy(model)
-    c_attn = flat.h[-1].attn.c_attn
-    for p in (c_attn.weight, c_attn.bias):  # the rows of the queries come first
+    for p in flat.h[-1].attn.c_attn.parameters():  # the rows of the queries come first
         p[: flat.config.n_embd] = 0
     return flat
 
@@ -195,9 +173,9 @@ def uniform(model):
 def leak(model, idx, lookback, y, context):
     """How much each output tells of the text before its block: {"leak": (T,), "far": (T,)}.
 
-    K foreign texts replace everything before the block. leak, in bits: the entropy of the mean
-    prediction minus the mean of the entropies, which is (1/K) sum_k KL(p_k || mean p), at most
-    log2 K. far, in nats: the loss, mean over the K.
+    K foreign texts replace everything before the block. leak, in bits: (1/K) sum_k KL(p_k || mean
+    p), the entropy of the mean prediction minus the mean of the entropies, at most log2 K. far, in
+    nats: the loss, mean over the K.
     """
     start, T = context.blocks[0], idx.size(1)
     bits, nats = torch.full((2, T), math.nan, dtype=torch.double)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.faithful_measure import SHIFTS
-from report.plots import COLORS, finish, pyplot
+from report.plots import COLORS, finish, panels
 from report.stats import bootstrap_weights, holm, mean_interval, paired
 from report.tables import between, facts, markdown, number, plus_minus, with_interval
 
@@ -21,9 +21,6 @@ COMPARED = {
 MIN_SENTENCES = 4  # before a token, for a correlation over them
 BINS = 64  # half octaves of distance
 MASSES = 2.0 ** np.arange(-12, 1)  # the edges of bins of attention mass
-
-# --------------------------------------------------------------------------------------------------
-# the contexts
 
 
 class Frame(NamedTuple):
@@ -42,16 +39,14 @@ def frames_of(contexts):
     for context in contexts:
         begin, end = np.array(context.sentences).T[..., None]  # (S, 1) each
         distance = np.arange(len(context.tokens) - 1) - end  # (S, T)
-        pair = distance >= 0
+        pair, length = distance >= 0, np.broadcast_to(end - begin, distance.shape)
         # a boundary from elsewhere may cut a sentence: then its middle decides
         inside = [pair & ((begin + end) / 2 >= start) for start in context.blocks]
-        raw.append((pair, distance, np.broadcast_to(end - begin, pair.shape), inside))
-    distances = [np.log2(1 + distance[pair]) for pair, distance, _, _ in raw]
-    lengths = [np.log2(length[pair]) for pair, _, length, _ in raw]
-    distance_knots = np.percentile(np.concatenate(distances), (5, 27.5, 50, 72.5, 95))
-    length_knots = np.percentile(np.concatenate(lengths), (10, 50, 90))
+        raw.append((pair, distance, inside, np.log2(1 + distance[pair]), np.log2(length[pair])))
+    distance_knots = np.percentile(np.concatenate([x for *_, x, _ in raw]), (5, 27.5, 50, 72.5, 95))
+    length_knots = np.percentile(np.concatenate([z for *_, z in raw]), (10, 50, 90))
     frames = []
-    for (pair, distance, _, inside), x, z in zip(raw, distances, lengths):
+    for pair, distance, inside, x, z in raw:
         columns = [*spline(x, distance_knots), *spline(z, length_knots)]
         design = np.stack([*columns, *(mask[pair] for mask in inside)], 1).astype(float)
         bins = (2 * np.log2(1 + np.maximum(distance, 0))).astype(int)
@@ -71,10 +66,7 @@ def spline(x, knots):
 
 
 def ranks(x, among):
-    """The rank of each value in its column, with ties shared: (S, T).
-
-    x: (S, T); among: (S, T) booleans, the values that count.
-    """
+    """The rank of each value in its column, with ties shared: (S, T). among: those that count."""
     below = (x[None] < x[:, None]) & among[None]  # (S, S, T)
     same = (x[None] == x[:, None]) & among[None]
     return below.sum(1) + (same.sum(1) + 1) / 2
@@ -86,24 +78,22 @@ def partial_spearman(a, b, c, among):
     a, b, c: (S, T); among: (S, T) booleans, the rows that count. It is 0 if a or b is determined by
     c, and NaN if fewer than MIN_SENTENCES rows count.
     """
-    n, centered = among.sum(0), []
-    for x in (a, b, c):
-        r = np.where(among, ranks(x, among), 0)
-        centered.append(np.where(among, r - r.sum(0) / np.maximum(n, 1), 0))
+    n = among.sum(0)  # (T,)
+    r = np.where(among, [ranks(x, among) for x in (a, b, c)], 0)  # (3, S, T)
+    r = np.where(among, r - r.sum(1, keepdims=True) / np.maximum(n, 1), 0)
 
     def correlation(x, y):
-        size = np.sqrt((x**2).sum(0) * (y**2).sum(0))
-        return np.divide((x * y).sum(0), size, out=np.zeros(len(n)), where=size > 0)
+        return ratio((x * y).sum(0), np.sqrt((x**2).sum(0) * (y**2).sum(0)), 0)
 
-    ab, ac, bc = (correlation(centered[i], centered[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    ab, ac, bc = (correlation(r[i], r[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     left = (1 - ac**2) * (1 - bc**2)
-    size = np.sqrt(np.maximum(left, 0))
-    partial = np.divide(ab - ac * bc, size, out=np.zeros(len(n)), where=left > 1e-9)
+    partial = ratio(ab - ac * bc, np.sqrt(np.where(left > 1e-9, left, 0)), 0)
     return np.where(n >= MIN_SENTENCES, partial, np.nan)
 
 
-# --------------------------------------------------------------------------------------------------
-# the measures of one model
+def ratio(x, y, missing=np.nan):
+    """x / y; `missing` where y is not above 0."""
+    return np.divide(x, y, where=y > 0, out=np.full(np.shape(y), missing, float))
 
 
 class Summary(NamedTuple):
@@ -111,26 +101,25 @@ class Summary(NamedTuple):
 
     cross: np.ndarray  # (2, C, columns): Frame.design times log2(influence + eps), or + eps / 10
     sums: dict  # {measure: (C, 2)}: its sum, and the number of values
-    near: np.ndarray  # (2, bins, 2) inside and outside the block: sums and counts by distance
+    near: np.ndarray  # (2, bins, 2) inside and outside the block: see `by_bin`
     mass: np.ndarray  # (2, bins, 2) of all pairs and of those inside: see `by_mass`
 
 
 def summarize(measured, frames, eps):
     """The Summary of a model. measured: as `read_measured` returns it; eps: bits."""
-    cross, sums, near, mass = [], {}, 0.0, 0.0
+    cross, totals, near, mass = [], [], 0.0, 0.0
     for c, frame in enumerate(frames):
         pair, inside = frame.pair, frame.inside[0][frame.pair]
         at = {k.split(".")[0]: x.astype(float) for k, x in measured.items() if k.endswith(f".{c}")}
         y, finer = (np.log2(at["influence"] + e)[pair] for e in (eps, eps / 10))  # (pairs,) each
         cross.append([frame.design.T @ (x - x.mean()) for x in (y, finer)])
         at["weak"] = at["influence"][pair] < eps
-        for name, total in totals_of(at, frame).items():
-            sums.setdefault(name, []).append(total)
+        totals.append(totals_of(at, frame))
         bins, raw = frame.bins[pair], at["raw"][pair]
         near = near + np.stack([by_bin(y, bins, BINS, x) for x in (inside, ~inside)])
         mass = mass + np.stack([by_mass(y, raw, bins, x) for x in (inside | True, inside)])
-    cross = np.array(cross).swapaxes(0, 1)
-    return Summary(cross, {name: np.array(total) for name, total in sums.items()}, near, mass)
+    sums = {name: np.array([total[name] for total in totals]) for name in totals[0]}
+    return Summary(np.array(cross).swapaxes(0, 1), sums, near, mass)
 
 
 def by_bin(values, bins, n, among):
@@ -140,20 +129,15 @@ def by_bin(values, bins, n, among):
 
 
 def by_mass(y, mass, bins, among):
-    """(bins, 2): in each bin of mass, the sum of y minus its mean at that distance; the count.
-
-    y, mass, bins (of the distance), among (booleans): (pairs,).
-    """
-    usual = by_bin(y, bins, BINS, among)
-    rest = y - (usual[:, 0] / np.maximum(usual[:, 1], 1))[bins]
+    """(bins, 2): in each bin of mass, the sum of y minus its mean at that distance; the count. y,
+    mass, bins (of the distance), among (booleans): (pairs,)."""
+    rest = y - ratio(*by_bin(y, bins, BINS, among).T)[bins]
     return by_bin(rest, np.searchsorted(MASSES, mass, side="right"), len(MASSES) + 1, among)
 
 
 def totals_of(at, frame):
-    """The measures of a context that are means: {name: (sum, number of values)}.
-
-    at: the arrays that `measure` returned for it.
-    """
+    """The measures of a context that are means: {name: (sum, number of values)}. at: the arrays
+    that `measure` returned for it."""
     pair, block, bins, distance = frame.pair, frame.inside[0], frame.bins, frame.distance
     bits = np.where(pair, at["influence"], 0)
     values = {
@@ -176,7 +160,7 @@ def totals_of(at, frame):
         piece = frame.inside[-1]
         usual, outside = (by_bin(bits, bins, BINS, among) for among in (pair, pair & ~piece))
         sums = np.where(outside[:, 1:] < 100, usual, outside)  # near sentences are rarely outside
-        usual = (sums[:, 0] / np.maximum(sums[:, 1], 1))[bins]  # (S, T)
+        usual = ratio(*sums.T)[bins]  # (S, T)
         totals["piece"] = bits[piece].sum(), bits[pair].sum()
         totals["by distance"] = usual[piece].sum(), usual[pair].sum()
     return totals
@@ -185,12 +169,9 @@ def totals_of(at, frame):
 def pointed_at(bits, mass, block, bins):
     """The influence of the sentence of the block with the largest mass, minus the mean influence of
     others of a block at that distance: in bits, for each token with at least two to choose from.
-
-    bits, mass: (S, T); block: (S, T) booleans; bins: (S, T) integers, the distance.
-    """
+    bits, mass: (S, T); block: (S, T) booleans; bins: (S, T) integers, the distance."""
     chosen = np.arange(len(bits))[:, None] == np.where(block, mass, -1).argmax(0)  # (S, T)
-    others = by_bin(bits, bins, BINS, block & ~chosen)
-    usual = np.divide(*others.T, out=np.full(BINS, np.nan), where=others[:, 1] > 0)
+    usual = ratio(*by_bin(bits, bins, BINS, block & ~chosen).T)
     chosen &= block & (block.sum(0) > 1)
     return bits[chosen] - usual[bins[chosen]]
 
@@ -210,73 +191,59 @@ def values_of(summaries, frames, weights):
     weights = weights.astype(float)
     gram = np.stack([f.design.T @ f.design for f in frames])  # (C, columns, columns)
     gram = np.tensordot(weights, gram, 1)  # (B, columns, columns)
-    kinds = len(frames[0].inside)
-    n, effects = gram.shape[1] - kinds, []
+    kinds, effects = len(frames[0].inside), []
+    n = gram.shape[1] - kinds
     for kind in range(kinds):
         columns = [*range(n), n + kind]
         inverse = np.linalg.pinv(gram[:, columns][:, :, columns], hermitian=True)
         row = inverse[:, -1]  # (B, n + 1)
         effects.append([(weights @ s.cross[..., columns] * row).sum(-1) for s in summaries])
-    effects = np.array(effects).transpose(2, 0, 1, 3)  # (2, kinds, models, B)
-    values = {"boundary": effects[0, 0], "finer": effects[1, 0]}
-    values["shifted"] = effects[0, 1 : 1 + SHIFTS].mean(0)
-    values["above shifted"] = values["boundary"] - values["shifted"]
+    (boundary, *others), (finer, *_) = np.array(effects).transpose(2, 0, 1, 3)  # (models, B) each
+    values = {"boundary": boundary, "finer": finer, "shifted": np.mean(others[:SHIFTS], 0)}
+    values["above shifted"] = boundary - values["shifted"]
     if kinds > 1 + SHIFTS:
-        values["true boundary"] = effects[0, -1]
+        values["true boundary"] = others[-1]
     for name in summaries[0].sums:
         sums = np.stack([weights @ s.sums[name] for s in summaries])  # (models, B, 2)
-        total, count = np.moveaxis(sums, -1, 0)
-        values[name] = np.divide(total, count, where=count > 0, out=np.full(count.shape, np.nan))
+        values[name] = ratio(*np.moveaxis(sums, -1, 0))
     return values
-
-
-def compare(values, resampled, places, first, second):
-    """The comparison of a measure between two models (see report.stats), with their names.
-
-    values: (models,); resampled: (models, RESAMPLES), the same with the contexts resampled; places:
-    {name: {seed: number of the model}}.
-    """
-    sides = [places[name] for name in (first, second)]
-    once, again = (
-        [{seed: x[i] for seed, i in side.items()} for side in sides] for x in (values, resampled)
-    )
-    return {"first": first, "second": second, **paired(*once, resampled=again)}
 
 
 def verdict(row, bound):
     """What a comparison says, in words. bound: a smaller difference does not count."""
     if row["seeds"] < 2:
         return "not tested: a single seed"
-    ends, text = (row["low"], row["high"]), row["text"]
-    small = max(map(abs, ends)) < bound
-    if row["holm"] is not None and row["holm"] < 0.05 and min(ends) * max(ends) > 0:
-        words = "higher" if min(ends) > 0 else "lower"
-        if small:
-            words += ", by less than the bound"
-        elif min(map(abs, ends)) < bound:
-            words += ", possibly by less than the bound"
-        return words + ("; may differ in another text" if min(text) <= 0 <= max(text) else "")
-    same = small and max(map(abs, text)) < bound
+    low, high, text = row["low"], row["high"], row["text"]
+    least, most = sorted((abs(low), abs(high)))
+    if (row["holm"] or 1) < 0.05 and low * high > 0:
+        words = "higher" if low > 0 else "lower"
+        if least < bound:
+            words += (", possibly" if most >= bound else ",") + " by less than the bound"
+        return words + ("; may differ in another text" if text[0] <= 0 <= text[1] else "")
+    same = max(most, *map(abs, text)) < bound
     return "no difference above the bound" if same else "not resolved"
 
 
 def analyze(subjects, summaries, frames, study):
     """All numbers of the report, a dict. subjects: have a name and a seed each; study: a dict."""
-    once = values_of(summaries, frames, np.ones((1, len(frames))))
-    resampled = values_of(summaries, frames, bootstrap_weights(len(frames)))
-    values, places = {name: x[:, 0] for name, x in once.items()}, {}
-    for i, subject in enumerate(subjects):
-        places.setdefault(subject.name, {})[subject.seed] = i
+    values = values_of(summaries, frames, np.ones((1, len(frames))))
+    values = {name: x[:, 0] for name, x in values.items()}
+    resampled, places = values_of(summaries, frames, bootstrap_weights(len(frames))), {}
+    for i, s in enumerate(subjects):
+        places.setdefault(s.name, {})[s.seed] = i
 
-    def row_of(measure, first, second):
-        row = compare(values[measure], resampled[measure], places, first, second)
-        return {"outcome": measure, **row}
+    def compare(measure, first, second):
+        once, again = (
+            [{seed: x[measure][i] for seed, i in places[name].items()} for name in (first, second)]
+            for x in (values, resampled)
+        )
+        row = paired(*once, resampled=again)
+        return row and {"outcome": measure, "first": first, "second": second, **row}
 
     first, second = study["first"], study["second"]
-    tests = [{**row_of(name, first, second), "bound": study[name]} for name in OUTCOMES]
-    ps = holm([1 if row["p"] is None else row["p"] for row in tests])
-    for row, p in zip(tests, ps):
-        row["holm"] = None if row["p"] is None else p
+    tests = [{**compare(name, first, second), "bound": study[name]} for name in OUTCOMES]
+    for row, p in zip(tests, holm([row["p"] or 1 for row in tests])):
+        row["holm"] = row["p"] and p  # p is None for too many seeds
         row["verdict"] = verdict(row, row["bound"])
     models = []
     for name, seeds in places.items():
@@ -284,18 +251,15 @@ def analyze(subjects, summaries, frames, study):
         for measure, x in values.items():
             by_seed = x[list(seeds.values())]
             mean, _, half = mean_interval(by_seed)
-            if not np.isnan(mean):  # `moved` of distributed: it has no blocks
-                model[measure] = {"mean": mean, "half": half, "by_seed": by_seed.tolist()}
-            else:
-                model[measure] = None
+            kept = {"mean": mean, "half": half, "by_seed": by_seed.tolist()}
+            model[measure] = None if np.isnan(mean) else kept  # nothing was measured
         for key in ("near", "mass"):
             model[key] = sum(getattr(summaries[i], key) for i in seeds.values()).tolist()
         models.append(model)
     pairs = [(name, second) for name in places if name != second]
     pairs += [(first, name) for name in places if name not in (first, second)]
-    pairs = [(a, b) for a, b in pairs if places[a].keys() & places[b].keys()]
-    rows = [row_of(name, a, b) for a, b in pairs for name in COMPARED]
-    return {"study": study, "tests": tests, "models": models, "comparisons": rows}
+    rows = [compare(name, *pair) for pair in pairs for name in COMPARED]
+    return {"study": study, "tests": tests, "models": models, "comparisons": [*filter(None, rows)]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,25 +331,20 @@ def report_text(results):
     text = f"**The three tests**: {study['first']} minus {study['second']}.\n\n"
     text += markdown(TESTS.split(" | "), rows)
     for title, columns in COLUMNS.items():
-        if not columns.keys() <= models[0].keys():
-            continue
-        rows = [
-            [model["name"], *(model_cell(model[k], digits) for k, (_, digits) in columns.items())]
-            for model in models
-        ]
-        text += f"\n**{title}.**\n\n"
-        text += markdown(["model", *(head for head, _ in columns.values())], rows)
+        if columns.keys() <= models[0].keys():
+            rows = [[m["name"], *(cell(m[k], n) for k, (_, n) in columns.items())] for m in models]
+            text += f"\n**{title}.**\n\n"
+            text += markdown(["model", *(heading for heading, _ in columns.values())], rows)
     text += f"\n{NOTE}\n**Further differences**, uncorrected: [95 % over seeds], p.\n\n"
     rows = {}
     for row in results["comparisons"]:
-        p = "" if row["p"] is None else f", {row['p']:.2g}"
-        cells = rows.setdefault((row["first"], row["second"]), [])
-        cells.append(with_interval(row, 3) + p)
-    rows = [[f"{first} minus {second}", *cells] for (first, second), cells in rows.items()]
-    return text + markdown(["models", *COMPARED.values()], rows) + "\n" + facts(results["about"])
+        name, p = f"{row['first']} minus {row['second']}", row["p"] and f", {row['p']:.2g}"
+        rows.setdefault(name, [name]).append(with_interval(row, 3) + (p or ""))
+    text += markdown(["models", *COMPARED.values()], rows.values())
+    return f"{text}\n{facts(results['about'])}"
 
 
-def model_cell(measure, digits):
+def cell(measure, digits):
     """A measure of a model in a table: its mean and the 95 % interval over seeds."""
     return "–" if measure is None else plus_minus(measure["by_seed"], digits, interval=True)
 
@@ -397,21 +356,21 @@ def model_cell(measure, digits):
 def mean_of(sums, least=200):
     """The mean in each bin; NaN if it has fewer than `least` values. sums: (bins, 2)."""
     total, count = np.array(sums).T
-    return np.divide(total, count, out=np.full(len(total), np.nan), where=count >= least)
+    return ratio(total, np.where(count < least, 0, count))
 
 
 def draw_distance(results, path):
     """Draw influence against distance, inside and outside the block, one panel per model."""
     n = len(results["models"])
-    wide, high = min(4, n), -(-n // 4)
-    shape = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    fig, axes = pyplot().subplots(high, wide, figsize=(3 * wide, 2.9 * high + 0.5), **shape)
+    shape = -(-n // 4), min(4, n)
+    size = 3 * shape[1], 2.9 * shape[0] + 0.5
+    fig, axes = panels(*shape, *size, sharex=True, sharey=True, squeeze=False)
     distance = 2 ** ((np.arange(BINS) + 0.5) / 2) - 1
     for ax, model in zip(axes.flat, results["models"]):
         lines = zip(model["near"], COLORS, "os", ("in the block", "outside the block"))
         for sums, color, marker, label in lines:
             ax.plot(distance, 2 ** mean_of(sums), marker=marker, ms=4, color=color, label=label)
-        name, effect = model["name"].replace(", ", ",\n"), model_cell(model["boundary"], 2)
+        name, effect = model["name"].replace(", ", ",\n"), cell(model["boundary"], 2)
         ax.set_title(f"{name}\nboundary effect {effect} doublings", size=9)
         ax.set(xscale="log", yscale="log", xlim=(2, None))
     for ax in axes.flat[n:]:
@@ -424,22 +383,21 @@ def draw_distance(results, path):
 
 def draw_pointers(results, path):
     """Draw influence, relative to its usual value at that distance, by the last layer's mass."""
-    shape = {"sharex": True, "sharey": True, "layout": "constrained"}
-    fig, axes = pyplot().subplots(1, 2, figsize=(11, 5.2), **shape)
+    fig, axes = panels(1, 2, 11, 5.2, sharex=True, sharey=True)
     at, shown = [MASSES[0] / 2, *MASSES[:-1] * 2**0.5], []  # the middle of each bin
     titles = "all sentences before a token", "sentences of its block"
+    ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
     for panel, (ax, title) in enumerate(zip(axes, titles)):
         for i, model in enumerate(results["models"]):
             y = 2 ** mean_of(model["mass"][panel])[: len(at)]
             shown.append(y)
-            look = {"color": COLORS[i % len(COLORS)], "marker": "os^vDP*X"[i % 8], "ms": 5}
+            look = {"color": COLORS[i % 8], "marker": "os^vDP*X"[i % 8], "ms": 5}
             ax.plot(at[1:], y[1:], lw=1.2, label=model["name"], **look)
             ax.plot(at[0], y[0], **look)
         ax.axhline(1, color="#888888", lw=1, zorder=0)
         ax.set(xscale="log", yscale="log", title=title)
         ax.set_xlabel("attention of the last layer to a sentence (mass)")
         ax.set_xticks([at[0], 1e-3, 1e-2, 1e-1, 1], ["less", "0.001", "0.01", "0.1", "1"])
-        ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
         ax.set_yticks(ticks, ticks)
         ax.minorticks_off()
     axes[0].set_ylim(min(0.45, 0.9 * np.nanmin(shown)), max(2.2, 1.1 * np.nanmax(shown)))

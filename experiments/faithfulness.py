@@ -5,9 +5,8 @@
     python -m experiments.faithfulness configs/faithful_sections.toml --report   # only the report
 
 A config is that of a sweep with another table, [faithful], which holds the keys of `Study`. Missing
-models are trained as sweep.py trains them. Each model is measured once, into `faithful.npz` in its
-folder. After any interruption, the same command resumes. It writes the report to the folder of the
-sweep: faithfulness.md, faithfulness.json and two figures.
+models are trained as sweep.py trains them, and each is measured once, into `faithful.npz` in its
+folder. After any interruption, the same command resumes. The report is in the folder of the sweep.
 
 boundary  Does a sentence of the block change a prediction more than a sentence outside the block
           that is as far away and as long? In doublings of its influence.
@@ -15,8 +14,8 @@ pointer   Does a prediction depend on what the last layer attends to? Spearman's
           the sentences before a token, with distance removed.
 leak      What does an output still tell of the text before its block? In bits per token.
 
-All models are measured with the same blocks, the open semantic ones. When text is replaced, the
-blocks stay as they were.
+All models are measured with the same blocks, the open semantic ones, which stay as they were when
+text is replaced.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -74,10 +73,6 @@ def read_study(values):
     return Study(**table)
 
 
-# --------------------------------------------------------------------------------------------------
-# measuring all models
-
-
 class Subject(NamedTuple):
     """A model to measure: the weights of a cell, at a dial."""
 
@@ -95,13 +90,10 @@ VARIED = ("schedule", "partition", "floor", "max_lookback", "seed", "out")
 
 
 def subjects_of(cells, study):
-    """The Subjects of a study: a list of all cells, and of `second` with its dial as in `first`.
-
-    cells: {name: Config}. Raises InputError if `first` or `second` is missing, if they share no
-    seed, if cells differ in keys that are not in VARIED, or if two have the same name and seed.
-    """
-    subjects, base = [], asdict(next(iter(cells.values())))
-    for cell in cells.values():
+    """The Subjects of a study: a list of all cells, Configs, and of `second` with its dial as in
+    `first`. Raises InputError for cells that cannot be compared."""
+    subjects, base = [], asdict(cells[0])
+    for cell in cells:
         for name, value in asdict(cell).items():
             if name not in VARIED and value != base[name]:
                 raise InputError(f"[faithful]: the models of a study must not differ in {name}")
@@ -110,27 +102,23 @@ def subjects_of(cells, study):
             partition, name = cell.partition, f"{cell.schedule} {cell.partition}"
         dial, folder = (cell.schedule, partition, cell.floor), Path(cell.out)
         subjects.append(Subject(name, cell.seed, folder, *dial, folder / "faithful.npz"))
-    by_name = {s.name: s for s in subjects}
     if len({(s.name, s.seed) for s in subjects}) < len(subjects):
         raise InputError("[faithful]: two models have the same schedule, partition and seed")
-    for name in (study.first, study.second):
-        if name not in by_name:
-            raise InputError(f"[faithful]: no model is {name!r}; there are {', '.join(by_name)}")
-    first = by_name[study.first]
-    seeds = [{s.seed for s in subjects if s.name == name} for name in (study.first, study.second)]
-    if not seeds[0] & seeds[1]:
+    first, second = ([s for s in subjects if s.name == n] for n in (study.first, study.second))
+    if not first or not second:
+        missing, names = study.second if first else study.first, {s.name for s in subjects}
+        raise InputError(f"[faithful]: no model is {missing!r}; there are {listed(names)}")
+    if not {s.seed for s in first} & {s.seed for s in second}:
         raise InputError(f"[faithful]: {study.first!r} and {study.second!r} share no seed")
-    for s in [s for s in subjects if s.name == study.second]:
-        name, path = f"{s.name}, turned to {first.name}", s.folder / "faithful.turned.npz"
-        subjects.append(first._replace(name=name, seed=s.seed, folder=s.folder, path=path))
+    for s in second:
+        name, path = f"{s.name}, turned to {study.first}", s.folder / "faithful.turned.npz"
+        subjects.append(first[0]._replace(name=name, seed=s.seed, folder=s.folder, path=path))
     return subjects
 
 
 def to_measure(subjects, study, text):
-    """The Subjects without valid measurements: {Subject: what they depend on, a dict}.
-
-    text: a sha256. Other weights, another study or other code make measurements invalid.
-    """
+    """The Subjects without valid measurements: {Subject: what they depend on, a dict}. text: a
+    sha256. Other weights, another study or other code make measurements invalid."""
     code, missing = files.digest_code([faithful_measure.__file__], ()), {}
     for s in subjects:
         about = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
@@ -142,61 +130,36 @@ def to_measure(subjects, study, text):
 
 
 def measure_all(missing, cells, contexts, jobs=1):
-    """Measure Subjects, `jobs` at a time. Raises InputError.
-
-    missing: as `to_measure` returns it; cells: {folder: Config}.
-    """
+    """Measure Subjects and write their files, `jobs` contexts at a time. missing: as `to_measure`
+    returns it; cells: {folder: Config}. Raises InputError."""
     # the number of threads is a setting of each thread
-    threads, stop = max(1, torch.get_num_threads() // jobs), []
+    options = {"initializer": torch.set_num_threads}
+    options["initargs"] = (max(1, torch.get_num_threads() // jobs),)
     bar = tqdm(total=len(missing) * len(contexts), unit="context", disable=None)
-    with bar, ThreadPoolExecutor(jobs, initializer=lambda: torch.set_num_threads(threads)) as pool:
-        running = [
-            pool.submit(measure_one, s, about, cells[s.folder], contexts, bar, stop)
-            for s, about in missing.items()
-        ]
-        try:
-            for future in running:
-                future.result()
-        except BaseException:  # after Ctrl-C too, finished measurements are kept
-            stop.append(True)
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def measure_one(subject, about, cell, contexts, bar, stop):
-    """Measure a Subject and write its file. It stops early when the list `stop` is not empty.
-
-    about: a dict, written to the file as well; cell: its Config.
-    """
-    device = pick_device(cell.device)
-    model, *_ = load(subject.folder, device)
-    locality = schedule(subject.schedule, model.config.n_layer, subject.floor)
-    model.set_locality(locality)
-    data = prepare_cell(cell, data="", partition=subject.partition)
-    _, lookback = data.split("test")
-    arrays = {}
-    for c, context in enumerate(contexts):
-        if stop:
-            return
-        start = starts_of(lookback, context.place, len(context.tokens) - 1)
-        # `distributed` has no blocks that could move
-        again = context.again.get(subject.partition) if any(locality) else None
-        for name, values in measure(model, context, start, again).items():
-            arrays[f"{name}.{c}"] = values
-        bar.set_postfix_str(f"{subject.name}, seed {subject.seed}", refresh=False)
-        bar.update()
-    facts = {"about": about, "made": provenance(device, subject.seed)}
-    facts = {name: json.dumps(value) for name, value in facts.items()}
-    with files.replacing(subject.path) as temporary, open(temporary, "wb") as f:
-        np.savez_compressed(f, **facts, **arrays)
+    with bar, ThreadPoolExecutor(jobs, **options) as pool:
+        for s, about in missing.items():
+            bar.set_postfix_str(f"{s.name}, seed {s.seed}", refresh=False)
+            device = pick_device(cells[s.folder].device)
+            model, *_ = load(s.folder, device)
+            model.set_locality(schedule(s.schedule, model.config.n_layer, s.floor))
+            data = prepare_cell(cells[s.folder], data="", partition=s.partition)
+            _, lookback = data.split("test")
+            start = [starts_of(lookback, c.place, len(c.tokens) - 1) for c in contexts]
+            # `distributed` has no blocks that could move
+            again = [c.again.get(s.partition) if any(model.locality) else None for c in contexts]
+            facts = {"about": about, "made": provenance(device, s.seed)}
+            arrays = {name: json.dumps(value) for name, value in facts.items()}
+            each = pool.map(measure, [model] * len(contexts), contexts, start, again)
+            for c, measured in enumerate(each):
+                arrays |= {f"{name}.{c}": values for name, values in measured.items()}
+                bar.update()
+            with files.replacing(s.path) as temporary, open(temporary, "wb") as f:
+                np.savez_compressed(f, **arrays)
 
 
 def read_measured(path):
-    """The file that `measure_one` wrote, a dict; {} if there is none.
-
-    It has an array "NAME.CONTEXT" for each measure and context, `about`, what the measurements
-    depend on, and `made`, their provenance. Raises InputError if it is damaged.
-    """
+    """The file of a Subject: {"NAME.CONTEXT": array of a measure, "about": what it depends on,
+    "made": its provenance}, or {} if there is none. Raises InputError if it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             facts = {name: json.loads(str(stored[name])) for name in ("about", "made")}
@@ -228,8 +191,7 @@ def write_report(folder, subjects, contexts, study):
     write_text(folder / "faithfulness.md", text)
     faithful_report.draw_distance(results, folder / "faithfulness_distance.png")
     faithful_report.draw_pointers(results, folder / "faithfulness_pointers.png")
-    print(text)
-    print(f"table: {folder / 'faithfulness.md'}, and .json, _distance.png, _pointers.png beside it")
+    print(f"{text}\ntable: {folder / 'faithfulness.md'}, and .json, _distance.png, _pointers.png")
 
 
 def main():
@@ -243,22 +205,22 @@ def main():
     study, out = read_study(values), Path(values["out"])
     check_folder(out)
     cells = read_cells(values)
-    subjects = subjects_of(cells, study)
-    cells_in = {Path(cell.out): cell for cell in cells.values()}
+    subjects = subjects_of(list(cells.values()), study)
     with files.alone(out) as held:
         broken = {} if only_report else run(cells, jobs, held)
         for name, why in broken.items():
             print(f"broken: {name}: {why}", file=sys.stderr)
         if broken:
             sys.exit(1)
-        model, *_ = load(subjects[0].folder)
-        cell = cells_in[subjects[0].folder]
-        vocabulary = token_bytes(get_encoding(cell.tokenizer))
-        contexts, text = contexts_of(cell, study, model.config.block_size, vocabulary)
+        cells = {Path(cell.out): cell for cell in cells.values()}
+        model, config, _ = load(subjects[0].folder)
+        vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+        T, cell = model.config.block_size, cells[subjects[0].folder]
+        contexts, text = contexts_of(cell, study, T, vocabulary)
         missing = to_measure(subjects, study, text)
         if missing and only_report:
             raise InputError(f"{len(missing)} models are not measured yet; leave out --report")
-        measure_all(missing, cells_in, contexts, jobs or 1)
+        measure_all(missing, cells, contexts, jobs or 1)
         write_report(out, subjects, contexts, study)
 
 

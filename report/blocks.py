@@ -8,21 +8,15 @@ MOST_FORCED = 0.2  # of the starts; above this, blocks follow max_lookback more 
 
 def block_moves(lookback):
     """Where the block changes: (n,) integers -> the tokens from which on a new one holds, and the
-    tokens at which it begins, (m,) int64 each, ascending.
-
-    If a block slides at max_lookback, one token at a time, no new one begins; but blocks of a
-    single token count. It reads a memory map piece by piece.
-    """
-    tokens, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for at in range(0, len(lookback), STRETCH):
-        before = max(at - 1, 0)
-        i = np.arange(before, min(at + STRETCH, len(lookback)))
-        back = lookback[before : at + STRETCH]
-        start = i - back
-        moved = (np.diff(start) > 1) | (back[1:] == 0)
-        tokens.append(i[1:][moved])
-        starts.append(start[1:][moved])
-    return np.concatenate(tokens), np.concatenate(starts)
+    tokens at which it begins, (m,) int64 each, ascending. If a block slides at max_lookback, one
+    token at a time, no new one begins; but blocks of a single token count."""
+    moves = [np.zeros((2, 0), np.int64)]
+    for at in range(1, len(lookback), STRETCH):
+        i = np.arange(at - 1, min(at + STRETCH, len(lookback)))
+        start = i - lookback[at - 1 : at + STRETCH]
+        moved = (np.diff(start) > 1) | (start == i)[1:]
+        moves.append(np.stack((i, start))[:, 1:][:, moved])
+    return np.concatenate(moves, 1)
 
 
 def block_starts(lookback):
@@ -31,10 +25,8 @@ def block_starts(lookback):
 
 
 def liveliest(lookback, T):
-    """The block start from which T tokens contain the most new blocks that begin and are noticed.
-
-    lookback: (n,) integers. If there are several such places, the first.
-    """
+    """The first block start from which T tokens contain the most new blocks that begin and are
+    noticed. lookback: (n,) integers."""
     (tokens, starts), T = block_moves(lookback), min(T, len(lookback))
     places = np.append(0, starts)
     places = places[places <= len(lookback) - T]
@@ -45,22 +37,20 @@ def liveliest(lookback, T):
 def block_stats(tokens, lookback, vocabulary, partition, max_lookback):
     """Statistics of a split, a dict: tokens, bytes, the mean lookback.
 
-    For blocks, also their number and the quartiles of their lengths in tokens. For blocks that
-    follow sentences, also `lag`, the median number of tokens from where a block begins to where
-    that is known; and `forced`, the share of the starts that moved because the block had reached
-    max_lookback.
+    For blocks also their number and the quartiles of their lengths, in tokens. For blocks that
+    follow sentences also `lag`, the median number of tokens from where a block begins to where that
+    is known, and `forced`, the share of the starts that moved because of max_lookback.
     """
-    length, n_bytes = np.array([len(b) for b in vocabulary]), 0
-    for at in range(0, len(tokens), STRETCH):
-        n_bytes += int(length[tokens[at : at + STRETCH]].sum())
-    mean = float(lookback.sum(dtype=np.int64)) / len(tokens)
-    stats = {"tokens": len(tokens), "bytes": n_bytes, "mean_lookback": round(mean, 2)}
+    n, length = len(tokens), np.array([len(b) for b in vocabulary])
+    n_bytes = sum(int(length[tokens[at : at + STRETCH]].sum()) for at in range(0, n, STRETCH))
+    mean = float(lookback.sum(dtype=np.int64)) / n
+    stats = {"tokens": n, "bytes": n_bytes, "mean_lookback": round(mean, 2)}
     name = partition.partition(":")[0]
     if name == "window":
         return stats
     known, begun = block_moves(lookback)
     starts = np.append(0, begun)
-    quartiles = np.percentile(np.diff(starts, append=len(tokens)), (25, 50, 75)).tolist()
+    quartiles = np.percentile(np.diff(starts, append=n), (25, 50, 75)).tolist()
     stats |= {"blocks": len(starts), "block_length_quartiles": quartiles}
     if name not in ("block", "document") and len(begun):
         stats["lag"] = float(np.median(known - begun))
@@ -77,9 +67,7 @@ def mark_blocks(tokens, lookback, vocabulary):
 
 def describe(folder, meta, tokens, lookback, vocabulary):
     """What a prepared folder contains, with three block boundaries in context: lines of text.
-
-    meta: its meta.json; tokens, lookback: (n,) integers of the training split.
-    """
+    meta: its meta.json; tokens, lookback: (n,) integers of the training split."""
     stats, train, partition = meta["splits"], meta["splits"]["train"], meta["partition"]
     sizes = ", ".join(f"{split} {stats[split]['tokens']:,}" for split in stats)
     per_token = train["bytes"] / train["tokens"]
@@ -112,6 +100,5 @@ def describe(folder, meta, tokens, lookback, vocabulary):
     for start in starts:
         sides = tokens[max(start - width, 0) : start], tokens[start : start + width]
         text = [b"".join(vocabulary[t] for t in side).decode(errors="replace") for side in sides]
-        before, after = (side.replace("\n", " ") for side in text)
-        lines.append(f"  … {before} ▌{after} …")
+        lines.append("  … {} ▌{} …".format(*text).replace("\n", " "))
     return "\n".join(lines)

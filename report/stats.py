@@ -2,7 +2,7 @@
 
 A comparison of two models is a dict:
     seeds            how many seeds both models have; everything is paired by seed
-    difference       the mean of first minus second; `as_ratio` turns it into `ratio`
+    difference       the mean of first minus second; or `ratio`, e to that power
     low, high        its 95 % interval over seeds (Student's t); None for a single seed
     p, least_p       the exact sign-flip test, and the smallest p that so many seeds can give
     text             its 95 % interval over the text, [low, high]; None if it was not computed
@@ -12,8 +12,7 @@ import math
 
 import numpy as np
 
-# 97.5 % quantile of Student's t by degrees of freedom. Between two entries the lower degrees of
-# freedom count, which makes the interval wider.
+# 97.5 % quantile of Student's t by degrees of freedom; between two entries the lower one counts
 STUDENT = {
     **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 14: 2.145, 16: 2.120, 18: 2.101, 20: 2.086, 25: 2.060, 30: 2.042},
@@ -22,25 +21,18 @@ RESAMPLES = 2000  # bootstrap samples of the contexts of a text
 
 
 def mean_interval(values):
-    """(mean, standard deviation, half the width of the 95 % interval of the mean).
-
-    The last two are None for a single value.
-    """
-    values = np.asarray(values, float)
-    n = len(values)
+    """(mean, standard deviation, half the width of the 95 % interval of the mean); the last two are
+    None for a single value."""
+    mean, n = float(np.mean(values)), len(values)
     if n < 2:
-        return float(values.mean()), None, None
-    sd = float(values.std(ddof=1))
-    t = STUDENT[max(df for df in STUDENT if df <= n - 1)]
-    return float(values.mean()), sd, t * sd / math.sqrt(n)
+        return mean, None, None
+    sd = float(np.std(values, ddof=1))
+    return mean, sd, STUDENT[max(df for df in STUDENT if df < n)] * sd / math.sqrt(n)
 
 
 def sign_flip_p(differences):
-    """p of the two-sided exact permutation test of paired differences.
-
-    It is the share of all 2^n ways to sign them whose mean is as far from 0 as the observed mean,
-    so it is never below 2 / 2^n. None for more than 20 differences, which have too many ways.
-    """
+    """p of the two-sided exact permutation test of paired differences: the share of all 2^n ways to
+    sign them whose mean is as far from 0 as the observed one. None for more than 20 differences."""
     d = np.asarray(differences, float)
     if len(d) > 20:
         return None
@@ -49,10 +41,8 @@ def sign_flip_p(differences):
 
 
 def holm(ps):
-    """The p of several tests, each corrected for all of them (Holm 1979): a list.
-
-    Rejecting what is below 0.05 makes even one error in at most 5 % of such families of tests.
-    """
+    """The p of several tests, each corrected for all of them (Holm 1979): a list. Even one error is
+    made in at most 5 % of the families in which all that is below 0.05 is rejected."""
     corrected, least = [1.0] * len(ps), 0.0
     for rank, i in enumerate(np.argsort(ps, kind="stable")):
         least = max(least, min(1.0, (len(ps) - rank) * ps[i]))
@@ -61,38 +51,27 @@ def holm(ps):
 
 
 def bootstrap_weights(n):
-    """How often each of n contexts is drawn in each bootstrap sample: (RESAMPLES, n) integers.
-
-    The contexts are drawn as if they were independent. Every call draws the same samples.
-    """
+    """How often each of n contexts is drawn in each bootstrap sample: (RESAMPLES, n) integers, the
+    same in every call. The contexts are drawn as if they were independent."""
     return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
 
 
-def paired(first, second, resampled=None):
+def paired(first, second, resampled=None, ratio=False):
     """Compare two models: a comparison, or None if they share no seed.
 
     first, second: {seed: value}. resampled: the same two dicts with (RESAMPLES,) values, one for
-    each sample of `bootstrap_weights`.
+    each sample of `bootstrap_weights`. ratio: compare e to the power of the values.
     """
-    seeds = sorted(first.keys() & second.keys())
+    seeds, scale = sorted(first.keys() & second.keys()), math.exp if ratio else float
     if not seeds:
         return None
     d = [first[seed] - second[seed] for seed in seeds]
     mean, _, half = mean_interval(d)
-    row = {"seeds": len(seeds), "difference": mean, "low": None, "high": None}
-    if half is not None:
-        row |= {"low": mean - half, "high": mean + half}
+    row = {"seeds": len(d), "ratio" if ratio else "difference": scale(mean)}
+    for end, sign in (("low", -1), ("high", 1)):
+        row[end] = None if half is None else scale(mean + sign * half)
     row |= {"p": sign_flip_p(d), "least_p": 2 / 2 ** len(d), "text": None}
     if resampled:
         means = np.mean([resampled[0][seed] - resampled[1][seed] for seed in seeds], axis=0)
-        row["text"] = np.percentile(means, (2.5, 97.5)).tolist()
+        row["text"] = [scale(x) for x in np.percentile(means, (2.5, 97.5))]
     return row
-
-
-def as_ratio(row):
-    """A comparison of losses in nats as one of perplexities: `ratio` replaces `difference`."""
-    row = {"seeds": row["seeds"], "ratio": row["difference"], **row}
-    del row["difference"]
-    for key in ("ratio", "low", "high"):
-        row[key] = None if row[key] is None else math.exp(row[key])
-    return {**row, "text": row["text"] and [math.exp(x) for x in row["text"]]}

@@ -12,13 +12,11 @@ def markdown(header, rows):
 
 def aligned(header, rows):
     """The same table for a terminal: the first column is aligned left, all others right."""
-    lines = [list(map(str, cells)) for cells in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ""
-    for first, *others in lines:
-        cells = [first.ljust(widths[0]), *(x.rjust(n) for x, n in zip(others, widths[1:]))]
-        text += "  ".join(cells) + "\n"
-    return text
+    columns = [list(map(str, column)) for column in zip(header, *rows)]
+    for i, column in enumerate(columns):
+        width = max(map(len, column))
+        columns[i] = [cell.rjust(width) if i else cell.ljust(width) for cell in column]
+    return "".join("  ".join(cells) + "\n" for cells in zip(*columns))
 
 
 def number(value, form):
@@ -38,9 +36,10 @@ def with_interval(row, digits):
     if row is None:
         return "–"
     value = f"{row['ratio' if 'ratio' in row else 'difference']:.{digits}f}"
-    if row["low"] is None or row["low"] == row["high"]:
-        return value
-    return f"{value} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    ends = (
+        "" if row["low"] == row["high"] else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    )
+    return value + ends
 
 
 def between(ends, digits):
@@ -65,15 +64,9 @@ def facts(about):
 def measures_table(results):
     """What `evaluate` returned, as lines of text."""
     header = "layer", "locality", "fidelity", "pointer accuracy", "entropy (bits)", "on first token"
-    forms = {
-        "locality": ".3f",
-        "fidelity": ".3f",
-        "pointer_accuracy": ".3f",
-        "entropy": ".2f",
-        "first_token": ".3f",
-    }
+    digits = {"locality": 3, "fidelity": 3, "pointer_accuracy": 3, "entropy": 2, "first_token": 3}
     rows = [
-        [number, *(format(layer[key], form) for key, form in forms.items())]
+        [number, *(f"{layer[key]:.{n}f}" for key, n in digits.items())]
         for number, layer in enumerate(results["layers"], 1)
     ]
     losses = ", ".join(f"from {n} {nats:.3f}" for n, nats in results["by_position"])
@@ -97,17 +90,11 @@ def dial_table(rows):
     """What `dial_sweep` returned, as lines of text. The last three columns: means over layers."""
     header = ["schedule", "floor", "perplexity", "ratio to distributed", "accuracy"]
     header += ["locality", "fidelity", "entropy (bits)"]
-    lines = [
-        (
-            row["schedule"],
-            "–" if row["schedule"] == "distributed" else f"{row['floor']:.2f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['ratio']:.4f}",
-            f"{100 * row['accuracy']:.2f} %",
-            f"{layer_mean(row, 'locality'):.3f}",
-            f"{layer_mean(row, 'fidelity'):.3f}",
-            f"{layer_mean(row, 'entropy'):.2f}",
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        floor = "–" if row["schedule"] == "distributed" else f"{row['floor']:.2f}"
+        lines.append([row["schedule"], floor, f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}"])
+        lines[-1].append(f"{100 * row['accuracy']:.2f} %")
+        digits = {"locality": 3, "fidelity": 3, "entropy": 2}
+        lines[-1] += [f"{layer_mean(row, key):.{n}f}" for key, n in digits.items()]
     return aligned(header, lines) + "locality, fidelity and entropy are means over layers"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from report.plots import look
-from report.stats import as_ratio, holm, mean_interval, paired, sign_flip_p
-from report.sweep import collect, comparisons, read_results, resampled_losses, report_text
+from report.stats import holm, mean_interval, paired, sign_flip_p
+from report.sweep import collect, comparisons, read_results, report_text, resampled_losses
 from report.tables import aligned, markdown, plus_minus, with_interval
 from support.files import InputError
 from train import Config
@@ -46,77 +46,63 @@ def test_holm_corrects_for_all_tests():
 
 
 def test_pairs_share_their_seeds():
-    row = paired({1: 1.0, 2: 2.0, 3: 9.0}, {1: 0.9, 2: 1.8, 4: 7.0})
+    pair = {1: 1.0, 2: 2.0, 3: 9.0}, {1: 0.9, 2: 1.8, 4: 7.0}
+    row, ratio = paired(*pair), paired(*pair, ratio=True)
     assert row["seeds"] == 2 and row["difference"] == pytest.approx(0.15)
     assert row["p"] == row["least_p"] == 0.5 and row["text"] is None
     assert row["low"] < row["difference"] < row["high"]
-    ratio = as_ratio(row)
     assert "difference" not in ratio and ratio["ratio"] == pytest.approx(math.exp(0.15))
     assert [math.exp(row[end]) for end in ("low", "high")] == [ratio["low"], ratio["high"]]
     assert paired({1: 1.0}, {2: 1.0}) is None
-    assert as_ratio(paired({1: 1.0}, {1: 1.0}))["low"] is None
-    same = as_ratio(paired({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}))
+    assert paired({1: 1.0}, {1: 1.0}, ratio=True)["low"] is None
+    same = paired({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}, ratio=True)
     assert same["low"] == same["ratio"] == same["high"] == 1
 
 
 def over_text(a, b):
-    """The interval over the text of a ratio of two groups, lists of runs."""
-    a_loss, b_loss = ({r["seed"]: 0.0 for r in runs} for runs in (a, b))
-    row = paired(a_loss, b_loss, resampled_losses(a, b))
-    return row and as_ratio(row)["text"]
+    """The interval over the text of a ratio of two groups, lists of (nats, tokens) by seed."""
+    runs = [[{"seed": s, "by_context": x} for s, x in side.items()] for side in (a, b)]
+    return paired(dict.fromkeys(a, 0), dict.fromkeys(b, 0), resampled_losses(*runs), True)["text"]
 
 
 def test_the_interval_over_the_text_holds_the_truth_as_often_as_it_says():
     """Contexts are drawn; the true ratio is e ** 0.02."""
     rng, held = np.random.default_rng(0), 0
     for _ in range(200):
-        tokens = rng.integers(100, 400, 60)
-        nats = rng.normal(3, 0.5, 60) * tokens
-        more = (0.02 + rng.normal(0, 0.05, 60)) * tokens
+        n = rng.integers(100, 400, 60)
+        nats = rng.normal(3, 0.5, 60) * n
+        more = (0.02 + rng.normal(0, 0.05, 60)) * n
         a, b = (
-            [
-                {"seed": s, "by_context": list(zip((n + rng.normal(0, 1, 60)), tokens))}
-                for s in (1, 2)
-            ]
-            for n in (nats + more, nats)
+            {s: np.stack((x + rng.normal(0, 1, 60), n), 1) for s in (1, 2)}
+            for x in (nats + more, nats)
         )
         low, high = over_text(a, b)
         held += low <= math.exp(0.02) <= high
     assert 180 <= held < 200
-    # both ends, for seeds that differ
+    # both ends, for seeds that differ: 18 of 20 x 9, on average
     a, b = (
-        [{"seed": s, "by_context": [(x, 9)] * 4 + [(0, 9)] * 16} for s in (1, 2)] for x in (9, 0)
+        {s: [(x, 9)] * 4 + [(0, 9)] * 16 for s, x in c.items()}
+        for c in ({1: 9, 2: 27}, {1: 0, 2: 0})
     )
-    a[1]["by_context"] = [(27, 9)] * 4 + [(0, 9)] * 16  # 18 of 20 x 9, on average
     share = np.random.default_rng(5).binomial(20, 0.2, 200_000) * 18 / 180
     expected = np.exp(np.percentile(share, (2.5, 97.5)))
     assert over_text(a, b) == pytest.approx(expected, abs=0.02)
-    assert over_text(a[:1], b[1:]) is None
-    b[1]["by_context"] = b[1]["by_context"][:-1]  # another text
-    assert over_text(a, b) is None
-    few = [{"seed": 1, "by_context": [(1, 9)] * 19}]
-    assert over_text(few, few) is None
+    assert over_text(a, {**b, 2: b[2][:-1]}) is None  # another text
+    assert over_text({1: a[1][:19]}, {1: b[1][:19]}) is None  # too few contexts
 
 
 def test_tables():
     rows = [["a", 1, "x"], ["bcd", 10.5, "–"]]
-    assert markdown(["n", "value", ""], rows).splitlines() == [
-        "| n | value |  |",
-        "| --- | --- | --- |",
-        "| a | 1 | x |",
-        "| bcd | 10.5 | – |",
-    ]
-    assert aligned(["n", "value", ""], rows).splitlines() == [
-        "n    value   ",
-        "a        1  x",
-        "bcd   10.5  –",
-    ]
+    lines = ["| n | value |  |", "| --- | --- | --- |", "| a | 1 | x |", "| bcd | 10.5 | – |"]
+    assert markdown(["n", "value", ""], rows).splitlines() == lines
+    lines = ["n    value   ", "a        1  x", "bcd   10.5  –"]
+    assert aligned(["n", "value", ""], rows).splitlines() == lines
     assert plus_minus([1, 3], 1) == "2.0 ± 1.4" and plus_minus([1], 2) == "1.00"
     assert plus_minus([1, 3], 1, interval=True) == "2.0 ± 12.7"
     row = paired({1: 1.0, 2: 3.0}, {1: 0.0, 2: 0.0})
     assert with_interval(row, 1) == "2.0 [-10.7, 14.7]" and with_interval(None, 1) == "–"
-    many = paired(dict.fromkeys(range(21), 1.0), {seed: seed for seed in range(21)})
-    assert "| – |" in report_text([], [{"first": "a", "second": "b", **as_ratio(many)}], {})
+    many = paired(dict.fromkeys(range(21), 1.0), {seed: seed for seed in range(21)}, ratio=True)
+    assert "| – |" in report_text([], [{"first": "a", "second": "b", **many}], {})
 
 
 def test_every_series_has_a_marker_of_its_own():
@@ -134,27 +120,22 @@ def results_of(**changes):
     return {**results, "config": asdict(Config(schedule="localist")), **changes}
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("by_context", None),
-        ("by_context", [[1, 2], [3]]),
-        ("by_context", ["a"]),
-        ("blocks", 5),
-        ("reach", {}),
-        ("layers", []),
-        ("loss", "1"),
-        ("torch", 2),
-        ("config", {}),
-    ],
-)
-def test_damaged_results_are_named(tmp_path, key, value):
+def test_damaged_results_are_named(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results_of()))
     assert read_results(path) == {**results_of(), "folder": tmp_path}
-    path.write_text(json.dumps(results_of(**{key: value})))
-    with pytest.raises(InputError, match="is damaged; delete it"):
-        read_results(path)
+    wrong = {
+        "by_context": [None, [[1, 2], [3]], ["a"]],
+        "blocks": [5],
+        "reach": [{}],
+        "layers": [[]],
+    }
+    wrong |= {"loss": ["1"], "torch": [2], "config": [{}]}
+    texts = [json.dumps(results_of(**{key: x})) for key, values in wrong.items() for x in values]
+    for text in (*texts, "{", "[]", "[" * 10**5):
+        path.write_text(text)
+        with pytest.raises(InputError, match="results.json is damaged; delete .*results.json and"):
+            read_results(path)
 
 
 def rows_of(text, column, value):
@@ -176,10 +157,9 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
     cells += [("semantic", 58, 150), ("window:59", 58, 150), ("document", 70, 150)]
     cells += [("block:129", 64, 150)]  # more than 5 % from all of them
     for number, (partition, mean, cap) in enumerate(cells):
-        config = Config(partition=partition, schedule="localist", max_lookback=cap)
         losses = np.random.default_rng(number).normal(10 * (1 + number), 3, 25)
         results = results_of(
-            config=asdict(config),
+            config=asdict(Config(partition=partition, schedule="localist", max_lookback=cap)),
             loss=1 + number,
             blocks={"mean_lookback": mean, "forced": 0.125},
             mean_lookback=mean + 2,
