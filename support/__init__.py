@@ -19,20 +19,18 @@ os.close(null)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # MKL promises the same bits from run to run only if this is set.
 os.environ.setdefault("MKL_CBWR", "AUTO")
-# Put large tensors into large pages. Fetching a freed page again takes time, and with the
-# vocabulary of GPT-2 there are many small ones.
+# Large tensors in large pages: fetching a freed page again takes time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Ctrl-C while a script loads prints no traceback; after that files.run_script handles it. During
 # the import of torch, Ctrl-C ends the process at once: a half-loaded torch would crash.
-default_hook = sys.excepthook
-sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or default_hook(kind, *error)
-on_interrupt = signal.getsignal(signal.SIGINT)
-interruptible = on_interrupt is signal.default_int_handler
-interruptible = interruptible and threading.current_thread() is threading.main_thread()
-if interruptible:
+hook = sys.excepthook
+sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or hook(kind, *error)
+handler = signal.getsignal(signal.SIGINT)
+main_thread = threading.current_thread() is threading.main_thread()
+if interruptible := main_thread and handler is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch  # noqa: E402, F401
 
 if interruptible:
-    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGINT, handler)

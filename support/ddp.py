@@ -22,11 +22,8 @@ class Process(NamedTuple):
 
 
 def init(device_name, batch_size):
-    """This Process, after it has met the others, if there are any.
-
-    Processes communicate by NCCL if each has a GPU, and by Gloo on CPUs. Raises InputError if they
-    cannot share a batch of `batch_size` contexts, or if the device is not available.
-    """
+    """This Process, after it has met the others, if there are any, by NCCL (GPUs) or Gloo (CPUs).
+    Raises InputError if they cannot share batch_size contexts, or the device is not available."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world_size:
         raise InputError(f"batch_size ({batch_size}) must be divisible by {world_size} processes")
@@ -40,29 +37,24 @@ def init(device_name, batch_size):
 
 
 def shut_down():
-    """Leave the other processes, if there are any.
-
-    The pause lets the threads of Gloo release their last tensors, for which they need Python's
-    lock. Without it, torch sometimes waits for them while it holds that lock, and never ends
-    (docs/LOG.md).
-    """
+    """Leave the other processes, if there are any."""
     if distributed.is_initialized():
+        # Gloo's threads need Python's lock to release their last tensors; torch sometimes waits
+        # for them while it holds that lock, and never ends (docs/LOG.md).
         time.sleep(0.1)
         distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def in_turn(process):
-    """Run this block in one process after another: rank 0 downloads or writes, the others reuse it.
-
-    The first process of every other machine, which may have its own disk, comes second, and all
-    others come third.
-    """
+    """Run this block first in rank 0, which downloads or writes what the others reuse; then in the
+    first process of every other machine, which may have its own disk; then in all others."""
     turn = 0 if process.rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    for _ in range(turn if process.world_size > 1 else 0):
+    before, after = (turn, 2 - turn) if process.world_size > 1 else (0, 0)
+    for _ in range(before):
         distributed.barrier()
     yield
-    for _ in range(2 - turn if process.world_size > 1 else 0):
+    for _ in range(after):
         distributed.barrier()
 
 

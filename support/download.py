@@ -28,10 +28,8 @@ SLOWEST = 16 << 10  # bytes per second
 def download(url, path, size=None, sha256=None, limit=2 << 30):
     """Download `url` to `path`, a Path, and return `path`.
 
-    size: the exact length in bytes, if known; limit: the longest we accept if it is not.
-    sha256: hex digest of the content, if known.
-    Raises InputError, and leaves nothing behind, if the server cannot be reached; if it sends too
-    little, too much or too slowly; or if the content does not match.
+    size: the exact length in bytes, if known; limit: the longest we accept if it is not; sha256:
+    hex digest of the content. Raises InputError, and leaves nothing behind, if anything is wrong.
     """
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url}: only http:// and https:// addresses can be downloaded")
@@ -46,24 +44,39 @@ def download(url, path, size=None, sha256=None, limit=2 << 30):
     length = next_chunk(url, chunks)
     if size and length not in (None, size):
         raise InputError(f"{url}: the server offers {length} bytes where {size} are expected")
-    with replacing(path) as temporary:
-        receive(url, chunks, temporary, size or length, size or limit, sha256)
+    expected, limit, name = size or length, size or limit, url.rpartition("/")[2]
+    digest, received, received_before, since = hashlib.sha256(), 0, 0, time.monotonic()
+    bar = tqdm(total=expected, unit="B", unit_scale=True, desc=name, leave=False, disable=None)
+    with bar, replacing(path) as temporary, open(temporary, "wb") as f:
+        while chunk := next_chunk(url, chunks):
+            f.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
+            received += len(chunk)
+            if received > limit:
+                raise InputError(f"{url}: the server sends more than {limit} bytes; not kept")
+            if time.monotonic() - since > PERIOD:
+                if received - received_before < PERIOD * SLOWEST:
+                    raise InputError(f"{url}: less than {SLOWEST >> 10} KiB/s; try again later")
+                since, received_before = time.monotonic(), received
+        if expected is not None and received != expected:
+            raise InputError(f"{url}: broke off after {received} of {expected} bytes; run it again")
+        actual = digest.hexdigest()
+        if sha256 not in (None, actual):
+            raise InputError(f"{url}: sha256 {actual[:16]}…, expected {sha256[:16]}…; not kept")
     return path
 
 
 def fetch(url, chunks):
-    """Put the content of `url` on a queue: its announced length or None, then bytes, then an end.
+    """Put on a queue the announced length of `url` or None, its content, then b"" or an exception.
 
-    The end is b"" or an exception.
-
-    This runs in its own thread: a server that sends its headers byte by byte blocks for hours in
-    calls that no timeout ends. The reader of the queue can give up and leave the thread behind.
+    This is a thread that `download` can leave behind: a server that sends its headers byte by byte
+    blocks for hours in calls that no timeout ends.
     """
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "localist-gpt"})
         with urllib.request.urlopen(request, timeout=SILENCE) as response:
-            safe = "https://" if url.startswith("https://") else ("http://", "https://")
-            if not response.url.startswith(safe):
+            if not response.url.startswith(("https://", url.partition("//")[0])):
                 raise ValueError(f"it redirects to {response.url}, which is less safe")
             length = response.headers.get("Content-Length") or ""
             chunks.put(int(length) if length.isdecimal() and len(length) < 20 else None)
@@ -75,8 +88,7 @@ def fetch(url, chunks):
 
 
 def next_chunk(url, chunks):
-    """The next thing that `fetch` puts on the queue. Raises InputError for its errors and for
-    SILENCE."""
+    """What `fetch` puts on the queue next. Raises InputError for its errors and for SILENCE."""
     try:
         chunk = chunks.get(timeout=SILENCE)
     except queue.Empty:
@@ -85,27 +97,3 @@ def next_chunk(url, chunks):
         reason = chunk if isinstance(chunk, HTTPError) else getattr(chunk, "reason", None) or chunk
         raise InputError(f"{url}: could not be downloaded ({' '.join(str(reason).split())})")
     return chunk
-
-
-def receive(url, chunks, path, expected, limit, sha256):
-    """Write the chunks from the queue to `path`. Raises InputError if the content is not whole."""
-    digest, received, since, received_before = hashlib.sha256(), 0, time.monotonic(), 0
-    name = url.rpartition("/")[2]
-    bar = tqdm(total=expected, unit="B", unit_scale=True, desc=name, leave=False, disable=None)
-    with open(path, "wb") as f, bar:
-        while chunk := next_chunk(url, chunks):
-            f.write(chunk)
-            digest.update(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-            if received > limit:
-                raise InputError(f"{url}: the server sends more than {limit} bytes; not kept")
-            if time.monotonic() - since > PERIOD:
-                if received - received_before < PERIOD * SLOWEST:
-                    raise InputError(f"{url}: less than {SLOWEST >> 10} KiB/s; try again later")
-                since, received_before = time.monotonic(), received
-    if expected is not None and received != expected:
-        raise InputError(f"{url}: broke off after {received} of {expected} bytes; run it again")
-    if sha256 and digest.hexdigest() != sha256:
-        actual, expected = digest.hexdigest()[:16], sha256[:16]
-        raise InputError(f"{url}: the content has sha256 {actual}…, expected {expected}…; not kept")

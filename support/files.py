@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -25,11 +26,8 @@ class InputError(ValueError):
 
 
 def run_script(main):
-    """Call main(). A user's mistake ends in one line and status 2, signal n in status 128 + n.
-
-    A script that stops because of signal n raises KeyboardInterrupt(n); Ctrl-C raises it without a
-    number.
-    """
+    """Call main(). A user's mistake ends in one line and status 2, signal n, for which main raises
+    KeyboardInterrupt(n), in status 128 + n."""
     sys.stdout = steady(sys.stdout, sys.__stdout__)
     sys.stderr = steady(sys.stderr, sys.__stderr__)
     try:
@@ -37,14 +35,12 @@ def run_script(main):
         sys.stdout.flush()
         if Steady.failed:
             raise InputError(f"part of the output could not be written ({Steady.failed})")
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
+    except (InputError, OSError, RuntimeError, MemoryError) as e:
+        if out_of_memory(e):
+            e = "out of memory; end other processes, do less at a time, or use another device"
+        elif not isinstance(e, (InputError, OSError)):
             raise
-        message = "out of memory; end other processes, do less at a time, or use another device"
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may be slow to end; allow a second one
@@ -55,26 +51,6 @@ def out_of_memory(error):
     """Whether an exception of torch or of Python means that memory is short."""
     short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return short or "can't allocate memory" in str(error)  # the words of torch on a CPU
-
-
-def steady(stream, original):
-    """Standard output or error as a stream on which no print fails; any other stream unchanged.
-
-    If the stream is closed (>&-), nothing is printed. Characters that it cannot show become "?".
-    If its reader has left (| head -1) or the disk is full, the script continues.
-    """
-    if stream is None:
-        return open(os.devnull, "w")
-    if stream is not original or not isinstance(stream, io.TextIOWrapper):
-        return stream
-    stream.reconfigure(errors="replace")
-    raw = getattr(stream.buffer, "raw", stream.buffer)
-    if type(raw) is not io.FileIO:  # a console of Windows
-        return stream
-    raw = Steady(raw.fileno(), "w", closefd=False)
-    buffer = raw if stream.write_through else io.BufferedWriter(raw)
-    line_buffering, write_through = stream.line_buffering, stream.write_through
-    return io.TextIOWrapper(buffer, stream.encoding, "replace", None, line_buffering, write_through)
 
 
 class Steady(io.FileIO):
@@ -91,30 +67,47 @@ class Steady(io.FileIO):
             return len(content)
 
 
-# --------------------------------------------------------------------------------------------------
-# writing
+def steady(stream, original):
+    """Standard output or error as a stream on which no print fails, even if it is closed (>&-) or
+    full, or lacks a character (printed as "?") or a reader (| head -1). Others are unchanged."""
+    if stream is None:
+        return open(os.devnull, "w")
+    if stream is not original:
+        return stream
+    stream.reconfigure(errors="replace")
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    if type(raw) is not io.FileIO:  # a console of Windows
+        return stream
+    raw = Steady(raw.fileno(), "w", closefd=False)
+    lines, through = stream.line_buffering, stream.write_through
+    buffer = raw if through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", None, lines, through)
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path beside `path`. If all goes well, it is synced and renamed to `path`.
-
-    So `path` is always a whole file, the old one or the new one. Raises InputError if the file
-    cannot be written, for example on a full disk.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def writing(path):
+    """Turn an error of the system in this block into an InputError about `path`."""
     try:
-        yield temporary
-        with open(temporary, "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        yield
     except (OSError, RuntimeError) as e:
         # torch hides the error of the system behind one of its own
         reason = e if isinstance(e, OSError) else e.__context__
         if not isinstance(reason, OSError):
             raise
         raise InputError(f"{path}: could not be written ({reason.strerror or reason})") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`. If all goes well, it is synced and renamed to `path`,
+    which is always a whole file, the old one or the new one. Raises InputError."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            yield temporary
+            with open(temporary, "r+b") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -136,23 +129,9 @@ def check_writable(path):
         raise InputError(f"{path}: a file cannot be written there")
 
 
-def append_line(file, text):
-    """Append a line to a file opened unbuffered, whole or not at all. Raises InputError."""
-    before, line = file.seek(0, os.SEEK_END), (text + "\n").encode()
-    try:
-        if file.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as e:
-        file.truncate(before)
-        raise InputError(f"{file.name}: could not be written ({e.strerror})") from None
-
-
 def lock(file, wait=False):
     """Hold the lock of an open file or folder until it is closed, here and in child processes.
-
-    wait: wait until another process releases it. Raises BlockingIOError if another process has it,
-    another OSError if the system or the disk has no locks.
-    """
+    Raises BlockingIOError if another process has it (unless `wait`), OSError without locks."""
     if fcntl is None:
         raise OSError("this system has no flock")
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -160,14 +139,13 @@ def lock(file, wait=False):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Let one process at a time work in a folder, which is created if needed; the others wait.
+    """Let one process at a time work in a folder, which is created, and removed if it is empty.
 
-    Yields the file descriptor that holds the lock of the folder, or None on Windows. Afterwards an
-    empty folder is removed, with the parents that were created for it. Raises InputError if the
-    folder cannot be written.
+    Yields the file descriptor that holds its lock, or None on Windows. Raises InputError.
     """
     created = [path for path in [folder, *folder.parents] if not path.exists()]
-    descriptor = open_locked(folder)
+    with writing(folder):
+        descriptor = open_locked(folder)
     try:
         yield descriptor
     finally:
@@ -179,19 +157,16 @@ def alone(folder):
 
 
 def open_locked(folder, tries=100):
-    """Open a folder, which is created if needed, and wait for its lock.
-
-    Returns the file descriptor, or None on Windows, where a folder has no lock. Raises InputError.
-    """
+    """Create and open a folder, and wait for its lock, which Windows does not have."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             return None
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as e:
-        if tries and isinstance(e, (FileNotFoundError, FileExistsError)) and not folder.is_file():
-            return open_locked(folder, tries - 1)  # another process has just removed it
-        raise InputError(f"{folder}: could not be written ({e.strerror})") from None
+    except (FileNotFoundError, FileExistsError):
+        if not tries:
+            raise
+        return open_locked(folder, tries - 1)  # another process has just removed it
     try:
         lock(descriptor)
     except BlockingIOError:
@@ -208,41 +183,32 @@ def open_locked(folder, tries=100):
 
 @contextlib.contextmanager
 def filling(folder, last):
-    """Yield an empty folder to work in. If all goes well, its files move to `folder`.
-
-    The file named `last` moves last: as long as it is missing, the folder is not complete. After a
-    failure nothing new is left. Raises InputError if the folder cannot be written.
-    """
+    """Yield an empty folder to work in. If all goes well, its files move to `folder`, the one named
+    `last` last: without it, the folder is not complete. Raises InputError."""
     work = folder / f".preparing-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)  # in a container, the next process has the same number
     try:
-        work.mkdir()
-        yield work
-        (folder / last).unlink(missing_ok=True)
-        for path in sorted(work.iterdir(), key=lambda path: path.name == last):
-            os.replace(path, folder / path.name)
-    except OSError as e:
-        raise InputError(f"{folder}: could not be written ({e.strerror or e})") from None
+        with writing(folder):
+            work.mkdir()
+            yield work
+            (folder / last).unlink(missing_ok=True)
+            for path in sorted(work.iterdir(), key=lambda path: path.name == last):
+                os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def remove_stale(folder, pattern):
     """Remove what killed processes left. pattern: a name with {} for the number of the process."""
-    before, after = pattern.split("{}")
-    for path in folder.glob(f"{before}[0-9]*{after}") if folder.is_dir() else ():
-        number = path.name[len(before) : len(path.name) - len(after)]
+    numbered = re.escape(pattern).replace(r"\{\}", "([0-9]+)")
+    for path in folder.glob("*") if os.name == "posix" else ():
         try:
-            if number.isdecimal() and os.name == "posix":
-                os.kill(int(number), 0)  # signal 0 only checks whether the process exists
+            if match := re.fullmatch(numbered, path.name):
+                os.kill(int(match[1]), 0)  # signal 0 only checks whether the process exists
         except (ProcessLookupError, OverflowError):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
         except OSError:
             pass  # the process belongs to someone else and is alive
-
-
-# --------------------------------------------------------------------------------------------------
-# digests
 
 
 def digest(files):
@@ -255,27 +221,23 @@ def digest(files):
 
 
 def digest_code(paths, without=()):
-    """sha256 over what Python files do. Comments, docstrings and layout do not count.
-
-    without: names of top-level functions, classes and variables that do not count either.
-    """
-    total = hashlib.sha256()
+    """sha256 over what Python files do. Comments, docstrings, layout, and the top-level functions,
+    classes and variables named in `without` do not count."""
+    total, documented = hashlib.sha256(), (ast.Module, ast.ClassDef, ast.FunctionDef)
     for path in paths:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-        tree.body = [node for node in tree.body if not names_of(node) & set(without)]
+        tree.body = [node for node in tree.body if name_of(node) not in without]
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(getattr(body[0].value, "value", None), str):  # a docstring
-                    node.body = body[1:]
+            if isinstance(node, documented) and ast.get_docstring(node) is not None:
+                del node.body[0]
         total.update(ast.unparse(tree).encode())
     return total.hexdigest()
 
 
-def names_of(node):
-    """The names that a statement defines: of a function, a class, or variables."""
-    targets = getattr(node, "targets", [])
-    return {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
+def name_of(node):
+    """The name that a function, a class or `name = value` defines; None for other statements."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else None
+    return getattr(node, "name", getattr(target, "id", None))
 
 
 def seal(meta):

@@ -18,8 +18,8 @@ import torch
 
 from support.files import InputError
 
-# --------------------------------------------------------------------------------------------------
-# device, precision, compiler
+# peak Tflop/s of a card in dense bfloat16 (no sparsity), from NVIDIA's data sheets
+PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}
 
 
 def pick_device(name):
@@ -38,9 +38,7 @@ def pick_device(name):
 
 def fast_bfloat16(device):
     """Whether bfloat16 is faster than float32: on CUDA cards that have it, and on CPUs with AMX.
-
-    CPUs with only AVX-512 have bfloat16 too, but it was slower in our tests (docs/LOG.md).
-    """
+    (On CPUs with only AVX-512, it was slower in our tests: docs/LOG.md.)"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -51,73 +49,49 @@ def fast_bfloat16(device):
 
 def precision(device, dtype):
     """The context manager of a forward pass: float32, bfloat16 (autocast), or auto, the faster one.
-
-    Raises InputError if the card has no bfloat16.
-    """
-    if dtype == "bfloat16" and device.type == "cuda" and not fast_bfloat16(device):
+    Raises InputError if the card has no bfloat16."""
+    fast = dtype != "float32" and fast_bfloat16(device)
+    if dtype == "bfloat16" and device.type == "cuda" and not fast:
         card = torch.cuda.get_device_name(device)
         raise InputError(f"{card} has no bfloat16; set dtype to auto, or to float32")
-    if dtype == "bfloat16" or dtype == "auto" and fast_bfloat16(device):
+    if dtype == "bfloat16" or fast:
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def compiles(device, choice):
-    """Whether to use torch.compile: true, false, or auto.
-
-    auto: if bfloat16 is fast and there is a compiler. On other CPUs nearly all the time goes into
-    matrix products, and compiling gains next to nothing. Raises InputError for true without a
-    compiler.
-    """
-    if choice is True and (missing := missing_compiler(device)):
+    """Whether to use torch.compile: true, false, or auto (if bfloat16 is fast: on other CPUs,
+    compiling gains next to nothing). Raises InputError for true without a compiler."""
+    if choice == "auto":
+        return fast_bfloat16(device) and not missing_compiler(device)
+    if choice and (missing := missing_compiler(device)):
         raise InputError(
             f"compile is true, and {missing} was not found; install it, or set compile to auto"
         )
-    if choice == "auto":
-        return fast_bfloat16(device) and not missing_compiler(device)
     return choice
 
 
 def missing_compiler(device):
     """What torch.compile needs and does not find, in words; empty if nothing is missing."""
+    names = [os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))]
     if device.type == "cuda":
         if not importlib.util.find_spec("triton"):
             return "the package triton"
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    else:
-        default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        names = [os.environ.get("CXX", default)]
     if any(shutil.which(shlex.split(name)[0]) for name in names if name.strip()):
         return ""
     return f"a compiler ({' or '.join(names)})"
 
 
-# peak flop/s of a card in dense bfloat16 (no sparsity), from NVIDIA's data sheets
-PEAK = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-}
-
-
 def peak_flops(device):
     """The peak flop/s of this device, or None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for card, peak in PEAK.items() if card in name), None)
-
-
-# --------------------------------------------------------------------------------------------------
-# parallel work, signals
+    return next((peak * 1e12 for card, peak in PEAK.items() if card in name), None)
 
 
 def in_parallel(function, arguments):
-    """Yield everything that function(*a) yields for each a in arguments, a list, in any order.
-
-    If the system can fork, as many processes as there are processors share the work.
-    """
+    """Yield everything that function(*a) yields for each a in arguments, a list, in any order. If
+    the system can fork, as many processes as there are processors share the work."""
     n = min(len(arguments), os.cpu_count() or 1)
     if n < 2 or "fork" not in multiprocessing.get_all_start_methods():
         for a in arguments:
@@ -128,7 +102,8 @@ def in_parallel(function, arguments):
 
     def work(share):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
-        threading.Thread(target=end_with_parent, daemon=True).start()
+        end = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # with the parent
+        threading.Thread(target=end, daemon=True).start()
         try:
             for a in share:
                 for result in function(*a):
@@ -159,20 +134,11 @@ def in_parallel(function, arguments):
             child.terminate()
 
 
-def end_with_parent():
-    """Wait until the parent of this process has ended, for whatever reason, and end as well."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that collects SIGINT, SIGTERM and SIGHUP (the terminal is gone).
-
-    Without the default handlers, the caller can finish and save its current step. Ctrl-C also
-    reaches a compiler that is running; the error that torch makes of it becomes
-    KeyboardInterrupt(number), as in files.run_script.
-    """
+    """Yield a list that collects SIGINT, SIGTERM and SIGHUP (the terminal is gone), so that the
+    caller can finish its step. Ctrl-C also reaches a compiler that is running; the error that torch
+    makes of it becomes KeyboardInterrupt(number)."""
     received, numbers = [], {signal.SIGINT, signal.SIGTERM}
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
     if signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it
@@ -189,27 +155,20 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-# --------------------------------------------------------------------------------------------------
-# provenance
-
-
 def provenance(device, seed):
     """Where a number comes from: command, commit, device, date, seed and torch version, a dict."""
-    command, root = ["git", "describe", "--always", "--dirty"], Path(__file__).parent.parent
+    command, folder = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
     try:
-        git = subprocess.run(command, cwd=root, text=True, capture_output=True, check=True)
-        commit = git.stdout.strip()
+        commit = subprocess.check_output(command, cwd=folder, text=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    name = f"{device.type}, {os.cpu_count()} cores"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
     module = getattr(sys.modules["__main__"], "__spec__", None)  # python -m
     script = ["-m", module.name] if module else [Path(sys.argv[0]).name]
+    cuda, name = device.type == "cuda", f"{device.type}, {os.cpu_count()} cores"
     return {
         "command": shlex.join(["python", *script, *sys.argv[1:]]),
-        "commit": commit,
-        "device": name,
+        "commit": commit.strip(),
+        "device": torch.cuda.get_device_name(device) if cuda else name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "torch": torch.__version__,

@@ -10,6 +10,7 @@ A run folder contains
     diverged.json    only if the run diverged: the step, and which numbers were not finite
 """
 
+import errno
 import json
 import math
 import os
@@ -20,11 +21,19 @@ from pathlib import Path
 
 import torch
 
-from support.files import InputError, append_line, lock, write_json, write_text
+from support.files import InputError, lock, write_json, write_text, writing
 from support.settings import to_toml
-from support.weights import CHECKPOINTS, load, pack, save
+from support.weights import CHECKPOINTS, first_file, load, save
 
 RESULTS = ("results.json", "attention.png", "diverged.json", "best.pt", "last.pt")
+
+# A checkpoint is a dict of these and the model; last.pt has more. text: what it was trained on;
+# cwd: where relative paths start, in the file relative to the run folder.
+KEYS = {"step": int, "val_loss": float, "config": dict, "text": dict, "cwd": str}
+TEXT_KEYS = {"source_sha256": str, "files": dict, "background": (dict, type(None))}
+# attributes of Run that are in last.pt
+COUNTS = {"step": int, "evals_since_best": int, "metrics_bytes": int}
+COUNTS |= {"val_loss": float, "best_loss": float, "seconds": float}
 
 
 class Diverged(Exception):
@@ -41,24 +50,9 @@ def check_finite(step, **values):
         raise Diverged(step, values)
 
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints: a dict of KEYS and the model (see weights.pack); last.pt has more, see Run.save_last
-
-KEYS = {
-    "step": int,
-    "val_loss": float,
-    "config": dict,  # of the run
-    "text": dict,  # TEXT_KEYS: the text that it was trained on
-    "cwd": str,  # where relative paths start; in the file it is relative to the run folder
-}
-TEXT_KEYS = {"source_sha256": str, "files": dict, "background": (dict, type(None))}
-
-
 def read_checkpoint(path):
-    """A checkpoint written by `Run`: a dict, with "cwd" as seen from here ("" if it is here).
-
-    Raises InputError if the file is anything else.
-    """
+    """A checkpoint written by `Run`, a dict, with "cwd" as seen from here ("" if it is here).
+    Raises InputError for any other file."""
     state = load(path)
     try:
         for types, values in ((KEYS, state), (TEXT_KEYS, state["text"])):
@@ -72,31 +66,25 @@ def read_checkpoint(path):
 
 def find_checkpoint(folder):
     """The path of the best checkpoint in a run folder. Raises InputError if there is none."""
-    for name in CHECKPOINTS:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
+    if path := first_file(folder, CHECKPOINTS):
+        return path
     raise InputError(f"{folder}: no checkpoint here; a run is a folder that train.py has written")
 
 
 def is_run(folder):
     """Whether a folder contains a checkpoint."""
-    return any((Path(folder) / name).is_file() for name in CHECKPOINTS)
+    return first_file(folder, CHECKPOINTS) is not None
 
 
 def check_free(folder, overwrite=False):
-    """Raises InputError unless a new run may use this folder.
-
-    A run that ended before its first last.pt may be replaced; with `overwrite`, any run may.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    """Raises InputError unless a new run may use this folder. A run that ended before its first
+    last.pt may be replaced; with `overwrite`, any run may."""
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give another --out")
-    names, metrics = {path.name for path in folder.iterdir()}, folder / "metrics.jsonl"
-    names = {name for name in names if not name.endswith(".tmp")}
+    names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
+    metrics = folder / "metrics.jsonl"
     n_lines = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-    begun = "config.toml" in names and metrics.is_file() or not n_lines and names == {metrics.name}
+    begun = {"config.toml", metrics.name} <= names or names == {metrics.name} and not n_lines
     if names and not begun:
         raise InputError(f"{folder} is not empty and holds no run; give another --out")
     if not overwrite and (n_lines > 1 or "last.pt" in names):
@@ -105,60 +93,44 @@ def check_free(folder, overwrite=False):
 
 def check_resumable(folder):
     """Raises InputError unless there is a run in this folder that can be resumed."""
-    if (folder / "last.pt").is_file():
-        return
-    if (folder / "config.toml").is_file():
-        raise InputError(f"{folder}: there is no last.pt to resume from; start the run again")
-    raise InputError(
-        f"{folder}: there is no last.pt to resume from; give the folder of a run: "
-        "python train.py runs/NAME --resume"
-    )
+    if not (folder / "last.pt").is_file():
+        raise InputError(
+            f"{folder}: there is no last.pt to resume from; start the run again, or give the "
+            "folder of another one: python train.py runs/NAME --resume"
+        )
 
 
 def check_same_run(folder, config, may_change):
-    """Raises InputError if the run in this folder had another config than this dataclass, except
-    for the keys that may change, or has already run more steps."""
+    """Raises InputError if the run in this folder has made more steps than this config, a
+    dataclass, allows, or had another config, except for the keys that may change."""
     state = read_checkpoint(folder / "last.pt")
-    before = state["config"]
-    changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in asdict(config).items()
-        if name not in may_change and before.get(name) != value
-    ]
-    if changed:
+    before, now = state["config"], asdict(config)
+    names = [name for name in now if name not in may_change and before.get(name) != now[name]]
+    changes = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in names)
+    if changes:
         raise InputError(
-            f"{folder} cannot be resumed with another config ({'; '.join(changed)}); only "
+            f"{folder} cannot be resumed with another config ({changes}); only "
             f"{', '.join(sorted(may_change - {'out'}))} may change"
         )
-    if config.max_steps < state["step"]:
-        raise InputError(
-            f"{folder} has already run {state['step']} steps; max_steps ({config.max_steps}) "
-            "cannot be smaller"
-        )
+    done, limit = state["step"], config.max_steps
+    if limit < done:
+        raise InputError(f"{folder} has already run {done} steps; max_steps ({limit}) is smaller")
 
 
 def restore_optimizer(optimizer, saved, fresh):
-    """Give the optimizer its saved moments; everything else follows from the config.
-
-    fresh: it has made no step yet, so it has no moments. Raises ValueError if some are missing.
-    """
+    """Give the optimizer its saved moments; everything else follows from the config. Raises
+    ValueError if some are missing, unless it is `fresh`: it has made no step yet."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [(p, optimizer.state[p]) for g in optimizer.param_groups for p in g["params"]]
     whole = all(
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and value.shape in (p.shape, ())
-        for p in parameters
-        for value in optimizer.state[p].values()
+        isinstance(v, torch.Tensor) and v.is_floating_point() and v.shape in (p.shape, ())
+        for p, state in moments
+        for v in state.values()
     )
-    kinds = {tuple(optimizer.state[p]) for p in parameters}  # the names of the moments
+    kinds = {tuple(state) for _, state in moments}  # the names of the moments
     if not whole or not fresh and (len(kinds) != 1 or () in kinds):
         raise ValueError
-
-
-# --------------------------------------------------------------------------------------------------
-# a run
 
 
 class Run:
@@ -170,45 +142,36 @@ class Run:
         run.save_if_best(val_loss)                   # best.pt, if this is the best loss so far
         run.save_last()                              # last.pt: all that the next step needs
 
-    resuming: continue the run in this folder; last.pt is read at once, into `saved`.
-    overwrite: allow this run to replace another one.
-    writes: false in all but the first of several processes, which only read and count.
-    step: steps made; last_saved: the step of last.pt, None as long as there is none.
+    resuming: continue the run in this folder; last.pt is read at once, into `saved`. overwrite:
+    replace any run in it. writes: false in all but the first of several processes. step: steps
+    made; last_saved: the step of last.pt, None as long as there is none.
     """
 
     def __init__(self, folder, resuming=False, overwrite=False, writes=True):
         self.folder, self.resuming, self.overwrite = Path(folder), resuming, overwrite
         self.writes = writes
-        self.step, self.last_saved = 0, None
-        self.val_loss, self.best_loss, self.evals_since_best = math.nan, math.inf, 0
-        self.seconds = 0.0  # spent in earlier processes
-        self.metrics = self.saved = None
-        self.started = time.perf_counter()
+        self.step, self.evals_since_best, self.metrics_bytes = 0, 0, 0
+        self.val_loss, self.best_loss, self.seconds = math.nan, math.inf, 0.0
+        self.last_saved = self.metrics = self.saved = None
+        self.started = time.perf_counter()  # seconds: spent before that
 
     def __enter__(self):
-        if not self.resuming:
-            check_free(self.folder, self.overwrite)
-            return self
-        try:
+        if self.resuming:
             if self.writes:
                 self.lock()
             self.saved = read_checkpoint(self.folder / "last.pt")
             self.last_saved = self.saved["step"]
-            return self
-        except BaseException:
-            self.__exit__()
-            raise
+        else:
+            check_free(self.folder, self.overwrite)
+        return self
 
     def __exit__(self, *_):
         if self.metrics:
             self.metrics.close()
 
     def lock(self):
-        """Open and lock metrics.jsonl: two runs in one folder would ruin each other.
-
-        The lock ends with the process, however that ends. Raises InputError if another process has
-        it.
-        """
+        """Open and lock metrics.jsonl, until the process ends: two runs in one folder would ruin
+        each other. Raises InputError if another process has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
@@ -217,25 +180,20 @@ class Run:
             message = f"{self.folder}: another process is training here; give another --out"
             raise InputError(message) from None
         except OSError as e:
-            message = (
-                f"{self.folder} could not be locked ({e}): make sure that only one run uses it"
-            )
-            print(message, file=sys.stderr)
+            print(f"{self.folder}: no lock ({e}); make sure only one run uses it", file=sys.stderr)
         for path in self.folder.glob("*.*.tmp"):  # left by a run that was killed while saving
             path.unlink()
 
     def begin(self, model, optimizers, config, text):
-        """Take over the folder: restore what was saved, or remove what an older run left.
-
-        config: the settings of the run, a dataclass; text: a dict with TEXT_KEYS. Raises InputError
-        if last.pt does not fit, another run has the folder, or it cannot be written.
-        """
+        """Take over the folder: restore what was saved, or remove what an older run left. config: a
+        dataclass; text: a dict with TEXT_KEYS. Raises InputError if that is not possible."""
         self.model, self.optimizers = model, optimizers
         self.device = next(model.parameters()).device
         cwd = self.saved["cwd"] if self.saved else ""
         cwd = os.path.relpath(cwd or os.getcwd(), self.folder.resolve())
         self.about = {"config": asdict(config), "text": text, "cwd": cwd}
-        length = self.restore() if self.saved else 0
+        if self.saved:
+            self.restore()
         self.started = time.perf_counter()  # exclude the preparation
         if not self.writes:
             return
@@ -246,13 +204,13 @@ class Run:
         for name in ("diverged.json",) if self.resuming else RESULTS:
             (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", to_toml(config))
-        if os.fstat(self.metrics.fileno()).st_size < length:
-            name = self.metrics.name
-            raise InputError(f"{name} is shorter than it was for last.pt; restore the whole file")
-        self.metrics.truncate(length)  # the lines after the last checkpoint will come again
+        if self.metrics.seek(0, os.SEEK_END) < self.metrics_bytes:
+            path = self.metrics.name
+            raise InputError(f"{path} is shorter than it was for last.pt; restore the whole file")
+        self.metrics.truncate(self.metrics_bytes)  # the lines after last.pt will come again
 
     def restore(self):
-        """Restore what was saved. Returns the length of metrics.jsonl at that time, in bytes."""
+        """Restore what was saved, and set self.metrics_bytes, the length of metrics.jsonl then."""
         state, self.saved = self.saved, None  # three times as large as the model
         try:
             self.model.load_state_dict(state["model"])
@@ -261,27 +219,28 @@ class Run:
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-            keys = "step", "evals_since_best", "metrics_bytes"
-            self.step, self.evals_since_best, length = (int(state[key]) for key in keys)
-            keys = "best_loss", "val_loss", "seconds"
-            self.best_loss, self.val_loss, self.seconds = (float(state[key]) for key in keys)
-            if min(self.step, length) < 0:
+            for name, kind in COUNTS.items():
+                setattr(self, name, kind(state[name]))
+            if min(self.step, self.metrics_bytes) < 0:
                 raise ValueError
-            return length
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as e:
             path, kind = self.folder / "last.pt", type(e).__name__
             raise InputError(f"{path}: not a whole checkpoint of this model ({kind})") from None
 
     def log(self, **values):
-        """Append a line to metrics.jsonl: the step, and these values by name. Raises InputError."""
-        if self.writes:
-            append_line(self.metrics, json.dumps({"step": self.step, **values}))
+        """Append the step and these values to metrics.jsonl: a whole line, or InputError."""
+        if not self.writes:
+            return
+        line = json.dumps({"step": self.step, **values}).encode() + b"\n"
+        length = self.metrics.seek(0, os.SEEK_END)
+        with writing(self.metrics.name):
+            if self.metrics.write(line) < len(line):
+                self.metrics.truncate(length)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def save_if_best(self, val_loss):
         """Log the validation loss, in nats per token; write best.pt if it is the best so far.
-
-        Raises Diverged if the loss is not finite, InputError if the model cannot be saved.
-        """
+        Raises Diverged if a number is not finite, InputError if the file cannot be written."""
         check_finite(self.step, val_loss=val_loss)
         self.log(val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)))
         self.val_loss = val_loss
@@ -291,24 +250,18 @@ class Run:
             save(self.checkpoint(), self.folder / "best.pt")
 
     def save_last(self):
-        """Write last.pt, from which a run continues as if it had never stopped.
-
-        Raises Diverged if the model is not finite, InputError if it cannot be saved.
-        """
+        """Write last.pt, from which a run continues as if it had never stopped. Raises Diverged if
+        a number is not finite, InputError if the file cannot be written."""
         if not self.writes:
             return
         os.fsync(self.metrics.fileno())  # the checkpoint relies on the lines written so far
+        self.metrics_bytes = self.metrics.seek(0, os.SEEK_END)
+        self.seconds, self.started = self.elapsed(), time.perf_counter()
         cuda = self.device.type == "cuda"
-        state = {
-            **self.checkpoint(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
-            "best_loss": self.best_loss,
-            "evals_since_best": self.evals_since_best,
-            "metrics_bytes": self.metrics.seek(0, os.SEEK_END),
-            "seconds": self.elapsed(),
-        }
+        state = self.checkpoint() | {name: getattr(self, name) for name in COUNTS}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state["rng"] = torch.get_rng_state()
+        state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if cuda else None
         save(state, self.folder / "last.pt")
         self.last_saved = self.step
 
@@ -316,7 +269,8 @@ class Run:
         """What best.pt and last.pt share. Raises Diverged before a broken model is saved."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Diverged(self.step, {"weights": math.nan})
-        return {"step": self.step, "val_loss": self.val_loss, **self.about, **pack(self.model)}
+        model = {"model": self.model.state_dict(), "model_config": asdict(self.model.config)}
+        return {"step": self.step, "val_loss": self.val_loss, **self.about, **model}
 
     def elapsed(self):
         """Seconds that this run has taken, in all its processes so far."""
@@ -329,13 +283,10 @@ class Run:
         return state["step"], state["val_loss"]
 
     def report_divergence(self, error, diagnosis, advice, **values):
-        """Write diverged.json, and raise InputError.
-
-        error: Diverged; diagnosis: what `diagnose` returned; advice: what the user can do; values:
-        more numbers for diverged.json.
-        """
-        broken = ((kind, names[0]) for kind, names in diagnosis.items() if names)
-        kind, name = next(broken, ("outputs", "validation split only"))
+        """Write diverged.json, and raise InputError. error: Diverged; diagnosis: what `diagnose`
+        returned; advice: what the user can do; values: more numbers for diverged.json."""
+        broken = [f"{kind}: {names[0]}" for kind, names in diagnosis.items() if names]
+        broken = broken[0] if broken else "outputs: validation split only"
         numbers = {key: str(value) for key, value in error.values.items()}
         report = self.folder / "diverged.json"
         if self.writes:
@@ -344,8 +295,8 @@ class Run:
         if self.device.type != "cpu":  # not every step is checked
             advice = f"it may have begun earlier (--resume --log_interval 1 finds out); {advice}"
         raise InputError(
-            f"training diverged at step {error.step} ({numbers}; {kind}: {name}; more in "
-            f"{report}); {advice}; the checkpoints in {self.folder} were saved before that"
+            f"training diverged at step {error.step} ({numbers}; {broken}; more in {report}); "
+            f"{advice}; the checkpoints in {self.folder} were saved before that"
         )
 
 
@@ -354,9 +305,7 @@ def diagnose(model, batches):
     """Where numbers are no longer finite: a dict of lists of names, in the order of computation.
 
     weights: parameters. outputs: modules, in a forward pass over `batches`, an iterable of argument
-    tuples. gradients: parameters, in the order of the backward pass, which begins at the last
-    layer: the first one is where it broke. large: the parameter with the largest gradient, for the
-    case that all gradients are finite and only their squares are not.
+    tuples. gradients: parameters. large: the one with the largest gradient, for its squares.
     """
     parameters, outputs = list(model.named_parameters()), {}
 
@@ -369,11 +318,10 @@ def diagnose(model, batches):
         model(*batch)
     for hook in hooks:
         hook.remove()
-    gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
-    largest = max(((g.abs().max().item(), name) for name, g in gradients), default=None)
+    largest = {name: p.grad.abs().max().item() for name, p in parameters if p.grad is not None}
     return {
         "weights": [name for name, p in parameters if not p.isfinite().all()],
         "outputs": list(outputs),
-        "gradients": [name for name, g in reversed(gradients) if not g.isfinite().all()],
-        "large": [largest[1]] if largest else [],
+        "gradients": [name for name in reversed(largest) if not math.isfinite(largest[name])],
+        "large": [max(largest, key=largest.get)] if largest else [],
     }

@@ -1,14 +1,4 @@
-"""Settings: one dataclass, filled from a TOML file and the command line, with types and ranges.
-
-@dataclass
-class Config:
-    batch_size: int = key(8, "contexts in one forward pass", at_least=1)
-
-    def __post_init__(self):
-        check(self)
-
-config = Config(**read(Config, ["my.toml", "--batch_size", "4"]))
-"""
+"""Settings: a dataclass of `key` fields, filled from a TOML file and the command line, checked."""
 
 import difflib
 import json
@@ -38,26 +28,23 @@ def key(default, meaning, at_least=None, below=None, one_of=None):
 
 
 def check(config):
-    """Check every field against its type and range; turn whole numbers in float fields into floats.
-
-    Raises InputError, which names the key.
-    """
+    """Check every field against its type and range; make floats of whole numbers in float fields.
+    Raises InputError, which names the key."""
     for f in fields(config):
         value, (types, expected) = getattr(config, f.name), TYPES[f.type]
         if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
             raise InputError(f"{f.name} must be {expected}, not {json.dumps(value, default=str)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{f.name} must be a finite number")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise InputError(f"{f.name} must be a number of reasonable size")
+        limit = math.inf if isinstance(value, float) else 2**63
+        if isinstance(value, (int, float)) and not abs(value) < limit:
+            raise InputError(f"{f.name} must be a finite number of reasonable size, not {value}")
         if isinstance(value, str) and value and not value.isprintable():
             raise InputError(f"{f.name} contains characters that cannot be printed: {value!r}")
         if f.type is float:
             setattr(config, f.name, float(value))
         low, below, one_of = (f.metadata[rule] for rule in ("at_least", "below", "one_of"))
-        if value is not None and low is not None and value < low:
+        if None not in (value, low) and value < low:
             raise InputError(f"{f.name} must be at least {low}, not {value}")
-        if value is not None and below is not None and value >= below:
+        if None not in (value, below) and value >= below:
             raise InputError(f"{f.name} must be below {below}, not {value}")
         if one_of and value not in one_of:
             choices = ", ".join(map(json.dumps, one_of))
@@ -70,11 +57,8 @@ def nearest(word, known):
 
 
 def read(kind, argv, more=()):
-    """The keys that a command line, `CONFIG.toml [--key value ...]`, sets: a dict.
-
-    kind: the dataclass. more: further keys, not of the dataclass, that the file may have.
-    Raises InputError if the file cannot be read, and for an unknown key.
-    """
+    """The keys that a command line, `CONFIG.toml [--key value ...]`, sets: a dict. kind: the
+    dataclass. more: further keys that the file may have. Raises InputError for an unknown key."""
     path, known = Path(argv[0]), [f.name for f in fields(kind)]
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -88,11 +72,8 @@ def read(kind, argv, more=()):
 
 
 def read_flags(kind, words):
-    """The keys that the words of a command line, `--key value` or `--key=value`, set: a dict.
-
-    A boolean key without a value becomes true. kind: the dataclass. The values are not checked yet.
-    Raises InputError for an unknown key and for one without a value.
-    """
+    """The keys that `--key value`, `--key=value`, or `--key` for true, set: a dict. Its values are
+    not checked yet. Raises InputError for an unknown key and for one without a value."""
     types, values = {f.name: f.type for f in fields(kind)}, {}
     words = [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
     while words:
@@ -100,13 +81,14 @@ def read_flags(kind, words):
         name = flag[2:].replace("-", "_")
         if flag.startswith("--") and name not in types:
             raise InputError(f"unknown key --{name}; the nearest is --{nearest(name, types)}")
-        if flag.startswith("--") and types[name] is bool and (not words or words[0][:2] == "--"):
+        no_value = not words or words[0].startswith("--")
+        if flag.startswith("--") and types[name] is bool and no_value:
             values[name] = True  # --plain is short for --plain true
-            continue
-        if not flag.startswith("--") or not words:
+        elif not flag.startswith("--") or not words:
             raise InputError(f"{flag}: every key needs exactly one value, as in --key value")
-        text, *words = words
-        values[name] = parse(text, types[name])
+        else:
+            text, *words = words
+            values[name] = parse(text, types[name])
     return values
 
 

@@ -1,130 +1,108 @@
 """Where a text comes from: a file, a folder, an address, or Project Gutenberg."""
 
 import hashlib
+import json
 import os
 import re
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from pathlib import Path
 
 from support.download import CACHE, download
 from support.files import InputError, write_text
 
 PIECE = 1 << 22  # characters in memory at a time
-FIRST_LINE = r"^\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG.*?\*\*\*[ \t]*$"
-LAST_LINE = r"^\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG"
-# byte order marks; that of UTF-32 begins with that of UTF-16
-MARKS = {BOM_UTF32_LE: "utf-32", BOM_UTF32_BE: "utf-32"}
-MARKS |= {BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+BOOK = (  # of Project Gutenberg, between two lines
+    r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG.*?\*\*\*[ \t]*$(.*?)"
+    r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG"
+)
 
 
 def source_files(source, cwd=""):
     """The local text files that a source (a string or a list of strings) names, a list of Paths.
 
-    cwd: where relative paths start. Remote texts are downloaded once, into the cache. Raises
-    InputError for anything that names no text.
+    cwd: where relative paths start. Raises InputError for anything that names no text.
     """
     if not isinstance(source, str):
         return [path for one in source for path in source_files(one, cwd)]
     if not source or not source.isprintable():
         raise InputError(f"{source!r} does not name a source")
-    if match := re.fullmatch(r"gutenberg:([0-9]{1,9})", source):
-        return [from_gutenberg(match[1])]
+    if match := re.fullmatch("gutenberg:([0-9]{1,9})", source):
+        mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
+        url = f"{mirror}/cache/epub/{match[1]}/pg{match[1]}.txt"
+        return [downloaded(source, url, f"gutenberg-{match[1]}.txt")]
     if source.startswith("gutenberg:"):
         raise InputError(f"{source}: a Gutenberg source is gutenberg:NUMBER, like gutenberg:2529")
     if source.startswith(("http://", "https://")):
-        return [from_address(source)]
+        digits = hashlib.sha256(source.encode()).hexdigest()[:16]
+        return [downloaded(source, source, f"{digits}.txt")]
     path = Path(cwd, source)
-    if path.is_dir():
-        if files := texts(path):
-            return files
-        raise InputError(f"{source}: no .txt file in this folder")
-    if not path.is_file():
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
         raise InputError(
             f"{source}: no such file or folder; a source is a text file, a folder of .txt files, "
             "an http(s) address or gutenberg:NUMBER"
         )
-    return [path]
+    if files := texts(path):
+        return files
+    raise InputError(f"{source}: no .txt file in this folder")
 
 
 def texts(folder):
     """The .txt files in a folder and its subfolders, sorted."""
-    return sorted(f for f in visible(folder) if f.suffix.lower() == ".txt" and f.is_file())
+    return [path for path in visible(folder) if path.suffix.lower() == ".txt" and path.is_file()]
 
 
 def visible(folder):
-    """Yield every path in a folder and its subfolders that is not hidden."""
-    for path in folder.rglob("*"):
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
+    """Every path in a folder and its subfolders that is not hidden, sorted."""
+    paths = ((path, path.relative_to(folder).parts) for path in folder.rglob("*"))
+    return sorted(path for path, parts in paths if not any(part[0] == "." for part in parts))
 
 
 def left_out(source, cwd=""):
     """Yield a line for each folder among the sources that contains more than its texts."""
-    if not isinstance(source, str):
-        for one in source:
-            yield from left_out(one, cwd)
-        return
-    folder, names = Path(cwd, source), []
-    files = set(texts(folder)) if folder.is_dir() else ()
-    for path in sorted(visible(folder)) if files else ():
-        subfolder = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
-        if path not in files and not subfolder:
-            names.append(str(path.relative_to(folder)))
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        yield f"{source}: skipped {', '.join(names[:5])}{more}"
+    for one in [source] if isinstance(source, str) else source:
+        folder = Path(cwd, one)
+        files, names = set(texts(folder)), []
+        for path in visible(folder):
+            entered = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
+            if path not in files and not entered:
+                names.append(str(path.relative_to(folder)))
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            yield f"{one}: skipped {', '.join(names[:5])}{more}"
 
 
-def from_gutenberg(number):
-    """A book of Project Gutenberg without its license, downloaded once. Raises InputError."""
-    path = CACHE / "texts" / f"gutenberg-{number}.txt"
-    if not path.exists():
-        mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
-        raw = path.with_suffix(f".{os.getpid()}.raw")
-        download(f"{mirror}/cache/epub/{number}/pg{number}.txt", raw)
-        try:
-            write_text(path, strip_gutenberg("".join(pieces(raw))))
-        except InputError as e:
-            raise InputError(f"gutenberg:{number}: {e}") from None
-        finally:
-            raw.unlink()
-    return path
-
-
-def from_address(url):
-    """The plain text at an http(s) address, downloaded once. Raises InputError for a web page."""
-    path = CACHE / "texts" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.txt"
-    if not path.exists():
-        raw = download(url, path.with_suffix(f".{os.getpid()}.raw"))
-        try:
+def downloaded(source, url, name):
+    """The path of a text in the cache, downloaded once; a book without Gutenberg's license. Raises
+    InputError for a web page, and for half a book."""
+    path = CACHE / "texts" / name
+    if path.exists():
+        return path
+    raw = download(url, path.with_suffix(f".{os.getpid()}.raw"))
+    try:
+        if source == url:
             start = next(pieces(raw), "")
             if not start.strip() or re.match(r"\s*<(!doctype )?html", start, re.I):
                 raise InputError("a web page or nothing, not a plain text")
             os.replace(raw, path)
-        except InputError as e:
-            raw.unlink()
-            raise InputError(f"{url}: {e}") from None
+        else:
+            book = re.search(BOOK, "".join(pieces(raw)), re.M | re.I | re.S)
+            if not book:
+                raise InputError("no START or END line of Gutenberg: not a book, or half of one")
+            write_text(path, book[1].strip() + "\n")
+    except InputError as e:
+        raise InputError(f"{source}: {e}") from None
+    finally:
+        raw.unlink(missing_ok=True)
     return path
-
-
-def strip_gutenberg(text):
-    """The book between the START and END lines of Project Gutenberg.
-
-    Raises InputError if one of them is missing: then it is not the whole book.
-    """
-    start = re.search(FIRST_LINE, text, re.M | re.I | re.S)
-    end = re.search(LAST_LINE, text, re.M | re.I)
-    if not start or not end:
-        raise InputError("no START or END line of Gutenberg: not a book, or half a download")
-    return text[start.end() : end.start()].strip() + "\n"
 
 
 def pieces(path):
     """Yield the text of a file in pieces of about PIECE characters. Raises InputError if the file
     is not UTF-8 text.
 
-    A piece ends only where tokenizers split the text anyway: before a white-space character that
-    follows another character. So the pieces give the same tokens as the whole text.
+    They give the same tokens as the whole text: a piece ends only where tokenizers split it anyway,
+    before a white-space character that follows another character.
     """
     rest = ""
     try:
@@ -139,9 +117,8 @@ def pieces(path):
                     yield rest[:cut]
                     rest = rest[cut:]
     except UnicodeDecodeError as e:
-        with open(path, "rb") as f:
-            start = f.read(4)
-        code = next((code for mark, code in MARKS.items() if start.startswith(mark)), "latin1")
+        code = json.detect_encoding(e.object)
+        code = "latin1" if code.startswith("utf-8") else code
         raise InputError(
             f"{path}: not UTF-8 text (byte 0x{e.object[e.start]:02x}, {e.reason}); convert it "
             f"first, for example with iconv -f {code} -t utf-8"

@@ -7,9 +7,9 @@ saved by train.py, or GPT-2 in the published format. The four published sizes ar
 import json
 import os
 import pickle
+import re
 import warnings
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,34 +27,34 @@ PRETRAINED = {
     "gpt2-xl": (6431878936, None),
 }
 CHECKPOINTS = ("best.pt", "last.pt")  # of a run, in order of preference
+# published weights store these as (in, out); nn.Linear wants (out, in)
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def find(name_or_path):
     """The path of a weights file: of a published size, in a folder or run, or the file itself.
-
-    Raises InputError if there is none.
-    """
+    Raises InputError if there is none."""
     if name_or_path in PRETRAINED:
         return download_gpt2(name_or_path)
     path = Path(name_or_path)
     if path.is_file():
         return path
-    for name in (*CHECKPOINTS, "pytorch_model.bin", "model.safetensors"):
-        if (path / name).is_file():
-            return path / name
+    if file := first_file(path, (*CHECKPOINTS, "pytorch_model.bin", "model.safetensors")):
+        return file
     if path.is_dir():
         raise InputError(f"{path}: no best.pt, pytorch_model.bin or model.safetensors in here")
     raise InputError(f"{path}: no such file or folder, and not one of {', '.join(PRETRAINED)}")
 
 
+def first_file(folder, names):
+    """The path of the first of these files that is in the folder; None if there is none."""
+    return next((path for name in names if (path := Path(folder, name)).is_file()), None)
+
+
 def download_gpt2(name):
     """The path of pytorch_model.bin of a published size, downloaded unless the cache has it.
-
-    HF_ENDPOINT names a mirror, LOCALIST_CACHE another cache folder. Raises InputError if the whole
-    file cannot be downloaded.
-    """
-    path = CACHE / name / "pytorch_model.bin"
-    size, sha256 = PRETRAINED[name]
+    HF_ENDPOINT names a mirror, LOCALIST_CACHE another cache folder. Raises InputError."""
+    path, (size, sha256) = CACHE / name / "pytorch_model.bin", PRETRAINED[name]
     if path.exists() and path.stat().st_size == size:
         return path  # a download has this name only after its checks; a copy is up to the user
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -63,72 +63,51 @@ def download_gpt2(name):
         if sha256 is None:
             pointer = path.with_name(f"pointer.{os.getpid()}")
             download(f"{hub}/raw/main/pytorch_model.bin", pointer, limit=1000)
-            lines = pointer.read_text(errors="replace").splitlines()
+            line = re.search(r"^oid sha256:(\w{64})$", pointer.read_text(errors="replace"), re.M)
             pointer.unlink()
-            sha256 = next(line[-64:] for line in lines if line.startswith("oid sha256:"))
+            if not line:
+                raise InputError(f"{hub} names no sha256 of its file; try another HF_ENDPOINT")
+            sha256 = line[1]
         return download(f"{hub}/resolve/main/pytorch_model.bin", path, size, sha256)
-    except StopIteration:
-        message = f"{hub} names no sha256 for pytorch_model.bin; try another HF_ENDPOINT"
-        raise InputError(message) from None
     except InputError as e:
         message = f"{e}. Without a network, put the file at {path}, or give a local folder"
         raise InputError(message) from None
-
-
-# --------------------------------------------------------------------------------------------------
-# files
 
 
 def load(path):
     """The content of a weights file, a dict of tensors and plain values. Raises InputError.
 
     Nothing in the file is executed. torch.save writes a checksum for every tensor, which torch.load
-    ignores: a flipped bit would load as another weight. Here it is checked, at 2 to 3 GB/s, which
-    is faster than loading. safetensors and torch's old format have no checksums.
+    ignores; here it is checked, at 2 to 3 GB/s. safetensors and torch's old format have none.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         if zipfile.is_zipfile(path):
-            check_archive(path)
+            with zipfile.ZipFile(path) as archive:
+                # torch reads an entry with attributes, like a folder, as uninitialized memory
+                odd = [e.filename for e in archive.infolist() if e.external_attr or e.compress_type]
+                if damaged := odd[0] if odd else archive.testzip():
+                    raise InputError(f"{path}: damaged: {damaged} does not match its checksum")
         with warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
+    except ImportError:
+        message = f"{path}: run 'pip install safetensors' to read it, or use pytorch_model.bin"
+        raise InputError(message) from None
     except pickle.UnpicklingError:
         message = f"{path}: refused: damaged, or not only plain weights; nothing in it was executed"
         raise InputError(message) from None
-    except Exception as e:  # a damaged archive can cause any error
+    except Exception as e:  # a damaged file can cause any error
         message = f"{path}: not a readable weights file ({type(e).__name__}): damaged or incomplete"
         raise InputError(message) from None
     if not isinstance(state, dict):
         raise InputError(f"{path}: not the weights of a model")
     return state
-
-
-def load_safetensors(path):
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    except ImportError:
-        message = f"{path}: run 'pip install safetensors' to read it, or use pytorch_model.bin"
-        raise InputError(message) from None
-    except (SafetensorError, OSError, ValueError) as e:
-        raise InputError(f"{path}: not a readable weights file ({e})") from None
-
-
-def check_archive(path):
-    """Raises InputError if something in a file of torch.save does not match its checksum."""
-    with zipfile.ZipFile(path) as archive:
-        # torch reads an entry with attributes, which may be a folder, as uninitialized memory
-        entries = archive.infolist()
-        odd = [entry.filename for entry in entries if entry.external_attr or entry.compress_type]
-        damaged = odd[0] if odd else archive.testzip()
-    if damaged:
-        raise InputError(f"{path}: damaged: {damaged} in it does not match its checksum")
 
 
 def save(state, path):
@@ -137,90 +116,45 @@ def save(state, path):
         torch.save(state, f)
 
 
-# --------------------------------------------------------------------------------------------------
-# a model in a file: saved by train.py, or in the published format
-
-# published weights store these as (in, out); nn.Linear wants (out, in)
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-PUBLISHED = {  # in config.json of every GPT-2
-    "model_type": "gpt2",
-    "architectures": ["GPT2LMHeadModel"],
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-}
-def pack(model):
-    """A model as a checkpoint stores it, a dict of two keys; `unpack` reads them."""
-    return {"model": model.state_dict(), "model_config": asdict(model.config)}
-
-
-def read_model(path, block_size=None):
-    """`unpack` of a file: a checkpoint of train.py, or published weights. Raises InputError."""
-    return unpack(load(path), path, block_size)
-
-
 def unpack(state, path, block_size=None):
     """The tensors of a model by their names in nn.Module, and its settings, keys of GPTConfig.
 
     state: the content of the file `path`: a checkpoint of train.py, or published weights.
     block_size: how many of its positions to use, by default all of them.
-    Returns two dicts; `fit` makes a state_dict of the first. Raises InputError for anything that is
-    not a GPT-2, and if it has fewer than block_size positions.
+    Returns two dicts; `fit` checks the first, GPTConfig the second. Raises InputError if the file
+    has no GPT-2, or one with fewer positions.
     """
-    published = "model_config" not in state
-    tensors = state if published else state.get("model")
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in tensors.items()
-    ):
-        raise InputError(f"{path}: not the weights of a model")
-    tensors = {name.removeprefix("transformer."): v for name, v in tensors.items()}
     try:
-        vocab_size, n_embd = tensors["wte.weight"].shape
-        n_positions, _ = tensors["wpe.weight"].shape
+        config = state.get("model_config")
+        tensors = state["model"] if config else state
+        tensors = {name.removeprefix("transformer."): v for name, v in tensors.items()}
+        if not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+            raise TypeError
+        wte, wpe = tensors["wte.weight"], tensors["wpe.weight"]
+        (n_rows, n_embd), (n_positions, _) = wte.shape, wpe.shape
         n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-    except (KeyError, ValueError, IndexError):
-        message = f"{path}: no GPT-2 in this file (wte.weight or wpe.weight is not a matrix)"
+        sizes = {"block_size": n_positions, "n_layer": n_layer, "n_embd": n_embd}
+        if config:  # wte may have more rows, which are padding
+            same = all(config[key] == size for key, size in sizes.items())
+            if not same or config["vocab_size"] > n_rows or config["n_head"] < 1:
+                raise ValueError
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
+        message = f"{path}: no GPT-2 in this file: tensors or sizes are missing or contradictory"
         raise InputError(message) from None
-    sizes = {"block_size": n_positions, "n_layer": n_layer, "n_embd": n_embd}
-    if min(vocab_size, *sizes.values()) < 1:
-        raise InputError(f"{path}: no GPT-2 in this file (it has no layers, or an empty matrix)")
-    if published:
-        config = {**sizes, "vocab_size": vocab_size, "n_head": read_n_head(path, n_embd)}
-        wte = tensors["wte.weight"]
+    if not config:
         if not torch.equal(tensors.get("lm_head.weight", wte), wte):
             raise InputError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 ties the two")
         for name, v in tensors.items():
             tensors[name] = v.t() if name.endswith(TRANSPOSED) and v.dim() == 2 else v
-    else:
-        config = state["model_config"]
-        check_model_config(config, sizes, vocab_size, path)
-    n_head = config.get("n_head", 0)
-    if n_head < 1 or n_embd % n_head:
-        raise InputError(f"{path}: n_head = {n_head} does not divide n_embd = {n_embd}")
+        config = {**sizes, "vocab_size": n_rows, "n_head": read_n_head(path, n_embd)}
     if block_size and block_size > n_positions:
         raise InputError(f"{path} has {n_positions} positions, block_size {block_size} needs more")
     return tensors, {**config, "block_size": block_size or n_positions}
 
 
-def check_model_config(config, sizes, n_rows, path):
-    """Raises InputError unless "model_config" of a checkpoint is made of plain numbers and matches
-    the tensors. sizes: {key: number}; n_rows: of wte.weight, which may be padded."""
-    if not isinstance(config, dict) or not all(
-        isinstance(value, (int, float)) for value in config.values()
-    ):
-        raise InputError(f"{path}: no GPT-2 in this file (model_config is damaged)")
-    same = all(config.get(key) == size for key, size in sizes.items())
-    if not same or not 1 <= config.get("vocab_size", 0) <= n_rows:
-        raise InputError(f"{path}: no GPT-2 in this file (model_config does not match the tensors)")
-
-
 def read_n_head(path, n_embd):
-    """The number of heads, which the weights do not show.
-
-    It is in the config.json beside them; the published sizes have heads of 64. Raises InputError if
-    config.json describes another model than GPT-2, or is needed and missing.
-    """
+    """The number of heads, which the weights do not show: from the config.json beside them, or, for
+    a published width, of heads of 64. Raises InputError if that is missing or not of a GPT-2."""
     beside = Path(path).with_name("config.json")
     if not beside.is_file():
         if n_embd not in (768, 1024, 1280, 1600):
@@ -231,14 +165,9 @@ def read_n_head(path, n_embd):
         n_head = int(config["n_head"])
     except (ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{beside} lacks n_head") from None
-    gpt2 = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * n_embd),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    }
+    gpt2 = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None, 4 * n_embd)}
+    gpt2 |= {"layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,)}
+    gpt2 |= dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (False,))
     for key, values in gpt2.items():
         if key in config and config[key] not in values:
             raise InputError(f"{beside} has {key} = {config[key]}; GPT-2 has {values[0]}")
@@ -271,14 +200,10 @@ def fit(tensors, shapes, vocab_size, path):
 
 
 def publish(state, config, folder):
-    """Write pytorch_model.bin and config.json, the published format, to `folder`.
-
-    state: the tensors of the model by name, without padding; config: its GPTConfig.
-    Raises InputError if they cannot be written.
-    """
-    folder = Path(folder)
+    """Write pytorch_model.bin and config.json, the published format, to `folder`, or raise
+    InputError. state: the tensors of the model by name, without padding; config: its GPTConfig."""
+    folder, tensors = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
     for name, v in state.items():
         v = v.t() if name.endswith(TRANSPOSED) else v
         tensors[f"transformer.{name}"] = v.detach().cpu().contiguous()
@@ -286,6 +211,9 @@ def publish(state, config, folder):
     save(tensors, folder / "pytorch_model.bin")
     shape = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     shape |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
-    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    last = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
-    write_json(folder / "config.json", {**PUBLISHED, **shape, **dropout, **last})
+    shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
+    shape |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    shape |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    shape |= {"initializer_range": 0.02, "tie_word_embeddings": True}
+    write_json(folder / "config.json", shape)

@@ -27,6 +27,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from prepare_data import get_encoding  # noqa: E402
 from support import files  # noqa: E402
 from support.files import InputError  # noqa: E402
+from support.prepared import read_meta  # noqa: E402
 
 
 def pytest_collection_finish():
@@ -155,7 +156,8 @@ def place(tmp_path_factory):
 
 def prepared_folder(place):
     """The prepared data of the run of configs/tiny.toml."""
-    (folder,) = (place / "data").glob("sample.bytes.semantic.128.*")
+    folders = (place / "data").glob("sample.bytes.semantic.128.*")
+    (folder,) = (path for path in folders if not read_meta(path)["plain"])
     return folder
 
 

@@ -1,5 +1,6 @@
 """How a script starts and ends, and who may write where."""
 
+import contextlib
 import os
 import re
 import runpy
@@ -34,36 +35,24 @@ run_script(main)
 def shell(command, folder, **environment):
     """Run a bash command in a folder, with prints.py in it."""
     (folder / "prints.py").write_text(PRINTS, encoding="utf-8")
-    return subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-    )
+    environment = {**os.environ, **environment}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True)
 
 
-@pytest.mark.parametrize(
-    "end, expected",
-    [
-        ("", ["… ▌ ±"]),
-        ("2>&1 >out", ["… ▌ ±"]),
-        ("| head -1", ["… ▌ ±"]),
-        ("2>&1 | head -1", ["… ▌ ±"]),
-        (">&- 2>&-", []),
-        ("<&- >&- 2>&-", []),
-        ("latin1", ["? ? ±"]),
-        ("latin1 2>&1 >out", ["? ? ±"]),
-    ],
-)
-def test_no_print_ends_a_script(end, expected, tmp_path):
+ENDS = ["", "2>&1 >out", "| head -1", "2>&1 | head -1"]
+ENDS += [">&- 2>&-", "<&- >&- 2>&-", "latin1", "latin1 2>&1 >out"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_no_print_ends_a_script(end, tmp_path):
     """Whether nobody reads the output, it is closed, or the console cannot show a character."""
-    code = "latin1" if "latin1" in end else "utf-8"
+    code, line = ("latin1", "? ? ±") if "latin1" in end else ("utf-8", "… ▌ ±")
     command = f"{sys.executable} prints.py {end.replace('latin1', '')}; exit ${{PIPESTATUS[0]}}"
     done = shell(command, tmp_path, PYTHONIOENCODING=code)
     assert done.returncode == 0 and (tmp_path / "done").exists()
+    expected = [] if ">&-" in end else [line]
     assert done.stdout.decode(code).splitlines()[:1] == expected
-    errors = done.stderr.decode(code).splitlines()
-    assert errors == [] if "2>" in end else [*expected] == errors
+    assert done.stderr.decode(code).splitlines() == ([] if "2>" in end else expected)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
@@ -88,8 +77,7 @@ def test_every_script_starts_and_ends_in_one_way():
     assert len(scripts) >= 5
     for text in scripts:
         assert re.search(r'\nif __name__ == "__main__":\n    (files\.)?run_script\(main\)\n$', text)
-        first = re.search(r"^(?:import|from) .*", text, re.M)[0]
-        assert first.startswith("import support")
+        assert re.search(r"^(?:import|from) .*", text, re.M)[0].startswith("import support")
 
 
 LOADS = """
@@ -115,10 +103,6 @@ def test_ctrl_c_while_a_script_loads_prints_nothing(seconds):
     assert process.returncode == -signal.SIGINT and error == ""
 
 
-# --------------------------------------------------------------------------------------------------
-# who may write where
-
-
 ADDS = """if True:
     import os, sys, time
     from pathlib import Path
@@ -142,16 +126,15 @@ ADDS = """if True:
 
 def test_one_process_at_a_time_works_in_a_folder(tmp_path):
     (tmp_path / "adds.py").write_text(ADDS)
-    with (
-        started(tmp_path / "adds.py", cwd=tmp_path, output="one.txt") as one,
-        started(tmp_path / "adds.py", cwd=tmp_path, output="two.txt") as two,
-        started(tmp_path / "adds.py", cwd=tmp_path, output="three.txt") as three,
-    ):
+    with contextlib.ExitStack() as stack:
+        names = [f"{i}.txt" for i in range(3)]
+        adds = [started(tmp_path / "adds.py", cwd=tmp_path, output=name) for name in names]
+        processes = [stack.enter_context(process) for process in adds]
         time.sleep(0.5)
         (tmp_path / "go").touch()
-        for process in (one, two, three):
+        for process in processes:
             process.join(60)
-    printed = [(tmp_path / f"{name}.txt").read_text() for name in ("one", "two", "three")]
+    printed = [(tmp_path / name).read_text() for name in names]
     assert all(text.endswith("whole\n") for text in printed), printed
     assert any("b/c: waiting for another process" in text for text in printed)
     assert os.listdir(tmp_path / "a1/b/c") == ["kept"]
@@ -166,26 +149,25 @@ def test_an_empty_folder_is_removed_with_the_parents_created_for_it(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    "content, free, overwritten",
-    [
-        (None, True, True),
-        ({}, True, True),
-        ({"metrics.jsonl": ""}, True, True),  # the disk was full at once
-        ({"metrics.jsonl": "", "config.toml.7.tmp": "se"}, True, True),  # or it was killed
-        ({"metrics.jsonl": "{}\n", "config.toml": "", "best.pt": ""}, True, True),
-        ({"metrics.jsonl": "{}\n", "config.toml": "", "best.pt.7.tmp": ""}, True, True),
-        ({"metrics.jsonl": "{}\n", "config.toml": "", "last.pt": ""}, False, True),
-        ({"metrics.jsonl": "{}\n{}\n", "config.toml": ""}, False, True),
-        ({"my.toml": "seed = 2"}, False, False),
-        ({"config.toml": "", "model.py": ""}, False, False),
-        ({"metrics.jsonl": "{}\n"}, False, False),  # of something else
-        ("a file", False, False),
-    ],
-)
-def test_a_run_takes_only_a_free_folder_and_overwrites_only_runs(
-    content, free, overwritten, tmp_path
-):
+BEGUN = {"metrics.jsonl": "{}\n", "config.toml": ""}
+FOLDERS = [
+    (None, True, True),
+    ({}, True, True),
+    ({"metrics.jsonl": ""}, True, True),  # the disk was full at once
+    ({"metrics.jsonl": "", "config.toml.7.tmp": "se"}, True, True),  # or it was killed
+    ({**BEGUN, "best.pt": ""}, True, True),
+    ({**BEGUN, "best.pt.7.tmp": ""}, True, True),
+    ({**BEGUN, "last.pt": ""}, False, True),
+    ({**BEGUN, "metrics.jsonl": "{}\n{}\n"}, False, True),
+    ({"my.toml": "seed = 2"}, False, False),
+    ({"config.toml": "", "model.py": ""}, False, False),
+    ({"metrics.jsonl": "{}\n"}, False, False),  # of something else
+    ("a file", False, False),
+]
+
+
+@pytest.mark.parametrize("content, free, replaceable", FOLDERS)
+def test_a_run_takes_only_a_free_folder_or_that_of_a_run(content, free, replaceable, tmp_path):
     folder = tmp_path / "out"
     if isinstance(content, str):
         folder.write_text(content)
@@ -193,24 +175,17 @@ def test_a_run_takes_only_a_free_folder_and_overwrites_only_runs(
         folder.mkdir()
         for name, text in content.items():
             (folder / name).write_text(text)
-    for allowed, overwrite in ((free, False), (overwritten, True)):
-        if allowed:
+    refused = pytest.raises(InputError, match="give another --out")
+    for allowed, overwrite in ((free, False), (replaceable, True)):
+        with contextlib.nullcontext() if allowed else refused:
             check_free(folder, overwrite)
-        else:
-            with pytest.raises(InputError, match="give another --out"):
-                check_free(folder, overwrite)
 
 
 def test_without_a_home_the_cache_is_in_the_working_directory(monkeypatch):
-    pwd = pytest.importorskip("pwd")
-
-    def unknown(uid):
-        raise KeyError(uid)
-
     path = str(ROOT / "support" / "download.py")
     for name in ("LOCALIST_CACHE", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", {}.__getitem__)  # KeyError
     assert runpy.run_path(path)["CACHE"] == Path(".cache", "localist-gpt")
     monkeypatch.setenv("HOME", "/home/a~b")
     assert runpy.run_path(path)["CACHE"] == Path("/home/a~b/.cache/localist-gpt")

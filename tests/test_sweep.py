@@ -143,7 +143,8 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("subprocess.Popen", forked)
         status, error = sweep("--jobs", "2")
-    assert status == 1 and error.strip().count("broken: quintic") == 1 and "diverged" in error
+    assert status == 1, error
+    assert error.strip().count("broken: quintic") == 1 and "diverged" in error
     paths = sorted(folder.glob("*/results.json"))
     assert len(paths) == 4 and not any("quintic" in str(path) for path in paths)
     for name in ("ratio", "tradeoff", "layers", "curves"):
