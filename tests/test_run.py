@@ -354,20 +354,20 @@ def test_a_run_for_which_memory_is_too_small_says_what_to_change(error, place, r
 
     monkeypatch.setattr(GPT, "forward", greedy)
     few = flags(max_steps=3, eval_interval=1, block_size=64, out="runs/greedy")
-    status, _, told = run(
+    status, _, message = run(
         "train.py", TINY, *few, *"--batch_size 6 --grad_accum 2 --overwrite".split()
     )
     change = "start over with --batch_size 3 --grad_accum 4 --overwrite"
-    assert status == 2 and one_line(told) and "memory at step 1, with 6 contexts of 64" in told
-    assert change in told and "1/2 of the memory" in told and "--resume" not in told
+    assert status == 2 and one_line(message) and "memory at step 1, with 6 contexts of 64" in message
+    assert change in message and "1/2 of the memory" in message and "--resume" not in message
     allowed += 8 * [None]
-    status, _, told = run("train.py", TINY, *few, *change.split()[3:])
-    assert status == 2 and "at step 3" in told and "continue from step 2 with --resume" in told
-    assert "--batch_size 1 --grad_accum 12 --overwrite" in told  # 3 has no smaller factor
+    status, _, message = run("train.py", TINY, *few, *change.split()[3:])
+    assert status == 2 and "at step 3" in message and "continue from step 2 with --resume" in message
+    assert "--batch_size 1 --grad_accum 12 --overwrite" in message  # 3 has no smaller factor
     allowed += 4 * [None]
     assert run("train.py", "runs/greedy", "--resume")[0] == 0
-    status, _, told = run("train.py", TINY, *few, "--batch_size", 1, "--overwrite")
-    assert status == 2 and one_line(told) and "start over with --block_size 32 --overwrite" in told
+    status, _, message = run("train.py", TINY, *few, "--batch_size", 1, "--overwrite")
+    assert status == 2 and one_line(message) and "start over with --block_size 32 --overwrite" in message
 
 
 def test_if_memory_is_too_small_for_the_last_score_a_run_says_how_to_repeat_it(run, monkeypatch):
@@ -377,9 +377,9 @@ def test_if_memory_is_too_small_for_the_last_score_a_run_says_how_to_repeat_it(r
     few = flags(max_steps=1, eval_interval=1, batch_size=6, out="runs/at the end")
     with monkeypatch.context() as patch:
         patch.setattr("support.run.Run.load_best", greedy)
-        status, _, told = run("train.py", TINY, *few)
+        status, _, message = run("train.py", TINY, *few)
     command = "python eval.py 'runs/at the end' --batch-size 3"
-    assert status == 2 and one_line(told) and "training is done" in told and command in told
+    assert status == 2 and one_line(message) and "training is done" in message and command in message
     assert run(*shlex.split(command)[1:])[0] == 0
 
 
@@ -390,8 +390,8 @@ def test_any_other_script_for_which_memory_is_too_small_says_so(command, error, 
         raise error
 
     monkeypatch.setattr(GPT, "hidden", greedy)
-    status, _, told = run(*command)
-    assert status == 2 and one_line(told) and told.startswith("error: out of memory; end other")
+    status, _, message = run(*command)
+    assert status == 2 and one_line(message) and message.startswith("error: out of memory; end other")
 
 
 def test_ctrl_c_at_the_end_of_a_run_says_how_to_continue(place, run, train, monkeypatch):
