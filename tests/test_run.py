@@ -358,16 +358,24 @@ def test_a_run_for_which_memory_is_too_small_says_what_to_change(error, place, r
         "train.py", TINY, *few, *"--batch_size 6 --grad_accum 2 --overwrite".split()
     )
     change = "start over with --batch_size 3 --grad_accum 4 --overwrite"
-    assert status == 2 and one_line(message) and "memory at step 1, with 6 contexts of 64" in message
+    assert (
+        status == 2 and one_line(message) and "memory at step 1, with 6 contexts of 64" in message
+    )
     assert change in message and "1/2 of the memory" in message and "--resume" not in message
     allowed += 8 * [None]
     status, _, message = run("train.py", TINY, *few, *change.split()[3:])
-    assert status == 2 and "at step 3" in message and "continue from step 2 with --resume" in message
+    assert (
+        status == 2 and "at step 3" in message and "continue from step 2 with --resume" in message
+    )
     assert "--batch_size 1 --grad_accum 12 --overwrite" in message  # 3 has no smaller factor
     allowed += 4 * [None]
     assert run("train.py", "runs/greedy", "--resume")[0] == 0
     status, _, message = run("train.py", TINY, *few, "--batch_size", 1, "--overwrite")
-    assert status == 2 and one_line(message) and "start over with --block_size 32 --overwrite" in message
+    assert (
+        status == 2
+        and one_line(message)
+        and "start over with --block_size 32 --overwrite" in message
+    )
 
 
 def test_if_memory_is_too_small_for_the_last_score_a_run_says_how_to_repeat_it(run, monkeypatch):
@@ -379,7 +387,9 @@ def test_if_memory_is_too_small_for_the_last_score_a_run_says_how_to_repeat_it(r
         patch.setattr("support.run.Run.load_best", greedy)
         status, _, message = run("train.py", TINY, *few)
     command = "python eval.py 'runs/at the end' --batch-size 3"
-    assert status == 2 and one_line(message) and "training is done" in message and command in message
+    assert (
+        status == 2 and one_line(message) and "training is done" in message and command in message
+    )
     assert run(*shlex.split(command)[1:])[0] == 0
 
 
@@ -391,7 +401,9 @@ def test_any_other_script_for_which_memory_is_too_small_says_so(command, error, 
 
     monkeypatch.setattr(GPT, "hidden", greedy)
     status, _, message = run(*command)
-    assert status == 2 and one_line(message) and message.startswith("error: out of memory; end other")
+    assert (
+        status == 2 and one_line(message) and message.startswith("error: out of memory; end other")
+    )
 
 
 def test_ctrl_c_at_the_end_of_a_run_says_how_to_continue(place, run, train, monkeypatch):
