@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from locality import (
-    PARTITIONS,
     SCHEDULES,
-    SEMANTIC,
     count_background,
     parse_partition,
+    partition_names,
     partition_text,
     reach,
     schedule,
@@ -358,7 +357,7 @@ def main():
     add = parser.add_argument
     add("--source", help="another text, named as for prepare_data.py; weights need one")
     add("--split", default="test", choices=SPLITS)
-    add("--partition", help=f"other blocks: {PARTITIONS}")
+    add("--partition", help=f"other blocks: {partition_names()}")
     add("--dial-sweep", action="store_true", help="every schedule at four floors")
     add("--contexts", type=int, help="at most this many contexts, evenly spread (default: all)")
     add("--stride", type=int, help="tokens between two contexts (default: half a context)")
@@ -427,7 +426,7 @@ def read_text(config, trained_on, split, partition):
         check_partition(partition, cap, len(tokens))
         if config["joined"] and partition == "document":
             raise InputError(f"{data.folder} is joined: it does not say where a document ends")
-        if background is None and parse_partition(partition)[0] in SEMANTIC:
+        if background is None and parse_partition(partition)[0].reads_words:
             background = count_background(data.split("train")[0], vocabulary)
         lookback = partition_text(
             tokens, vocabulary, partition, cap, background, plain=config["plain"]

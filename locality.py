@@ -7,20 +7,15 @@ i - lookback[i] ... i. Every partition is causal: lookback[i] is a function of t
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from fast.evidence import FastEvidence
 from support.files import InputError
 from support.machine import in_parallel
-from support.sentences import (
-    END_OF_TEXT,
-    FUNCTION_WORDS,
-    N_WORD_IDS,
-    Sentences,
-    WordIds,
-    leans_on_previous,
-)
+from support.sentences import END_OF_TEXT, N_WORD_IDS, Sentences, WordIds
 from support.settings import nearest
 
 # --------------------------------------------------------------------------------------------------
@@ -63,75 +58,56 @@ def schedule(name, n_layer, floor=1.0):
 # --------------------------------------------------------------------------------------------------
 # the semantic partition, part 1: does a sentence belong with the sentences before it?
 
+ALPHA = 400.0  # words: a block of this length says as much about the next word as the background
+LEAST = 1e-5  # the probability of a word that the background does not have
 LIMIT = 32  # sentences: no block is longer
 
 
-def evidence(sentence, block, distinct, q, alpha, discount):
+def evidence(sentence, block, q):
     """log p(sentence | it continues the block) - log p(sentence | it begins a block), in nats.
 
-    sentence: the set of its word ids. block: a Counter of the words of the block so far.
-    distinct: for each of those words, how many distinct words the block has from the word's first
-    use on. q: the probability of each word of the sentence in the background.
+    sentence: the set of its word ids. block: a Counter of the words of the block so far. q: the
+    probability of every word id in the background, (N_WORD_IDS,) float64.
 
-    The words of a block follow a Pitman-Yor process (Teh 2006); with discount = 0 that is the
-    Dirichlet-multinomial. After n words, v of them distinct and m of them w,
+    The words of a block follow a Dirichlet-multinomial around the background (Utiyama & Isahara
+    2001; Eisenstein & Barzilay 2008). After n words, m of them w,
 
-        p(w | block) = (max(m - discount, 0) + (alpha + discount * v) * q) / (alpha + n)
+        p(w | block) = (m + ALPHA * q[w]) / (n + ALPHA)
 
-    So a word that was used before is likely to be used again, and a block that repeats itself is
-    expected to keep doing so.
+    so a word that the block has used is likely to be used again.
     """
-    n, v, nats = block.total(), len(block), 0.0
-    for i, word in enumerate(sentence):
-        # every word costs what a new word costs, here and at the beginning of a block
-        nats += math.log((alpha + discount * (v + i)) / (alpha + n + i))
-        nats -= math.log((alpha + discount * i) / (alpha + i))
-        if word in block:  # unless it has been used before
-            repeated = (block[word] - discount) / q[word]
-            new = alpha + discount * distinct[word]
-            nats += math.log((new + repeated) / (alpha + discount * v))
+    n, nats = block.total(), 0.0
+    for i, word in enumerate(sentence):  # i words of the sentence have been read
+        continues = (block[word] + ALPHA * q[word]) / (n + i + ALPHA)
+        begins = ALPHA * q[word] / (i + ALPHA)
+        nats += math.log(continues / begins)
     return nats
 
 
 class Evidence:
-    """The evidence of each sentence of a document for every block that may be running.
+    """The evidence of each sentence of a document for every block that may be running."""
 
-    The background probabilities q are learned as the document is read: its counts so far, on
-    top of `prior` words distributed as `base` (word id -> probability), on top of `least`.
-    """
-
-    def __init__(self, alpha, discount, base, prior, least, limit=LIMIT):
-        self.alpha, self.discount, self.limit = alpha, discount, limit
-        self.base, self.prior, self.least = base, prior, least
+    def __init__(self, q):
+        self.q = q
         self.reset()
 
     def reset(self):
         """Forget everything: a new document begins."""
-        self.counts, self.total = Counter(), 0  # of the words of the document so far
-        self.recent = []  # the words of each of the last limit - 1 sentences
+        self.recent = []  # the words of each of the last LIMIT - 1 sentences
 
     def gains(self, words, sizes):
         """The evidence of some new sentences for the block of the `lag` sentences before each.
 
         words: the word ids of the sentences, one after another, int64; sizes: words per sentence.
-        Returns (limit lags, sentences) float64, in nats.
+        Returns (LIMIT lags, sentences) float64, in nats.
         """
-        sentences = np.split(words, np.cumsum(sizes)[:-1])
-        return np.stack([self.observe(sentence.tolist()) for sentence in sentences], 1)
-
-    def observe(self, sentence):
-        """The evidence of the next sentence, a list of word ids: (limit,) float64, by lag."""
-        q, gains, block, distinct = {}, np.zeros(self.limit), Counter(), {}
-        for word in sentence:
-            seen = self.prior * self.base[word] + self.counts[word]
-            q[word] = self.least + seen / (self.prior + self.total)
-        for lag, before in enumerate(reversed(self.recent), 1):
-            block.update(before)
-            distinct.update(dict.fromkeys(before, len(block)))
-            gains[lag] = evidence(q.keys(), block, distinct, q, self.alpha, self.discount)
-        self.counts.update(sentence)
-        self.total += len(sentence)
-        self.recent = [*self.recent, sentence][-(self.limit - 1) :]
+        gains = np.zeros((LIMIT, len(sizes)))
+        for i, sentence in enumerate(np.split(words, np.cumsum(sizes)[:-1])):
+            block = Counter()
+            for lag, before in enumerate(reversed(self.recent), 1):
+                block.update(before)
+                gains[lag, i] = evidence(set(sentence.tolist()), block, self.q)
+            self.recent = [*self.recent, sentence.tolist()][1 - LIMIT :]
         return gains
 
 
@@ -157,59 +133,47 @@ def hazard(mean, shape):
 LENGTHS = ((4, 16), (7, 16), (10, 16), (7, 4))
 END = np.stack([hazard(mean, shape) for mean, shape in LENGTHS])  # (len(LENGTHS), LIMIT)
 PARAGRAPH = 16.0  # a paragraph is this many times as likely to begin a block as another sentence
-LEANING = 0.2  # the same for a sentence that leans on the one before it
-SURE = 0.6  # a block start cannot be taken back, so it moves only at better than even odds
+SURE = 0.7  # a block start cannot be taken back, so it moves only at better than even odds
 
 
 class ChangePoints:
     """The posterior over where the running block began and which of LENGTHS the document follows.
 
-    It is updated sentence by sentence. plain: use the plain twin of FastEvidence.
+    It is updated sentence by sentence. background: the words of a text of the same kind, as
+    count_background returns them. plain: use the plain twin of FastEvidence.
     """
 
     def __init__(self, background, plain=False):
-        base = np.zeros(N_WORD_IDS)
-        if background:
-            base[background["words"]] = np.array(background["counts"]) / background["total"]
-        uniform = np.full(len(FUNCTION_WORDS), 1 / len(FUNCTION_WORDS))
-        prior = 5000 if background else 1000
-        kind = Evidence if plain else FastEvidence
-        # what the text is about, and whom it is about
-        self.content = kind(16.0, discount=0.65, base=base, prior=prior, least=1e-4, limit=LIMIT)
-        self.function = kind(60.0, discount=0.0, base=uniform, prior=300, least=0.0, limit=LIMIT)
+        q = np.full(N_WORD_IDS, LEAST)
+        q[background["words"]] += np.array(background["counts"]) / background["total"]
+        self.evidence = Evidence(q) if plain else FastEvidence(q, ALPHA, LIMIT)
         self.reset()
 
     def reset(self):
         """Forget everything: a new document begins."""
-        self.content.reset()
-        self.function.reset()
+        self.evidence.reset()
         self.starts = np.zeros(0, np.int64)  # first tokens of the last sentences
-        self.n_sentences, self.n_paragraphs, self.n_leaning = 0, 0, 0
+        self.n_sentences = self.n_paragraphs = 0
         # p(lengths, the block began `lag` sentences before the last one | the text so far)
         self.joint = np.zeros((len(LENGTHS), LIMIT))
         self.joint[:, -1] = 1 / len(LENGTHS)  # as if a block had just ended
         self.posterior = self.joint.sum(axis=0, keepdims=True)  # (last sentences, LIMIT)
 
-    def observe(self, words, sizes, starts, earliest, paragraphs, leaning):
+    def observe(self, words, sizes, starts, earliest, paragraphs):
         """Update the posterior with new sentences, whose words and sizes are those of WordIds.of.
 
         starts: the first token of each sentence; earliest: blocks that began before these tokens
-        are ruled out; paragraphs: whether a blank line precedes each sentence; leaning: whether it
-        `leans_on_previous`.
+        are ruled out; paragraphs: whether each sentence begins a paragraph.
         Returns the posterior median of the token at which the block began, per sentence: a list.
         """
-        n, sentence = len(sizes), np.repeat(np.arange(len(sizes)), sizes)
-        function = words < len(FUNCTION_WORDS)
-        gain = self.content.gains(words[~function], np.bincount(sentence[~function], minlength=n))
-        gain = gain + self.function.gains(
-            words[function], np.bincount(sentence[function], minlength=n)
-        )
+        n = len(sizes)
+        gain = self.evidence.gains(words, sizes)  # (LIMIT, n)
         self.starts = np.concatenate([self.starts[-LIMIT:], starts])
         last = len(self.starts) - n + np.arange(n)  # where in self.starts each new sentence is
         longest = last - np.searchsorted(self.starts, earliest)  # the longest lag within reach
 
         # the block continues, or it ends with the sentence before and another one begins
-        end = self.chance_of_end(paragraphs, leaning)  # (n, len(LENGTHS), LIMIT)
+        end = self.chance_of_end(paragraphs)  # (n, len(LENGTHS), LIMIT)
         likelihood = np.exp(np.clip(gain[1:].T.copy(), -300, 300))  # (n, LIMIT - 1)
         likelihood = likelihood * (np.arange(1, LIMIT) <= longest[:, None])
         growth = likelihood[:, None] * (1 - end[:, :, :-1])  # (n, len(LENGTHS), LIMIT - 1)
@@ -224,26 +188,20 @@ class ChangePoints:
         self.later = np.cumsum(self.posterior, axis=1)  # p(the block began at most `lag` ago)
         return self.starts[last - (self.later[1:] < 0.5).sum(axis=1)].tolist()
 
-    def chance_of_end(self, paragraphs, leaning):
+    def chance_of_end(self, paragraphs):
         """The chance that a block ends before each new sentence: (n, len(LENGTHS), LIMIT) float64.
 
-        A paragraph makes a break PARAGRAPH times as likely, a sentence that leans on the one before
-        it LEANING times. Over the document so far, breaks stay as likely as END says: a document
-        that is all paragraphs, or has none, learns nothing from them.
+        A paragraph makes that PARAGRAPH times as likely. Over the document so far, ends stay as
+        likely as END says: a document that is all paragraphs, or has none, learns nothing from
+        them.
         """
         n_sentences = self.n_sentences + np.arange(len(paragraphs)) + 1
-        factor = 1.0
-        for times, here, before in (
-            (PARAGRAPH, paragraphs, self.n_paragraphs),
-            (LEANING, leaning, self.n_leaning),
-        ):
-            share = (before + np.cumsum(here)) / n_sentences
-            factor = factor * np.where(here, times, 1) / (1 + (times - 1) * share)
+        share = (self.n_paragraphs + np.cumsum(paragraphs)) / n_sentences
+        factor = np.where(paragraphs, PARAGRAPH, 1) / (1 + (PARAGRAPH - 1) * share)
         end = np.minimum(1, END * factor[:, None, None])
         end[:, :, -1] = 1
         self.n_sentences += len(paragraphs)
         self.n_paragraphs += int(np.sum(paragraphs))
-        self.n_leaning += int(np.sum(leaning))
         return end
 
     def reach_back(self, row, token):
@@ -275,62 +233,16 @@ class ChangePoints:
 
 
 # --------------------------------------------------------------------------------------------------
-# partitions
-
-WITHOUT_N = ("semantic", "semantic:closed", "sentence", "document")
-WITH_N = ("window", "block", "aligned", "shifted")
-SEMANTIC = ("semantic", "semantic:closed", "shifted")  # these use the words of the training split
-PARTITIONS = ", ".join([*WITHOUT_N, *(f"{name}:N" for name in WITH_N)])
-
-
-def parse_partition(partition):
-    """(name, N in tokens) of a partition; N is None if it takes none. Raises InputError.
-
-    semantic         blocks about one thing; see ChangePoints
-    semantic:closed  the same, but a block begins at the token where it was recognized
-    sentence         the sentence; it begins where that is known, usually at its first token
-    document         everything since the last <|endoftext|>
-    window:N         the last N tokens
-    block:N          fixed blocks of N tokens: 0 ... N - 1, N ... 2 N - 1, ...
-    aligned:N        a block begins with the first sentence after N tokens: aligned with sentences,
-                     like semantic blocks, but blind to meaning
-    shifted:N        the semantic blocks of the text N tokens earlier: right lengths, wrong places
-    """
-    name, _, n = str(partition).partition(":")
-    if partition in WITHOUT_N:
-        return partition, None
-    if name in WITH_N and n.isascii() and n.isdigit() and len(n) < 10 and int(n) > 0:
-        return name, int(n)
-    raise InputError(
-        f"partition must be one of {PARTITIONS}, where N is a number of tokens, not {partition!r}"
-    )
-
-
-def reach(lookback, locality, anchor=False):
-    """The earliest token that can influence the output at each token, through all layers.
-
-    lookback: (n,) integers of one context; locality: that of every layer; anchor: token 0 belongs
-    to every block. Returns (n,) int64.
-    A layer at 1 lets a token read its block. Each token of the block has read, one layer below,
-    its own block, and so on down to the first layer. A layer below 1 reads the whole context, and
-    so does an anchored one. Whatever the weights, no token before this one can change the output
-    by a single bit, as long as the blocks stay the same.
-    """
-    tokens = np.arange(len(lookback))
-    if anchor or min(locality) < 1:
-        return np.zeros_like(tokens)
-    start, earliest = tokens - np.minimum(lookback, tokens), tokens
-    for _ in locality:
-        earliest = start[earliest]
-    return earliest
+# from a text to the start of the block of every token
 
 
 class Partitioner:
     """The lookback of a text that arrives piece by piece.
 
-    token_bytes: the bytes of every vocabulary entry, a list. partition: see parse_partition.
+    token_bytes: the bytes of every vocabulary entry, a list. partition: see PARTITIONS.
     max_lookback: 1 ... 65535 tokens. background: what count_background returned for the training
-    split, or None. plain: use the plain twin of FastEvidence. Raises InputError.
+    split; needed if the partition reads words. plain: use the plain twin of FastEvidence. Raises
+    InputError.
 
     moves: what the last push found in a partition that follows sentences or documents, a list of
     (token, block, bits): from that token on, the block begins at token `block`. The first entry
@@ -340,18 +252,20 @@ class Partitioner:
     """
 
     def __init__(self, token_bytes, partition, max_lookback, background=None, plain=False):
-        self.name, self.size = parse_partition(partition)
+        self.partition, self.n = parse_partition(partition)
         if not 1 <= max_lookback <= 65535:
             raise InputError(f"max_lookback must be in 1 ... 65535 tokens, not {max_lookback}")
+        if self.partition.reads_words and background is None:
+            raise InputError(
+                f"{partition} needs a background; count_background makes one of a text"
+            )
         self.cap = int(max_lookback)
         self.vocabulary = np.frombuffer(b"".join(token_bytes), np.uint8)
         self.n_bytes = np.array([len(b) for b in token_bytes], np.int64)
         self.first_byte = np.cumsum(self.n_bytes) - self.n_bytes  # of each token, in `vocabulary`
         self.sentences, self.word_ids = Sentences(), WordIds()
-        # no token of a closed block has looked further back than the block does
-        self.closed = self.name in ("semantic:closed", "sentence", "aligned")
-        self.change_points = ChangePoints(background, plain) if self.name in SEMANTIC else None
-        self.delayed = np.zeros(0, np.uint16)  # lookback of the last N tokens, for shifted:N
+        self.change_points = ChangePoints(background, plain) if self.partition.reads_words else None
+        self.delayed = np.zeros(0, np.int64)  # lookback of the last N tokens, for shifted:N
         self.n_tokens = self.n_read = 0  # tokens and bytes so far
         self.ends = np.zeros(0, np.int64)  # byte at which each of the last tokens ends
         self.start = 0  # first token of the running sentence
@@ -369,25 +283,18 @@ class Partitioner:
             raise InputError(f"a token is outside the vocabulary of {len(self.n_bytes)} tokens")
         i = np.arange(self.n_tokens, self.n_tokens + len(tokens))
         self.n_tokens += len(tokens)
-        if self.name == "window":
-            return np.minimum(i, min(self.size - 1, self.cap)).astype(np.uint16)
-        if self.name == "block":
-            return np.minimum(i % self.size, self.cap).astype(np.uint16)
-        since, block, _ = zip(*self.find_blocks(tokens))
-        block = np.repeat(block, np.diff([*since, self.n_tokens]))
-        lookback = np.minimum(i - block, self.cap).astype(np.uint16)
-        return self.shift(lookback) if self.name == "shifted" else lookback
+        lookback = self.partition.lookback(self, tokens, i)
+        if (lookback < 0).any() or (lookback > i).any():
+            raise InputError("the lookback of token i must be in 0 ... i")
+        return np.minimum(lookback, self.cap).astype(np.uint16)
 
-    def shift(self, lookback):
-        """For shifted:N: each token gets the lookback of the token N earlier; the first N tokens
-        keep theirs."""
-        known = np.concatenate([self.delayed, lookback])
-        n_first = max(self.size - len(self.delayed), 0)
-        self.delayed = known[-self.size :]
-        return np.concatenate([lookback[:n_first], known[: max(len(lookback) - n_first, 0)]])
+    def find_blocks(self, tokens, closed=False, at_least=None):
+        """The token at which the block of each new token begins: (n,) integers -> (n,) int64.
 
-    def find_blocks(self, tokens):
-        """Update and return `moves` for new tokens."""
+        closed: no token of a block has looked further back than the block does. at_least: a block
+        begins with the first sentence after this many tokens; None: where ChangePoints say.
+        """
+        self.closed, self.at_least = closed, at_least
         n = self.n_bytes[tokens]
         ends = np.cumsum(n)
         at = np.repeat(self.first_byte[tokens] - ends + n, n) + np.arange(ends[-1])
@@ -411,25 +318,23 @@ class Partitioner:
             begin = stop + 1
         self.keep_within_reach(-1, self.n_tokens)
         self.ends = self.ends[np.searchsorted(self.ends, self.sentences.begin, side="right") :]
-        return self.moves
+        since, block, _ = zip(*self.moves)
+        return np.repeat(block, np.diff([*since, self.n_tokens]))
 
     def take_sentences(self, ended, starts, seen):
         """Advance by some sentences of one document, a list of support.sentences.Ended.
 
         The sentence after each begins at token starts[i], which is known at token seen[i].
         """
-        if not ended or self.name == "document":
+        if not ended or self.at_least == math.inf:
             return
         blocks = starts.tolist()
         if self.change_points:
-            begun = np.concatenate([[self.start], starts[:-1]])
-            texts = [e.text for e in ended]
             blocks = self.change_points.observe(
-                *self.word_ids.of(texts),
-                starts=begun,
+                *self.word_ids.of([e.text for e in ended]),
+                starts=np.concatenate([[self.start], starts[:-1]]),
                 earliest=np.zeros_like(seen) if self.closed else seen - self.cap,
                 paragraphs=np.array([e.paragraph for e in ended]),
-                leaning=np.array([leans_on_previous(text) for text in texts]),
             )
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), blocks)):
             self.keep_within_reach(i, known)
@@ -437,7 +342,7 @@ class Partitioner:
             if self.change_points:
                 sure = self.change_points.chance_later(i + 1, self.topic) > SURE
             else:
-                sure = block >= self.block + (self.size or 0)  # aligned:N
+                sure = block >= self.block + self.at_least
             if block > self.topic and sure:
                 capped = self.block + self.cap < known  # the old block was out of reach
                 bits = None
@@ -475,6 +380,141 @@ class Partitioner:
 
 
 # --------------------------------------------------------------------------------------------------
+# partitions: each takes a Partitioner, the new tokens and their positions i, (n,) integers each, and
+# returns the lookback of these tokens, (n,) integers
+
+
+def semantic(stream, tokens, i):
+    """the stretch about one topic, found by ChangePoints"""
+    return i - stream.find_blocks(tokens)
+
+
+def semantic_closed(stream, tokens, i):
+    """the same, but a block begins at the token where it was recognized"""
+    return i - stream.find_blocks(tokens, closed=True)
+
+
+def semantic_window(stream, tokens, i):
+    """the semantic block or the last N tokens, whichever reaches further back"""
+    return np.maximum(semantic(stream, tokens, i), window(stream, tokens, i))
+
+
+def sentence(stream, tokens, i):
+    """the sentence; it begins where that is known, usually at its first token"""
+    return i - stream.find_blocks(tokens, closed=True, at_least=0)
+
+
+def document(stream, tokens, i):
+    """everything since the last <|endoftext|>"""
+    return i - stream.find_blocks(tokens, at_least=math.inf)
+
+
+def window(stream, tokens, i):
+    """the last N tokens"""
+    return np.minimum(i, stream.n - 1)
+
+
+def block(stream, tokens, i):
+    """fixed blocks of N tokens: 0 ... N - 1, N ... 2 N - 1, ..."""
+    return i % stream.n
+
+
+def aligned(stream, tokens, i):
+    """a block begins with the first sentence after N tokens: aligned with sentences, like semantic
+    blocks, but blind to meaning"""
+    return i - stream.find_blocks(tokens, closed=True, at_least=stream.n)
+
+
+def shifted(stream, tokens, i):
+    """the semantic blocks of the text N tokens earlier: right lengths, wrong places; the first N
+    tokens keep their own"""
+    lookback = np.minimum(semantic(stream, tokens, i), stream.cap)
+    known = np.concatenate([stream.delayed, lookback])
+    n_first = max(stream.n - len(stream.delayed), 0)
+    stream.delayed = known[-stream.n :]
+    return np.concatenate([lookback[:n_first], known[: max(len(lookback) - n_first, 0)]])
+
+
+class Partition(NamedTuple):
+    lookback: Callable  # one of the functions above; its docstring says what a block is
+    takes_n: bool = False  # the name is followed by :N, in tokens
+    reads_words: bool = False  # it uses ChangePoints, and so the words of the training split
+    restarts: bool = False  # with every document, so documents do not depend on each other
+
+
+PARTITIONS = {
+    "semantic": Partition(semantic, reads_words=True, restarts=True),
+    "semantic:closed": Partition(semantic_closed, reads_words=True, restarts=True),
+    "semantic+window": Partition(semantic_window, takes_n=True, reads_words=True),
+    "sentence": Partition(sentence, restarts=True),
+    "document": Partition(document, restarts=True),
+    "window": Partition(window, takes_n=True),
+    "block": Partition(block, takes_n=True),
+    "aligned": Partition(aligned, takes_n=True, restarts=True),
+    "shifted": Partition(shifted, takes_n=True, reads_words=True),
+}
+
+
+def partition_names():
+    """The names of all partitions as a user writes them, such as window:N; a string."""
+    return ", ".join(name + ":N" * entry.takes_n for name, entry in PARTITIONS.items())
+
+
+def parse_partition(partition):
+    """(the entry of PARTITIONS, N in tokens or None) of a name such as "semantic" or "window:64".
+
+    Raises InputError for another name.
+    """
+    entry = PARTITIONS.get(partition)
+    if entry and not entry.takes_n:
+        return entry, None
+    name, _, n = str(partition).partition(":")
+    entry = PARTITIONS.get(name)
+    if entry and entry.takes_n and n.isascii() and n.isdigit() and len(n) < 10 and int(n) > 0:
+        return entry, int(n)
+    raise InputError(
+        f"partition must be one of {partition_names()}, where N is a number of tokens, not "
+        f"{partition!r}"
+    )
+
+
+def check_causal(partitioner, tokens):
+    """Raises InputError unless the lookbacks are the same if the tokens come one by one.
+
+    partitioner: () -> a fresh Partitioner. tokens: (n,) integers. A lookback that is known before
+    the next token exists does not depend on it.
+    """
+    whole, stream = partitioner().push(tokens), partitioner()
+    for i in range(len(tokens)):
+        alone = stream.push(tokens[i : i + 1])[0]
+        if alone == whole[i]:
+            continue
+        for j in range(i, len(tokens)):
+            if partitioner().push(tokens[: j + 1])[i] != alone:
+                cause = f"token {j}" if j > i else "the number of tokens in a push"
+                raise InputError(f"the lookback of token {i} changes with {cause}")
+
+
+def reach(lookback, locality, anchor=False):
+    """The earliest token that can influence the output at each token, through all layers.
+
+    lookback: (n,) integers of one context; locality: that of every layer; anchor: token 0 belongs
+    to every block. Returns (n,) int64.
+    A layer at 1 lets a token read its block. Each token of the block has read, one layer below,
+    its own block, and so on down to the first layer. A layer below 1 reads the whole context, and
+    so does an anchored one. Whatever the weights, no token before this one can change the output
+    by a single bit, as long as the blocks stay the same.
+    """
+    tokens = np.arange(len(lookback))
+    if anchor or min(locality) < 1:
+        return np.zeros_like(tokens)
+    start, earliest = tokens - np.minimum(lookback, tokens), tokens
+    for _ in locality:
+        earliest = start[earliest]
+    return earliest
+
+
+# --------------------------------------------------------------------------------------------------
 # a whole text
 
 CHUNK = 1 << 16  # tokens at a time
@@ -492,8 +532,7 @@ def partition_text(
     Partitioner(token_bytes, partition, max_lookback, background)  # raises InputError early
     out = np.empty(len(tokens), np.uint16) if out is None else out
     cuts = [0]
-    name, _ = parse_partition(partition)
-    if name in (*WITHOUT_N, "aligned") and END_OF_TEXT in token_bytes:
+    if parse_partition(partition)[0].restarts and END_OF_TEXT in token_bytes:
         end_of_text = token_bytes.index(END_OF_TEXT)
         for i in range(0, len(tokens), CHUNK):
             ends = np.flatnonzero(tokens[i : i + CHUNK] == end_of_text) + i + 1
@@ -527,7 +566,6 @@ def count_background(tokens, token_bytes):
         ids, _ = word_ids.of([text[:cut].replace(END_OF_TEXT, b" ")])
         counts += np.bincount(ids, minlength=N_WORD_IDS)
         rest = text[cut:]
-    counts[: len(FUNCTION_WORDS)] = 0
     commonest = np.argsort(-counts, kind="stable")[:30_000]
     commonest = np.sort(commonest[counts[commonest] > 0])
     total = int(max(1, counts.sum()))

@@ -27,7 +27,14 @@ from tqdm import tqdm
 
 import locality
 from fast import evidence
-from locality import PARTITIONS, SEMANTIC, count_background, parse_partition, partition_text
+from locality import (
+    Partitioner,
+    check_causal,
+    count_background,
+    parse_partition,
+    partition_names,
+    partition_text,
+)
 from report import blocks
 from report.blocks import block_stats
 from support import files, prepared, sentences, settings
@@ -48,7 +55,7 @@ class TextConfig:
         "data/sample.txt", "file, folder, http(s) address, gutenberg:NUMBER, or a list of these"
     )
     tokenizer: str = key("gpt2", "gpt2, gpt2:N (its first N tokens) or bytes")
-    partition: str = key("semantic", PARTITIONS)
+    partition: str = key("semantic", partition_names())
     max_lookback: int = key(512, "no block reaches back further, in tokens", 1, below=65536)
     val: float = key(0.1, "fraction of the text for validation")
     test: float = key(0.1, "fraction of the text for the final test")
@@ -151,7 +158,8 @@ def encode(paths, encoding, out):
 def check_partition(partition, max_lookback, n_tokens=None):
     """Raises InputError for a partition that does not fit max_lookback, or shifted:N that would
     leave too much of n_tokens unchanged."""
-    name, n = parse_partition(partition)
+    _, n = parse_partition(partition)
+    name = partition.partition(":")[0]
     if n and n - 1 > max_lookback and name != "shifted":
         raise InputError(
             f"{partition} reaches back {n - 1} tokens, but max_lookback allows {max_lookback}: use "
@@ -214,9 +222,14 @@ def build(text, paths, work):
     check_partition(text.partition, text.max_lookback, shortest)
     if text.joined and text.partition != "document":
         join_documents(tokens, vocabulary)
-    semantic = parse_partition(text.partition)[0] in SEMANTIC
-    background = count_background(tokens[: edges[1]], vocabulary) if semantic else None
+    reads_words = parse_partition(text.partition)[0].reads_words
+    background = count_background(tokens[: edges[1]], vocabulary) if reads_words else None
     stats, rules = {}, (text.partition, text.max_lookback)
+    fresh = partial(Partitioner, vocabulary, *rules, background, text.plain)
+    try:
+        check_causal(fresh, tokens[:2000])
+    except InputError as e:
+        raise InputError(f"{text.partition} looks ahead: {e}") from None
     for split, start, end in zip(SPLITS, edges, edges[1:]):
         part = tokens[start:end]
         lookback = prepared.new_array(work / f"{split}.lookback.bin", end - start)

@@ -1,7 +1,7 @@
 """How good are the semantic blocks? Known topic shifts, a page of text, and block lengths.
 
     python -m experiments.segmentation --books BOOKS.txt [--first] [--seeds N] [--json FILE]
-    python -m experiments.segmentation --haste --books BOOKS.txt [--seeds N] [--json FILE]
+    python -m experiments.segmentation --sure --books BOOKS.txt [--first] [--seeds N] [--json FILE]
     python -m experiments.segmentation --page data/sample.txt [--from WORDS] [--figure FILE]
     python -m experiments.segmentation --lengths BOOK.txt BOOK.txt BOOK.txt [--figure FILE]
 
@@ -11,10 +11,10 @@ consecutive sentences of another text: its first ones with --first, like Choi's,
 anywhere, which suits a few long texts. The task is to find where one piece ends and the next
 begins. BOOKS.txt holds the texts, separated by <|endoftext|> or a title of WikiText. Counting from
 0, the documents are made of texts 2, 5, 8 ..., and the background words come from texts 0, 3, 6 ...
-The constants in locality.py were chosen on texts 1, 4, 7 ... of 48 books, with WikiText-2 in view.
+The constants in locality.py were chosen on texts 1, 4, 7 ..., which --tuning uses.
 
---haste measures what it costs to decide sooner: with lower odds for a new block (SURE in
-locality.py), its start is known sooner, and is wrong more often.
+--sure measures what SURE in locality.py does: if less is required, the start of a block is known
+sooner, and is wrong more often.
 """
 
 import importlib.util
@@ -22,6 +22,7 @@ import random
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -37,7 +38,7 @@ from report.blocks import block_moves
 from report.plots import COLORS, bare, check_suffix, pyplot, save_figure
 from report.tables import aligned
 from support.files import InputError, check_writable, run_script, write_json
-from support.sentences import END_OF_TEXT, FUNCTION_WORDS, STOP_WORDS, WordIds, first_bytes
+from support.sentences import END_OF_TEXT, WordIds, first_bytes
 
 PIECES = 10  # of a document
 SETS = {"3-11": (3, 11), "3-5": (3, 5), "6-8": (6, 8), "9-11": (9, 11)}  # sentences of a piece
@@ -45,7 +46,8 @@ BREAK = re.compile(rb"<\|endoftext\|>|^ = [^=\n]+ = $", re.M)  # between texts
 HEADING = re.compile(rb"^ = = .*$", re.M)
 BYTES = [bytes([i]) for i in range(256)]
 MAX_LOOKBACK = 2048  # tokens
-SURES = 0.5, 0.6, 0.8, 0.9, 0.95, 0.99  # for --haste
+N_STOP_WORDS = 150  # the commonest words of the background, for TextTiling
+SURES = 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99  # for --sure
 ANY_LENGTH = 65535  # bytes: a lookback that cuts no block
 
 
@@ -83,16 +85,15 @@ def sentences_of(book):
 
 
 def read_books(args):
-    """(sentences of texts 2, 5, 8 ... of a file, a list of lists; word counts of 0, 3, 6 ...)."""
+    """(sentences of texts 2, 5, 8 ... of a file, a list of lists; text of 0, 3, 6 ..., bytes)."""
     books = BREAK.split(read(args.books))
     if len(books) < 3:
         raise InputError(f"{args.books} holds {len(books)} texts; at least 3 are needed")
     enough = 11 if args.first else 200
-    sources = [s for s in map(sentences_of, books[2::3]) if len(s) >= enough]
+    sources = [s for s in map(sentences_of, books[1 if args.tuning else 2 :: 3]) if len(s) >= enough]
     if not sources:
-        raise InputError(f"{args.books}: none of the texts 2, 5, 8 ... has {enough} sentences")
-    background = END_OF_TEXT.join(books[0::3])
-    return sources, None if args.no_background else word_counts(background)
+        raise InputError(f"{args.books}: none of the texts to judge has {enough} sentences")
+    return sources, END_OF_TEXT.join(books[0::3])
 
 
 def choi_documents(sources, name, args):
@@ -175,13 +176,13 @@ def fixed_blocks(sentences, piece):
     return i - i % round(len(piece) / (piece[-1] + 1))
 
 
-def text_tiling(sentences, piece):
+def text_tiling(stop_words, sentences, piece):
     """NLTK's TextTiling (Hearst 1997) with every sentence as a paragraph. It sees everything."""
     from nltk.tokenize import TextTilingTokenizer
 
     text = "\n\n" + "\n\n".join(s.decode() for s in sentences)
     try:
-        tiles = TextTilingTokenizer(stopwords=[*STOP_WORDS, *FUNCTION_WORDS]).tokenize(text)
+        tiles = TextTilingTokenizer(stopwords=stop_words).tokenize(text)
     except ValueError:  # too short for it
         return 0 * piece
     sizes = [sum(bool(p.strip()) for p in tile.split("\n\n")) for tile in tiles]
@@ -191,15 +192,17 @@ def text_tiling(sentences, piece):
 
 def quality(args):
     """Print the tables and return them: {title: {rival: {set: [Pk, WindowDiff]}}}, means."""
-    sources, counts = read_books(args)
+    sources, background = read_books(args)
     rivals = {
-        "semantic": partial(semantic, get_encoding(args.tokenizer), counts),
+        "semantic": partial(semantic, get_encoding(args.tokenizer), word_counts(background)),
         "one block": lambda sentences, piece: 0 * piece,
         "a block per sentence": lambda sentences, piece: np.arange(len(piece)),
         "fixed blocks, mean length": fixed_blocks,
     }
     if importlib.util.find_spec("nltk"):
-        rivals["TextTiling (sees all)"] = text_tiling
+        words = Counter(re.findall(r"[a-z]+", background.decode().lower()))
+        stop_words = [word for word, _ in words.most_common(N_STOP_WORDS)]
+        rivals["TextTiling (sees all)"] = partial(text_tiling, stop_words)
     else:
         print("nltk is not installed: no TextTiling", file=sys.stderr)
     # parts of one book are harder to tell apart: they share an author, a style and often a subject
@@ -219,29 +222,29 @@ def quality(args):
     return tables
 
 
-def haste(args):
-    """Print what it costs to decide sooner, and return it: a list of dicts, one per value of SURE.
+def sure(args):
+    """Print what each value of SURE does, and return it: a list of dicts.
 
     lag: the median number of tokens from the start of a block to where it is known. mean lookback:
     in tokens; closed: that of the same blocks, closed.
     """
-    sources, counts = read_books(args)
-    encoding, rows, lines = get_encoding(args.tokenizer), [], []
+    sources, background = read_books(args)
+    encoding, counts, rows, lines = get_encoding(args.tokenizer), word_counts(background), [], []
     documents, vocabulary = choi_documents([sources], "3-11", args), token_bytes(encoding)
     texts = [encoding.encode_to_numpy(b" ".join(s).decode()) for s, _ in documents]
     partition = partial(partition_text, max_lookback=MAX_LOOKBACK, background=counts)
-    for sure in SURES:
-        with patch.object(locality, "SURE", sure):
+    for value in SURES:
+        with patch.object(locality, "SURE", value):
             scores = mean_scores(partial(semantic, encoding, counts), documents)
             blocks = [partition(text, vocabulary, "semantic") for text in texts]
             closed = [partition(text, vocabulary, "semantic:closed") for text in texts]
         lag = float(np.median(np.concatenate([np.subtract(*block_moves(b)) for b in blocks])))
         means = [float(np.mean([b.mean(dtype=float) for b in each])) for each in (blocks, closed)]
         keys = "sure", "Pk", "WindowDiff", "lag", "mean lookback", "closed"
-        rows.append(dict(zip(keys, (sure, *scores, lag, *means))))
-        name = f"{sure:.2f}{' (the default)' * (sure == locality.SURE)}"
+        rows.append(dict(zip(keys, (value, *scores, lag, *means))))
+        name = f"{value:.2f}{' (the default)' * (value == locality.SURE)}"
         lines.append([name, *(f"{x:.3f}" for x in scores), *(f"{x:.0f}" for x in (lag, *means))])
-    header = "how sure", "Pk", "WD", "lag, tokens", "mean lookback", "the same, closed"
+    header = "SURE", "Pk", "WD", "lag, tokens", "mean lookback", "the same, closed"
     print(aligned(header, lines), end="")
     return rows
 
@@ -339,7 +342,7 @@ def write_page(ax, text, position, sentences, blocks):
             break
         again = False
         for i in word_ids.of([word[0]])[0].tolist():
-            again |= last_block.get(i) == block and i >= len(FUNCTION_WORDS)
+            again |= last_block.get(i) == block and q.get(i, 0) < COMMON
             last_block[i] = block
         color = TINTS[block % len(TINTS)]
         box = pyplot().Rectangle((x - 0.5, y - 0.5), len(shown) + 1, 1, color=color, lw=0)
@@ -382,10 +385,10 @@ def main():
     add("--page", metavar="FILE", help="draw a page of this text in the colors of its blocks")
     add("--lengths", metavar="FILE", nargs="+", help="draw the lengths of the blocks of texts")
     add = parser.add_argument
-    add("--haste", action="store_true", help="with --books: what it costs to decide sooner")
+    add("--sure", action="store_true", help="with --books: other values of SURE")
     add("--first", action="store_true", help="pieces are the first sentences of their texts")
     add("--tokenizer", choices=["gpt2", "bytes"], default="bytes", help="(default: bytes)")
-    add("--no-background", action="store_true", help="do not use the words of other books")
+    add("--tuning", action="store_true", help="use texts 1, 4, 7 ..., to choose constants")
     add("--seeds", type=int, default=3, metavar="N", help="draws of documents (default: 3)")
     add("--documents", type=int, default=50, metavar="N", help="per set and draw (default: 50)")
     add("--json", type=Path, metavar="FILE", help="also write the tables here")
@@ -394,14 +397,14 @@ def main():
     args = parser.parse_args()
     if args.seeds < 1 or args.documents < 1:
         raise InputError("--seeds and --documents must be at least 1")
-    if args.haste and not args.books:
-        raise InputError("--haste needs --books")
+    if args.sure and not args.books:
+        raise InputError("--sure needs --books")
     if args.figure:
         check_suffix(args.figure)
     if args.json:
         check_writable(args.json)
     if args.books:
-        tables = haste(args) if args.haste else quality(args)
+        tables = sure(args) if args.sure else quality(args)
         if args.json:
             write_json(args.json, tables)
         return

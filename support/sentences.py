@@ -1,8 +1,9 @@
-"""Where a sentence ends, in bytes, as soon as it can be known; and its words, as numbers.
+"""Where a sentence ends, as soon as that can be known; and its words, as numbers.
 
-The end of a sentence is known once the first character of the next sentence has been read. Every
-pattern below is decided by the bytes up to and including that character: later bytes can neither
-undo a match nor lead to an earlier one.
+A sentence may end at a stop or a newline. ENDS finds these places in the bytes of a text, each up
+to the first character of the next sentence; `is_end` decides whether one is an end. To change what
+ends a sentence, add a character to STOPS or a rule to NOT_AN_END. Nothing here reads beyond that
+first character, so later text cannot undo an end.
 """
 
 import re
@@ -16,86 +17,163 @@ END_OF_TEXT = b"<|endoftext|>"
 LONGEST = 800  # bytes; a longer sentence, as in text without punctuation, is cut at white space
 
 # --------------------------------------------------------------------------------------------------
-# the patterns
+# where a sentence may end: patterns of bytes, written as text in which a character is a byte
 
-# the first byte of every match; with it, the search skips other bytes quickly
-FIRST = rb"[.!?\n\xd6\xd8\xdb\xe0-\xe3\xef]"
-STOP = (  # . ! ? and … । ॥ ؟ ۔ ։ ።
-    rb"(?:(?<=[.!?])|(?<=\xe2)\x80\xa6|(?<=\xe0)\xa5[\xa4\xa5]|(?<=\xd8)\x9f|(?<=\xdb)\x94"
-    rb"|(?<=\xd6)\x89|(?<=\xe1)\x8d\xa2)"
+STOPS = ".!?:;…؟۔։\u037e"  # before white space; for : and ; see NOT_AN_END
+UNSPACED_STOPS = "。！？．｡।॥།༎။።፧។៕"  # with or without white space
+CLOSERS = "\"')]*_”’“‘»«›‹"  # directly after a stop, these belong to the sentence
+WIDE_CLOSERS = "」』】）〉》"
+SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+SPACES += "\u202f\u205f\u3000"
+NEWLINES = "\u0085\u2028\u2029"  # with SPACES, the white space outside ASCII
+
+
+def utf8(characters):
+    """The UTF-8 of some characters, as text in which a character is a byte."""
+    return characters.encode().decode("latin-1")
+
+
+def one_of(characters):
+    """A pattern for one of these characters."""
+    return f"(?:{'|'.join(re.escape(utf8(c)) for c in characters)})"
+
+
+def after_first(characters):
+    """The same, where the first byte has already been matched."""
+    return f"(?:{'|'.join(f'(?<={re.escape(utf8(c)[0])}){utf8(c)[1:]}' for c in characters)})"
+
+
+NOT_ASCII = r"(?:[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3})"
+CHARACTER = rf"(?:[\x00-\x7f]|{NOT_ASCII})"
+BLANK = rf"(?:[ \t]|{one_of(SPACES)})"
+SPACE = rf"(?:\s|{one_of(SPACES + NEWLINES)})"
+GUILLEMET = one_of("»›")  # it closes in French, before white space, and opens in German
+
+# what belongs to a sentence after its stop, directly: said.”) and after blanks: said . '' | dit ? »
+CLOSE = rf"(?:[.!?]|{one_of('…' + CLOSERS)})"
+SPACED_CLOSE = "|".join(
+    (
+        rf"[!?]|\.(?!\w)|{one_of('…')}",  # he left . . .
+        rf"''|[)\]]|{one_of('”')}|{GUILLEMET}(?={SPACE})",
+        r'"(?=[ \t\r]*+\n)',  # at the end of a line, it can only close
+    )
 )
-# 。！？｡ end a sentence without white space
-WIDE_STOP = rb"(?:(?<=\xe3)\x80\x82|(?<=\xef)\xbc[\x81\x9f]|(?<=\xef)\xbd\xa1)"
-# more stops, quotes and brackets that belong to the sentence
-CLOSE = rb"(?:[\"')\]*_.!?]|\xe2\x80[\x99\x9d\xa6]|\xc2\xbb)*+"
-SPACED_CLOSE = rb"(?:[ \t]++(?:''|[)\]]|\xe2\x80\x9d)++)*+"  # tokenized text: said . ''
-WIDE_CLOSE = (  # 」』】）
-    rb"(?:\xe3\x80[\x82\x8d\x8f\x91]|\xef\xbc[\x81\x89\x9f]|\xef\xbd\xa1|[\"')\]]"
-    rb"|\xe2\x80[\x99\x9d])*+"
+# the first character of a sentence, and the one after it if that is needed to decide
+NEXT = "|".join(
+    (
+        r"[^\s'\"\x80-\xffa-z.!?,;:)\]]",
+        r"'[^']|\.\w|\"[ \t]*+[^\sa-z]",  # 'Tis | .38 caliber | "Why
+        rf"{GUILLEMET}(?!{SPACE}|[.!?,;:]){CHARACTER}",
+        rf"(?!{one_of('”»›…')}){NOT_ASCII}",
+    )
 )
-NOT_ASCII = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
-ANY = rb"[^\s'\x80-\xff]|'[^']|" + NOT_ASCII
-NOT_LOWER = rb"[^\s'\x80-\xffa-z,;:)\]]|'[^']|(?!\xe2\x80\x9d)(?:" + NOT_ASCII + rb")"
-NOT_AFTER = (  # titles, initials and the like, whose period ends no sentence
-    rb"(?<![.!?][.!?])(?<!(?<![\x80-\xff'])\b[A-HJ-Za-z]\.)"
-    rb"(?<!(?<![\x80-\xffA-Za-z])[\xce-\xd1][\x80-\xbf]\.)"
-    rb"(?<!\b(?:Mr|Dr|St|Lt|Mt|vs|cf)\.)(?<!\b(?:Mrs|Rev|Hon|Gen|Col|Sgt|Maj|Mme|viz)\.)"
-    rb"(?<!\b(?:Prof|Capt|Mlle)\.)(?<!\bMessrs\.)"
-    rb"(?!(?:(?<=\b[Nn]o\.)|(?<=\bpp\.)|(?<=\bch\.)|(?<=\b(?:[Vv]ol|[Ff]ig)\.))\s++\d)"
+ITEM = rf"[*+-][ \t]|#++[ \t]|{one_of('•')}|\d{{1,3}}[.)][ \t]"  # of a list, or a heading
+# the first character of any line; ITEM and NEXT are known by the time it is
+LINE = rf"(?:[*+-]|#++|\d{{1,3}}+[.)]?+|[.']|\"[ \t]*+|{GUILLEMET})?+{CHARACTER}"
+
+FIRST = re.escape("".join(sorted({utf8(c)[0] for c in STOPS + UNSPACED_STOPS + "\n\u2029"})))
+ENDS = "|".join(
+    (
+        # the first of several stops
+        rf"{after_first(STOPS)}(?<![.!?].){CLOSE}*+(?:{BLANK}++(?:{SPACED_CLOSE}){CLOSE}*+)*+"
+        rf"{SPACE}++(?P<next>{NEXT})",
+        rf"{after_first(UNSPACED_STOPS)}(?:{CLOSE}|{one_of(UNSPACED_STOPS + WIDE_CLOSERS)})*+"
+        rf"{SPACE}*+(?P<unspaced>{CHARACTER})",
+        # a blank line
+        rf"(?:(?<=\n)(?<!\n\n)[ \t\r\f\v]*+\n|{after_first(NEWLINES[-1])}){SPACE}*+"
+        rf"(?P<paragraph>{LINE})",
+        rf"(?<=\n){SPACE}*+(?:(?P<item>{ITEM})|(?P<line>{LINE}))",
+    )
 )
-SENTENCE = STOP + NOT_AFTER + CLOSE + SPACED_CLOSE + rb"\s++(?P<maybe>" + NOT_LOWER + rb")"
-WIDE_SENTENCE = WIDE_STOP + WIDE_CLOSE + rb"\s*+(?P<wide>" + ANY + rb")"
-BLANK_LINE = rb"(?<=\n)(?<!\n\n)[ \t\r\f\v]*+\n\s*+(?P<blank>" + ANY + rb")"
-LIST_ITEM = rb"(?<=\n)[ \t]*+(?P<item>[*+-][ \t]|#++[ \t]|\xe2\x80\xa2|\d{1,3}[.)][ \t])"
-LINE = rb"(?<=\n)(?<!\n\n)\s*+(?P<line>" + ANY + rb")"
-WRAPPED_END = re.compile(
-    FIRST + rb"(?:" + rb"|".join([SENTENCE, BLANK_LINE, LIST_ITEM, WIDE_SENTENCE]) + rb")"
+# the class at the beginning lets the search skip all other bytes quickly
+ENDS = re.compile(f"[{FIRST}](?:{ENDS})".encode("latin-1"))
+
+# --------------------------------------------------------------------------------------------------
+# where it does not
+
+TITLES = """Mr Mrs Ms Mx Messrs Dr Prof Rev Fr Sr St Mt Lt Cpl Sgt Capt Maj Col Gen Adm Gov Sen Rep
+    Pres Hon Mme Mlle Sra Srta vs cf viz""".split()
+NUMBERED = "No Nos no nos N° Nr nr p pp l ll v vv n nn ch chap sec sect vol fig art bk pt".split()
+PARTS = "Ch Chap Sec Sect Vol Fig Art Bk Pt Pl".split()
+MONTHS = "Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec".split()
+HEADINGS = (
+    "Chapter Part Book Section Act Scene Canto Volume Letter Lecture Article Appendix".split()
 )
-LINE_END = re.compile(FIRST + rb"(?:" + rb"|".join([SENTENCE, LINE, WIDE_SENTENCE]) + rb")")
-LONG_LINE = re.compile(rb"^[^\n\x80-\xff]{101}", re.M)
 
 
-def search_end(pattern, piece):
-    """The first end of a sentence in a piece of text (bytes), a match or None. Its last group is
-    the first character of the next sentence, which is not a lowercase letter."""
-    match = pattern.search(piece)
-    while match and match.lastgroup == "maybe" and match["maybe"][0] > 127:  # not ASCII
-        if not match["maybe"].decode(errors="replace").islower():
-            break  # the pattern itself excludes a to z
-        match = pattern.search(piece, match.start() + 1)
-    return match
+def any_of(words):
+    """A pattern for one of these words, as it is or in capitals."""
+    return rf"\b(?:{'|'.join(sorted({*words, *map(str.upper, words)}))})"
 
 
-def sentence_end(piece, long_lines):
-    """Where the sentence at the start of `piece` ends, or None if more text is needed.
+NOT_AN_END = [  # the last word, the first character after the white space, an example
+    (any_of(TITLES) + r"\.", r"\S", "Mr. Smith"),
+    (any_of(NUMBERED) + r"\.", r"\d", "No. 5"),
+    (any_of(PARTS) + r"\.", r"[\dIVXLC]", "Chap. IV"),
+    (any_of(MONTHS) + r"\.", r"\d", "Oct. 5"),
+    (r"al\.", r"[(\[]", "Doe et al. (2004)"),
+    # initials, and abbreviations made of single letters; I is one only after a name
+    (r"(?!I\.\s)(?:[^\W\d_]\.)*[^\W\d_]\.", r"\S", "J. R. Brown of the U.S. Navy"),
+    (r"[A-Z]\w+ I\.", r"\S", "Did you see Albert I. Jones?"),
+    (r"\[(?:\.\.\.|…)\]\W*", r"\S", "He came [...] The sea"),  # an omission
+    (r".*[．॥]", r"[\da-zａ-ｚ]", "円周率は３．１４"),
+    # stops only in Armenian, where : stands for ։, and in Greek, where ; is a question mark
+    (r".*[^Ա-֏\W]:[\W_]*", r"\S", "We need: Eggs"),
+    (r".*[^Ͱ-Ͽἀ-῿\W];[\W_]*", r"\S", "He came; Tom left"),
+]
+# the number of a heading or of a list item, at the beginning of its sentence, is not the end of it
+NUMBER = rf"(?:{any_of(HEADINGS)} )?(?:\d{{1,3}}\.)*(?:\d{{1,3}}|[IVXLCDM]+|[ivxlcdm]+)\.\)?\s+\S\Z"
 
-    piece: at most LONGEST bytes. long_lines: whether this paragraph is known to have a line of more
-    than 100 characters; then it is not hard-wrapped, and each of its newlines ends a sentence.
-    Returns (end, seen, long_lines, paragraph): the next sentence begins at byte `end`, which is
-    known once byte `seen` >= end has been read; long_lines of the next sentence; whether the next
-    sentence begins a paragraph.
+
+def any_rule(rules):
+    """A pattern for the last three words of a sentence, if it is one, the white space after it, and
+    the first character of the next one: it matches if there is no end."""
+    alternatives = "|".join(rf"{word}\s*{first}\Z" for word, first, _ in rules)
+    return re.compile(rf"\W*{NUMBER}|(?:\S+ ){{0,2}}?\W*(?:{alternatives})")
+
+
+ANY_RULE = any_rule(NOT_AN_END)
+WIDEST = 100  # characters; a paragraph that was wrapped has no longer line
+STOPPED = ("", *STOPS, *CLOSERS)
+
+
+def is_end(text, begin, document, match):
+    """Whether a match of ENDS in a text (bytes) is an end of the sentence that begins at `begin`.
+
+    document: the byte at which the document begins.
     """
-    seen = 0
-    match = search_end(LINE_END if long_lines else WRAPPED_END, piece)
-    if not long_lines:
-        read = match.end() if match else len(piece)
-        long = LONG_LINE.search(piece, 0, read) if read > 100 else None
-        if long and not (match and long.end() == read):
-            long_lines, seen = True, long.end() - 1
-            match = search_end(LINE_END, piece)
-    if match:
-        end = match.start(match.lastgroup)
-        newlines = piece.count(b"\n", match.start(), end)
-        seen = max(seen, match.end() - 1)
-        return end, seen, long_lines and newlines < 2, newlines > (not long_lines)
-    if len(piece) < LONGEST:
-        return None
-    end = max(piece.rfind(space, LONGEST // 2, LONGEST - 1) for space in (b" ", b"\n")) + 1
-    if not end:  # no white space: cut between two characters
-        end = LONGEST - 1
-        while end > LONGEST - 4 and 128 <= piece[end] < 192:
-            end -= 1
-    return end, LONGEST - 1, long_lines, False
+    place, at = match.lastgroup, match.start(match.lastgroup)
+    if place in ("paragraph", "item"):
+        return True
+    if place == "line":
+        return not may_wrap(text, document, match.start())
+    first = text[at : at + 4].decode(errors="ignore")[:1]
+    # A small letter continues a sentence if its script begins sentences with capitals.
+    # (Georgian has small letters, and capitals for headlines, but no title case.)
+    if place == "next" and first != first.title():
+        return False
+    words = text[max(begin, match.start() - 40) : match.start()].decode(errors="ignore").split()
+    gap = text[match.start() : at].decode(errors="ignore")
+    return not ANY_RULE.match(" ".join(words[-3:]) + gap + first)
+
+
+def may_wrap(text, document, newline):
+    """Whether the newline at this byte of a text may be one that only wraps a paragraph.
+
+    It is not if the last lines of the paragraph end at very different lengths, as in a chat or a
+    song: if this one, or two of them, have less than two thirds of the length of the longest, and
+    no stop at the end. Nor if one of them has more than WIDEST characters.
+    """
+    since = max(document, newline - LONGEST, text.rfind(b"\n\n", document, newline) + 2)
+    lines = text[since:newline].decode(errors="ignore").rsplit("\n", 6)
+    if len(lines) > 6 or since == newline - LONGEST:
+        lines = lines[1:] or lines  # only the end of the first one is in sight
+    lengths = list(map(len, lines))
+    longest = max(lengths)
+    if 3 * min(lengths) >= 2 * longest:
+        return longest <= WIDEST
+    free = [3 * n < 2 * longest and s.rstrip()[-1:] not in STOPPED for n, s in zip(lengths, lines)]
+    return longest <= WIDEST and sum(free) < 2 and not free[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,11 +193,12 @@ class Sentences:
     """Finds the sentences of a text that arrives in pieces."""
 
     def __init__(self):
-        self.data = b""  # of the text: the current sentence, and a few bytes before it
+        self.data = b""  # of the text: the current sentence, and what is remembered before it
         self.data_at = 0  # byte of the text at which data begins
         self.at = 0  # where in data the current sentence begins
+        self.searched = 0  # no end is before this place in data
+        self.document = 0  # where in data the document begins, if it does
         self.seen = 0  # byte with which the last end became known
-        self.long_lines = False
         self.paragraph = False  # whether the current sentence begins a paragraph
 
     @property
@@ -131,31 +210,64 @@ class Sentences:
         """Add bytes to the text. Returns what has ended since, a list of Ended, in order."""
         self.data += data
         ended = self.scan()
-        # keep what may be part of the next sentence, or of an END_OF_TEXT
-        drop = max(0, self.at - len(END_OF_TEXT) + 1)
-        self.data, self.data_at, self.at = self.data[drop:], self.data_at + drop, self.at - drop
+        drop = max(0, self.at - LONGEST)
+        self.data, self.data_at = self.data[drop:], self.data_at + drop
+        self.at, self.searched = self.at - drop, self.searched - drop
+        self.document = max(0, self.document - drop)
         return ended
 
     def scan(self):
-        ended, begin = [], 0
+        ended = []
         while True:
-            stop = self.data.find(END_OF_TEXT, begin)
+            stop = self.data.find(END_OF_TEXT, self.document)
             document_ended = stop >= 0
             stop = stop + len(END_OF_TEXT) if document_ended else len(self.data)
-            while result := sentence_end(
-                self.data[self.at : min(stop, self.at + LONGEST)], self.long_lines
-            ):
-                end, seen, self.long_lines, paragraph = result
-                self.seen = max(self.seen, self.begin + seen)
-                text = self.data[self.at : self.at + end]
-                ended.append(Ended(self.begin + end, self.seen, text, self.paragraph))
-                self.at += end
+            while found := self.find_end(stop):
+                end, seen, paragraph = found
+                self.seen = max(self.seen, self.data_at + seen)
+                text = self.data[self.at : end]
+                ended.append(Ended(self.data_at + end, self.seen, text, self.paragraph))
+                self.at = self.searched = end
                 self.paragraph = paragraph
             if not document_ended:
                 return ended
             ended.append(Ended(self.data_at + stop, self.data_at + stop - 1, None, False))
-            begin = self.at = stop
-            self.long_lines = self.paragraph = False
+            self.document = self.at = self.searched = stop
+            self.paragraph = False
+
+    def is_long(self, at):
+        """Whether the line that ends at `at` in self.data has more than WIDEST characters."""
+        since = max(self.document, at - LONGEST)
+        since = max(since, self.data.rfind(b"\n", since, at) + 1)
+        return len(self.data[since:at].decode(errors="ignore")) > WIDEST
+
+    def find_end(self, stop):
+        """The end of the current sentence in self.data[:stop], or None if more text is needed.
+
+        Returns (end, seen, paragraph): the next sentence begins at byte `end` of self.data, which
+        is known once byte `seen` >= end has been read; whether it begins a paragraph.
+        """
+        until = min(stop, self.at + LONGEST)
+        while match := ENDS.search(self.data, self.searched, until):
+            if is_end(self.data, self.at, self.document, match):
+                end = match.start(match.lastgroup)
+                newlines = self.data.count(b"\n", match.start(), end)
+                line = (
+                    match.lastgroup in ("paragraph", "line")
+                    or newlines == 1
+                    and self.is_long(match.start())
+                )
+                return end, match.end() - 1, newlines > 1 or line
+            self.searched = match.start() + 1
+        if until < self.at + LONGEST:
+            return None
+        half = self.at + LONGEST // 2
+        end = max(self.data.rfind(space, half, until - 1) for space in (b" ", b"\n")) + 1
+        if not end:  # no white space: cut between two characters
+            end = until - 1
+            while end > until - 4 and 128 <= self.data[end] < 192:
+                end -= 1
+        return end, until - 1, False
 
 
 def first_bytes(text):
@@ -166,23 +278,6 @@ def first_bytes(text):
 # --------------------------------------------------------------------------------------------------
 # words
 
-FUNCTION_WORDS = """
-    i me my mine myself we us our ours ourselves you your yours he him his himself she her hers
-    herself they them their theirs themselves it its itself who whom whose is are was were be been
-    am has have had do does did can could may might must shall should will would
-    """.split()
-FUNCTION_WORDS = {word: i for i, word in enumerate(FUNCTION_WORDS)}
-STOP_WORDS = frozenset(
-    """about above after again against all also and any because before being below between both but
-    doing don down during each even every few for from further having here how into just more most
-    much nor not now off once one only other out over own same some such than that the then there
-    these this those thou though through thus thy too under until upon very what when where which
-    while why with yet yourself yourselves""".split()
-)
-LEANING = frozenset(  # a sentence that begins with one of these leans on the sentence before it
-    b"""he she it they him them his her their its this these that those such however but also
-    therefore thus moreover furthermore instead""".split()
-)
 # scripts without spaces: each character counts as a word
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -195,8 +290,7 @@ N_WORD_IDS = 1 << 18
 class WordIds(dict):
     """A cache: the bytes of a word -> a tuple of the ids of the words in it.
 
-    Ids below len(FUNCTION_WORDS) are pronouns and auxiliaries: who acts, and when. All other ids
-    are hashes of the first five letters of a word, a crude stem. Stop words have no id.
+    An id is a hash of the first five letters of a word, a crude stem.
     """
 
     def __init__(self):
@@ -205,20 +299,13 @@ class WordIds(dict):
     def __missing__(self, word):
         text = word.decode(errors="ignore").lower()
         words = [text] if text.isascii() else WORD.findall(text)
-        ids = tuple(i for w in words for i in self.ids_of(w))
+        ids = tuple(zlib.crc32(w[:5].encode()) % N_WORD_IDS for w in words if w)
         if len(word) <= 40:  # do not store whole lines without spaces
             if len(self) >= 500_000:
                 self.clear()
                 self.__init__()
             self[word] = ids
         return ids
-
-    def ids_of(self, word):
-        if word in FUNCTION_WORDS:
-            return (FUNCTION_WORDS[word],)
-        if word in STOP_WORDS or len(word.encode()) < 3:
-            return ()
-        return (max(len(FUNCTION_WORDS), zlib.crc32(word[:5].encode()) % N_WORD_IDS),)
 
     def of(self, sentences):
         """The word ids of a list of n sentences (bytes), in order.
@@ -229,8 +316,3 @@ class WordIds(dict):
         ids = np.fromiter(chain.from_iterable(map(self.__getitem__, marked.split(b" "))), np.int64)
         ends = np.append(np.flatnonzero(ids < 0), len(ids))
         return ids[ids >= 0], np.diff(ends, prepend=-1) - 1
-
-
-def leans_on_previous(sentence):
-    """Whether a sentence (bytes) begins with a word that leans on the sentence before it."""
-    return sentence[:40].translate(LETTERS).lstrip().partition(b" ")[0] in LEANING

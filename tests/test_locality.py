@@ -8,8 +8,11 @@ import pytest
 
 from conftest import ROOT
 from locality import (
+    PARTITIONS,
     SCHEDULES,
+    Partition,
     Partitioner,
+    check_causal,
     count_background,
     parse_partition,
     partition_text,
@@ -17,18 +20,20 @@ from locality import (
     schedule,
 )
 from support.files import InputError
-from support.sentences import first_bytes
+from support.sentences import NOT_AN_END, any_rule, first_bytes
 
 BYTES = [bytes([i]) for i in range(256)]
 SAMPLE = (ROOT / "data" / "sample.txt").read_bytes()
-PARTITIONS = ["semantic", "semantic:closed", "sentence", "document", "window:7", "block:5"]
-PARTITIONS += ["aligned:40", "shifted:30"]
+NAMES = [name + ":30" * entry.takes_n for name, entry in PARTITIONS.items()]
+READS_WORDS = [name for name in NAMES if parse_partition(name)[0].reads_words]
 
 # joined at random, these make every kind of sentence end, and many that only look like one
 WORDS = """the cat sat on mat whale sea ship Mr. Dr. U.S. e.g. No. 5 A. J. vol. Paris Whale Ship
     He I""".split()
-SIGNS = "“ ” ’ » … é Э это Конец. Да. α Ω 。 」 「 海 鯨 は ！ ？ ، ؟ ۔ । \u00a0 \u3000 🙂 ‣ •"
+SIGNS = "“ ” ‘ ’ „ « » › … é Э это Конец. Да. α Ω 。 」 「 海 鯨 は ！ ？ ． ３ ｃ ، ؟ ۔ । ॥ ។ ། ։"
+SIGNS += " Ա ბ ა \u00a0 \u2003 \u3000 \u2028 \u2029 🙂 ‣ •"
 PIECES = [piece.encode() for piece in [*WORDS, *SIGNS.split(" ")]]
+PIECES += [b". . . ", b": ", b"II. ", b"[...] ", b'" ', b'"\n', b"\xc2", b"\xe2\x80"]
 PIECES += [b". ", b".\n", b".\n\n", b"! ", b"? ", b"...", b"\n", b"\n\n", b" ", b"  ", b"\t"]
 PIECES += [b"\r\n", b", ", b"; ", b"'", b"''", b'"', b"``", b")", b"(", b"_", b"- ", b"* ", b"# "]
 PIECES += [b"12. ", b"1) ", b"<|endoftext|>", b"<|endo", b"ftext|>", b"\x00", b"\xff", b"\xe2\x82"]
@@ -63,6 +68,7 @@ def as_bytes(text):
 
 def blocks_of(tokens, partition, max_lookback=65535, background=None, vocabulary=BYTES):
     """The token at which each token's block begins, and the lookback, (n,) int64 each."""
+    background = background or count_background(tokens, vocabulary)
     lookback = partition_text(tokens, vocabulary, partition, max_lookback, background).astype(int)
     return np.arange(len(tokens)) - lookback, lookback
 
@@ -70,6 +76,7 @@ def blocks_of(tokens, partition, max_lookback=65535, background=None, vocabulary
 BACKGROUND = count_background(
     as_bytes("whale ship sea cat mat Paris это " * 30 + "конец 海 鯨 " * 4), BYTES
 )
+OTHER = count_background(as_bytes("the a of in he it . is was and to " * 40 + "mat sat"), BYTES)
 
 # --------------------------------------------------------------------------------------------------
 # schedules, and what partitions refuse
@@ -129,13 +136,13 @@ def test_impossible_partitions_and_lookbacks_are_refused():
 # what holds for every text
 
 
-@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("partition", NAMES)
 @pytest.mark.parametrize("seed", range(12))
 def test_streaming_agrees_and_nothing_leaks(partition, seed):
     """Tokens one by one, in random pieces or all at once, with this future or another one: the
     lookback is the same."""
     rng = random.Random(seed)
-    max_lookback, background = rng.choice([1, 3, 20, 100, 1000]), [None, BACKGROUND][seed % 2]
+    max_lookback, background = rng.choice([1, 3, 20, 100, 1000]), [OTHER, BACKGROUND][seed % 2]
     tokens, vocabulary = random_tokens(seed, random_text(seed))
     rules = vocabulary, partition, max_lookback, background
     whole, i = partition_text(tokens, *rules), np.arange(len(tokens))
@@ -160,41 +167,41 @@ ODD = [b"", b"a", b"\x00" * 3000, b"\n" * 3000, b" " * 3000, b"\xff\xfe" * 2000,
 ODD += [b"x" * 5000, "鯨".encode() * 2000, b"." * 3000, b". '" * 1500, b"<|endoftext|>" * 50]
 
 
-@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("partition", NAMES)
 @pytest.mark.parametrize("text", ODD)
 def test_odd_texts(partition, text):
-    tokens, stream = as_bytes(text), Partitioner(BYTES, partition, 300)
-    whole = partition_text(tokens, BYTES, partition, 300)
+    tokens, stream = as_bytes(text), Partitioner(BYTES, partition, 300, BACKGROUND)
+    whole = partition_text(tokens, BYTES, partition, 300, BACKGROUND)
     assert [int(stream.push([t])[0]) for t in tokens] == whole.tolist()
 
 
-@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("partition", NAMES)
 def test_chunks_and_processes_agree_with_one_push(partition, monkeypatch):
     vocabulary = [*BYTES, b"<|endoftext|>"]
     texts = [as_bytes(random_text(seed).replace(b"<|", b"")) for seed in range(12)]
     tokens = np.concatenate([np.append(text, 256) for text in texts])
-    whole = Partitioner(vocabulary, partition, 100).push(tokens)
+    whole = Partitioner(vocabulary, partition, 100, BACKGROUND).push(tokens)
     for chunk in (97, 700):
         monkeypatch.setattr("locality.CHUNK", chunk)
-        assert (partition_text(tokens, vocabulary, partition, 100) == whole).all()
+        assert (partition_text(tokens, vocabulary, partition, 100, BACKGROUND) == whole).all()
     monkeypatch.setattr("locality.SHARE", 3000)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
-    assert (partition_text(tokens, vocabulary, partition, 100) == whole).all()
+    assert (partition_text(tokens, vocabulary, partition, 100, BACKGROUND) == whole).all()
     with pytest.raises(InputError):  # an error in a child process is raised here
-        partition_text(np.append(tokens, 257), vocabulary, partition, 100)
+        partition_text(np.append(tokens, 257), vocabulary, partition, 100, BACKGROUND)
 
 
-@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("partition", NAMES)
 def test_memory_maps_are_read_and_written(partition, tmp_path):
     as_bytes(random_text(3)).tofile(tmp_path / "tokens.bin")
     tokens = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
     out = np.memmap(tmp_path / "lookback.bin", np.uint16, "w+", shape=tokens.shape)
-    assert partition_text(tokens, BYTES, partition, 50, out=out) is out
-    assert (out == Partitioner(BYTES, partition, 50).push(tokens)).all()
+    assert partition_text(tokens, BYTES, partition, 50, BACKGROUND, out=out) is out
+    assert (out == Partitioner(BYTES, partition, 50, BACKGROUND).push(tokens)).all()
 
 
 @pytest.mark.parametrize("partition", ["semantic", "sentence"])
-@pytest.mark.parametrize("background", [None, BACKGROUND])
+@pytest.mark.parametrize("background", [OTHER, BACKGROUND])
 def test_documents_are_independent(partition, background):
     one, two = (random_text(seed).replace(b"<|", b"") for seed in (1, 2))
     both = as_bytes(one + b"<|endoftext|>" + two)
@@ -231,7 +238,7 @@ def test_windows_and_fixed_blocks():
 @pytest.mark.parametrize("partition", ["semantic:closed", "sentence", "block:9", "aligned:40"])
 @pytest.mark.parametrize("seed", range(6))
 def test_no_token_of_a_closed_block_looks_further_back_than_the_block(partition, seed):
-    background = [None, BACKGROUND][seed % 2]
+    background = [OTHER, BACKGROUND][seed % 2]
     for max_lookback in (8, 40, 150, 3000):
         tokens, vocabulary = random_tokens(seed, random_text(seed, 900))
         start, lookback = blocks_of(tokens, partition, max_lookback, background, vocabulary)
@@ -276,8 +283,8 @@ def test_aligned_blocks_begin_with_the_first_sentence_after_n_tokens():
 
 def test_shifted_blocks_have_the_right_lengths_in_the_wrong_places():
     tokens = as_bytes(SAMPLE[:20_000])
-    lookback = partition_text(tokens, BYTES, "semantic", 900)
-    shifted = partition_text(tokens, BYTES, "shifted:1500", 900)
+    lookback = partition_text(tokens, BYTES, "semantic", 900, BACKGROUND)
+    shifted = partition_text(tokens, BYTES, "shifted:1500", 900, BACKGROUND)
     assert (shifted[:1500] == lookback[:1500]).all()
     assert (shifted[1500:] == lookback[:-1500]).all() and (shifted != lookback).any()
 
@@ -308,8 +315,67 @@ def test_reach_is_what_the_layers_hand_on(seed):
                 assert (reach(i - start, locality, anchor) == earliest).all()
 
 
+def test_semantic_blocks_with_a_window_reach_back_at_least_as_far_as_either():
+    tokens = as_bytes(SAMPLE[:20_000])
+    background = count_background(tokens, BYTES)
+    names = "semantic", "window:400", "semantic+window:400"
+    semantic, window, both = (blocks_of(tokens, name, 900, background)[1] for name in names)
+    assert (both == np.maximum(semantic, window)).all()
+    assert (both > semantic).any() and (both > window).any()
+
+
+# --------------------------------------------------------------------------------------------------
+# a partition that a user adds
+
+
+def leaky(stream, tokens, i):
+    """whether the next token is a newline decides: it looks ahead"""
+    newline = np.append(tokens[1:] == ord("\n"), False)
+    return np.where(newline, 0, i)
+
+
+def by_push(stream, tokens, i):
+    """everything in the same push"""
+    return i - i[0]
+
+
+def test_a_partition_that_looks_ahead_is_caught():
+    """Every partition of the table is checked so, and by all tests that go through NAMES."""
+    tokens = as_bytes(SAMPLE[:3000])
+    for name in NAMES:
+        check_causal(lambda name=name: Partitioner(BYTES, name, 300, BACKGROUND), tokens[:2000])
+    at = SAMPLE.index(b"\n")
+    for function, message in (
+        (leaky, f"the lookback of token {at - 1} changes with token {at}"),
+        (by_push, "the lookback of token 1 changes with the number of tokens in a push"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PARTITIONS, "mine", Partition(function))
+            with pytest.raises(InputError, match=message):
+                check_causal(lambda: Partitioner(BYTES, "mine", 3000), tokens)
+
+
+@pytest.mark.parametrize("lookback", [-1, 1])
+def test_a_lookback_that_leaves_the_text_is_refused(lookback, monkeypatch):
+    mine = Partition(lambda stream, tokens, i: i * 0 + lookback)
+    monkeypatch.setitem(PARTITIONS, "mine", mine)
+    with pytest.raises(InputError, match="0 ... i"):
+        Partitioner(BYTES, "mine", 300).push([1])
+
+
+def test_a_partition_that_reads_words_needs_a_background():
+    for name in READS_WORDS:
+        with pytest.raises(InputError, match="count_background"):
+            Partitioner(BYTES, name, 300)
+
+
 # --------------------------------------------------------------------------------------------------
 # sentences
+
+
+def sentences(text):
+    cuts = [*first_bytes(text.encode()), len(text.encode())]
+    return [text.encode()[a:b].decode() for a, b in zip(cuts, cuts[1:])]
 
 
 @pytest.mark.parametrize(
@@ -318,28 +384,59 @@ def test_reach_is_what_the_layers_hand_on(seed):
         "The cat sat on the mat. |It purred. |Then, alas! |What now? |The end",
         "Mr. Smith met Dr. J. R. Brown of the U.S. Navy, e.g. at sea. |See vol. 3, pp. 4 and No. 5."
         " |No. |I won't.",
+        "MR. BROWN met Ms. Jones, Gov. White, Sen. Black and Sr. Rosa on Oct. 5. |See Chap. IV and "
+        "Sect. 4, or Doe et al. (2004). |You and I. |Did Albert I. Jones come?",
         "“Come here,” she said. |“Why?” he asked. |He came.",
         "Alas! |'twas late. |'Tis very late. |(So it is.) |[Indeed.] |_Quite._ |Good",
         "It cost 3.50 at example.com today. |He said so . '' |`` No , '' she said . |Fine",
+        'He left . " \n|The next line . |" She stayed . "\n\n|"And then?" |The end',
+        # an ellipsis; a number that begins like one
+        "He thought . . . and thought. |And then . . . |He left... |“Well . . . .” |The [...] Sea",
+        "He had a gun. |.38 caliber. |It was. . . . |Then . . ? |Yes . . .",
+        # numbers of headings and lists
+        "Steps: open it. |1. Open the door. |2. Go in. |10.) Sit down. |II. The Second Part. "
+        "|Chapter IV. Home. |3.1. Here the text goes on. |It has 3. |Part 12. Go on. |End",
+        # other quotation marks
+        "Er kam. |„Wo warst du?“ |„Am See.“ |Sie lachte. |»Und?« |»Nichts.« |‚Gut.‘ |So war es.",
+        "Il entra. |« Bonjour. » |Elle rit. |«\xa0Déjà\u202f?\xa0» dit-il. |« Oui. » |Il partit.",
+        # other white space
+        "He came.\xa0|She left.\u3000|They met.\u2003|It\u2028rained.\u2028|Title\u2029|It stopped",
         "A paragraph that was wrapped\nin the middle of a sentence\nby hand. |Another one,\n"
         "with Mr.\nSmith in it.",
+        # other scripts
         "Мы пришли домой. |Он ушёл. |А. С. Пушкин писал т. е. сочинял. |Конец",
-        "Ἦλθεν ὁ ἄνθρωπος. |Καλημέρα. |Τέλος",
+        "Ἦλθεν ὁ ἄνθρωπος. |Καλημέρα. |Πού είναι; |Εδώ: Τέλος",
+        "Ես եկա: |Նա գնաց։ |Վերջ",
+        "ეს პირველი წინადადებაა. |ეს მეორეა! |ესეც? |ბოლო",
         "यह एक वाक्य है। |यह दूसरा है। |अंत",
         "我们走进森林。|树很高！|「你好。」|他说？|是",
-        "クジラは海にいる。|船が来た！|本当？|はい",
+        "クジラは海にいる。|船が来た！|本当？|今日は晴れ．|気温は３．５度．|はい",
+        "ខ្ញុំមក។ |គាត់ទៅ៕ |យើងនៅ",
+        "သူလာတယ်။ |ငါသွားတယ်။|သူ",
+        "ང་ཡོང་། |ཁོ་སོང་། |ང",
+        "እኔ መጣሁ። |እሱ ሄደ።|እሷ",
+        "آیا آمد؟ |بله. |او رفت۔ |پایان",
         # paragraphs, headings, lists
         "CHAPTER ONE\n\n|It was late\nand dark\n\n|The next day",
         "We need:\n|- eggs\n|- flour\n|2. milk\n|* tea\n|# Title\n\n|End",
-        # no full stops, but a line too long to be hard-wrapped: each line is a sentence
+        # lines that are too long, or too different, to be those of a wrapped paragraph
         "the first line is one of those that run to a good deal more than a hundred characters "
         "without an end, as lines do\n|a short one\n|another\n|and so on",
+        "10:00 hi all\n10:01 did you see the game last night\n10:02 yes\n|10:03 it was great lol\n"
+        "|10:04 brb\n|10:05 did you see what they said about it\n|10:06 no",
     ],
 )
 def test_sentences(marked):
-    text = marked.replace("|", "").encode()
-    cuts = [*first_bytes(text), len(text)]
-    assert [text[a:b].decode() for a, b in zip(cuts, cuts[1:])] == marked.split("|")
+    assert sentences(marked.replace("|", "")) == marked.split("|")
+
+
+@pytest.mark.parametrize("rule", NOT_AN_END, ids=lambda rule: rule[2])
+def test_each_rule_keeps_its_example_together(rule, monkeypatch):
+    """And nothing else does."""
+    assert sentences(rule[2]) == [rule[2]]
+    others = [other for other in NOT_AN_END if other is not rule]
+    monkeypatch.setattr("support.sentences.ANY_RULE", any_rule(others))
+    assert len(sentences(rule[2])) > 1
 
 
 def test_sentence_start_is_known_at_its_first_token():
@@ -390,11 +487,11 @@ def mixed_sentences(n=300):
     return [f"The {' of the '.join(rng.sample(words, 5))}." for _ in range(n)]
 
 
-@pytest.mark.parametrize("background", [None, BACKGROUND])
-def test_blocks_begin_where_the_topic_changes(background):
+def test_blocks_begin_where_the_topic_changes():
     text, begins = text_about([0, 1, 2, 3, 0, 4, 2])
-    start, _ = blocks_of(as_bytes(text), "semantic", background=background)
-    assert np.unique(start).tolist() == begins
+    for background in (OTHER, count_background(as_bytes(text), BYTES)):
+        start, _ = blocks_of(as_bytes(text), "semantic", background=background)
+        assert np.unique(start).tolist() == begins
 
 
 def test_a_topic_that_outgrows_the_cap_is_cut_between_sentences_if_there_are_any():
@@ -416,11 +513,3 @@ def test_blocks_prefer_paragraphs():
     text = "".join(s + ("\n\n" if i % 6 == 5 else " ") for i, s in enumerate(mixed_sentences()))
     first = np.unique(blocks_of(as_bytes(text), "semantic")[0])[1:]
     assert len(first) > 10 and np.mean([text[f - 2 : f] == "\n\n" for f in first]) > 0.5
-
-
-def test_blocks_avoid_sentences_that_lean_on_the_one_before():
-    """Half of the sentences begin with such a word; few blocks do."""
-    sentences = enumerate(mixed_sentences())
-    text = " ".join(f"However, {s}" if i % 2 else s for i, s in sentences)
-    first = np.unique(blocks_of(as_bytes(text), "semantic")[0])[1:]
-    assert len(first) > 10 and np.mean([text[f:].startswith("However") for f in first]) < 0.3
