@@ -8,6 +8,7 @@ i - lookback[i] ... i. Every partition is causal: lookback[i] is a function of t
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ def schedule(name, n_layer, floor=1.0):
 # --------------------------------------------------------------------------------------------------
 # the semantic partition, part 1: does a sentence belong with the sentences before it?
 
-ALPHA = 400.0  # words: a block of this length says as much about the next word as the background
+ALPHA = 300.0  # words: a block of this length says as much about the next word as the background
 LEAST = 1e-5  # the probability of a word that the background does not have
 LIMIT = 32  # sentences: no block is longer
 
@@ -67,7 +68,7 @@ def evidence(sentence, block, q):
     """log p(sentence | it continues the block) - log p(sentence | it begins a block), in nats.
 
     sentence: the set of its word ids. block: a Counter of the words of the block so far. q: the
-    probability of every word id in the background, (N_WORD_IDS,) float64.
+    probability of each word of the sentence in the background, a dict.
 
     The words of a block follow a Dirichlet-multinomial around the background (Utiyama & Isahara
     2001; Eisenstein & Barzilay 2008). After n words, m of them w,
@@ -85,15 +86,20 @@ def evidence(sentence, block, q):
 
 
 class Evidence:
-    """The evidence of each sentence of a document for every block that may be running."""
+    """The evidence of each sentence of a document for every block that may be running.
 
-    def __init__(self, q):
-        self.q = q
+    base: the probability of every word id, (N_WORD_IDS,) float64. The background probabilities are
+    these, updated with the words of the document so far as if `prior` words had been read before.
+    """
+
+    def __init__(self, base, prior):
+        self.base, self.prior = base, prior
         self.reset()
 
     def reset(self):
         """Forget everything: a new document begins."""
         self.recent = []  # the words of each of the last LIMIT - 1 sentences
+        self.counts = Counter()  # of the words of the document so far
 
     def gains(self, words, sizes):
         """The evidence of some new sentences for the block of the `lag` sentences before each.
@@ -101,13 +107,19 @@ class Evidence:
         words: the word ids of the sentences, one after another, int64; sizes: words per sentence.
         Returns (LIMIT lags, sentences) float64, in nats.
         """
-        gains = np.zeros((LIMIT, len(sizes)))
-        for i, sentence in enumerate(np.split(words, np.cumsum(sizes)[:-1])):
-            block = Counter()
-            for lag, before in enumerate(reversed(self.recent), 1):
-                block.update(before)
-                gains[lag, i] = evidence(set(sentence.tolist()), block, self.q)
-            self.recent = [*self.recent, sentence.tolist()][1 - LIMIT :]
+        sentences = np.split(words, np.cumsum(sizes)[:-1])
+        return np.stack([self.observe(sentence.tolist()) for sentence in sentences], 1)
+
+    def observe(self, sentence):
+        """The evidence of the next sentence, a list of word ids: (LIMIT,) float64, by lag."""
+        gains, block, total = np.zeros(LIMIT), Counter(), self.prior + self.counts.total()
+        p = {word: (self.prior * self.base[word] + self.counts[word]) / total for word in sentence}
+        q = {word: LEAST + p[word] for word in p}
+        for lag, before in enumerate(reversed(self.recent), 1):
+            block.update(before)
+            gains[lag] = evidence(q.keys(), block, q)
+        self.counts.update(sentence)
+        self.recent = [*self.recent, sentence][1 - LIMIT :]
         return gains
 
 
@@ -140,13 +152,17 @@ class ChangePoints:
     """The posterior over where the running block began and which of LENGTHS the document follows.
 
     It is updated sentence by sentence. background: the words of a text of the same kind, as
-    count_background returns them. plain: use the plain twin of FastEvidence.
+    count_background returns them; None: learn from the document itself, as it is read. plain: use
+    the plain twin of FastEvidence.
     """
 
     def __init__(self, background, plain=False):
-        q = np.full(N_WORD_IDS, LEAST)
-        q[background["words"]] += np.array(background["counts"]) / background["total"]
-        self.evidence = Evidence(q) if plain else FastEvidence(q, ALPHA, LIMIT)
+        base, prior = np.zeros(N_WORD_IDS), 1000
+        if background:
+            base[background["words"]] = np.array(background["counts"]) / background["total"]
+            prior = 1e9  # the document has no say: learning from it as well made blocks worse
+        kind = Evidence if plain else partial(FastEvidence, alpha=ALPHA, least=LEAST, limit=LIMIT)
+        self.evidence = kind(base, prior)
         self.reset()
 
     def reset(self):
@@ -241,8 +257,7 @@ class Partitioner:
 
     token_bytes: the bytes of every vocabulary entry, a list. partition: see PARTITIONS.
     max_lookback: 1 ... 65535 tokens. background: what count_background returned for the training
-    split; needed if the partition reads words. plain: use the plain twin of FastEvidence. Raises
-    InputError.
+    split, or None; see ChangePoints. plain: use the plain twin of FastEvidence. Raises InputError.
 
     moves: what the last push found in a partition that follows sentences or documents, a list of
     (token, block, bits): from that token on, the block begins at token `block`. The first entry
@@ -255,10 +270,6 @@ class Partitioner:
         self.partition, self.n = parse_partition(partition)
         if not 1 <= max_lookback <= 65535:
             raise InputError(f"max_lookback must be in 1 ... 65535 tokens, not {max_lookback}")
-        if self.partition.reads_words and background is None:
-            raise InputError(
-                f"{partition} needs a background; count_background makes one of a text"
-            )
         self.cap = int(max_lookback)
         self.vocabulary = np.frombuffer(b"".join(token_bytes), np.uint8)
         self.n_bytes = np.array([len(b) for b in token_bytes], np.int64)
@@ -380,8 +391,8 @@ class Partitioner:
 
 
 # --------------------------------------------------------------------------------------------------
-# partitions: each takes a Partitioner, the new tokens and their positions i, (n,) integers each, and
-# returns the lookback of these tokens, (n,) integers
+# partitions: each takes a Partitioner, the new tokens and their positions i, (n,) integers each,
+# and returns the lookback of these tokens, (n,) integers
 
 
 def semantic(stream, tokens, i):

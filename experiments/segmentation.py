@@ -90,10 +90,12 @@ def read_books(args):
     if len(books) < 3:
         raise InputError(f"{args.books} holds {len(books)} texts; at least 3 are needed")
     enough = 11 if args.first else 200
-    sources = [s for s in map(sentences_of, books[1 if args.tuning else 2 :: 3]) if len(s) >= enough]
+    books = {"judging": books[2::3], "tuning": books[1::3], "background": books[0::3]}
+    sources = map(sentences_of, books["tuning" if args.tuning else "judging"])
+    sources = [sentences for sentences in sources if len(sentences) >= enough]
     if not sources:
         raise InputError(f"{args.books}: none of the texts to judge has {enough} sentences")
-    return sources, END_OF_TEXT.join(books[0::3])
+    return sources, END_OF_TEXT.join(books["background"])
 
 
 def choi_documents(sources, name, args):
@@ -193,8 +195,9 @@ def text_tiling(stop_words, sentences, piece):
 def quality(args):
     """Print the tables and return them: {title: {rival: {set: [Pk, WindowDiff]}}}, means."""
     sources, background = read_books(args)
+    counts = None if args.no_background else word_counts(background)
     rivals = {
-        "semantic": partial(semantic, get_encoding(args.tokenizer), word_counts(background)),
+        "semantic": partial(semantic, get_encoding(args.tokenizer), counts),
         "one block": lambda sentences, piece: 0 * piece,
         "a block per sentence": lambda sentences, piece: np.arange(len(piece)),
         "fixed blocks, mean length": fixed_blocks,
@@ -255,6 +258,7 @@ def sure(args):
 TINTS = ("#9ecae9", "#ffd08a", "#a8dcc0", "#f5b8d5", "#e9e48c")  # distinct for the color-blind, too
 WIDTH, HEIGHT = 104, 38  # of a page, in characters and lines
 SIZE = 9.2  # of its letters, in points: 10 pixels wide in a PNG, so words are evenly spaced
+COMMON = 1000  # a word is common if more than one word in so many is this one
 MONO = {"family": "DejaVu Sans Mono", "va": "center"}
 
 
@@ -278,6 +282,12 @@ def trace(text):
             sentences.append(Sentence(start, partitioner.start, partitioner.block, moved, bits))
             start, block = partitioner.start, partitioner.block
     return sentences
+
+
+def common_words(text):
+    """The ids of the words of a text that are more than one in COMMON of its words, a set."""
+    counts = word_counts(text)
+    return {w for w, n in zip(counts["words"], counts["counts"]) if n * COMMON > counts["total"]}
 
 
 def draw_page(path, words):
@@ -305,20 +315,20 @@ def draw_page(path, words):
     ax = fig.add_axes((0, 0, 1, 1), xlim=(-2, WIDTH + 2), ylim=(HEIGHT + 5.5, -4.5))
     ax.axis("off")
     position = blocks[np.searchsorted(blocks, position, side="right") - 1]
-    write_page(ax, text, position, sentences, blocks)
+    write_page(ax, text, position, sentences, blocks, common_words(text))
     title = f"{Path(path).name}: each color is a block, found while reading, without looking ahead"
     ax.text(-0.5, -2.6, title, size=SIZE * 1.25, weight="bold", va="center")
     key = (
-        "Bold: a word that its block has used before. Small numbers: at the end of a sentence, the "
-        "bits of evidence that a new block has begun\n(−3: odds of 1 to 8). Red: that was enough; "
-        "the new color begins where the new block seems to begin, up to a few sentences back.\n"
+        "Bold: a word that its block has used before, if it is not common. Small numbers: at the "
+        "end of a sentence, the bits of evidence\nthat a new block has begun (−3: odds of 1 to 8). "
+        "Red: that was enough; the new color begins where the new block seems to begin.\n"
         f"In the whole text, {shares}. (A paragraph makes a break likelier; the words decide.)"
     )
     ax.text(-0.5, HEIGHT + 3.2, key, size=SIZE * 0.82, va="center", linespacing=1.5)
     return fig
 
 
-def write_page(ax, text, position, sentences, blocks):
+def write_page(ax, text, position, sentences, blocks, common):
     """Write a text from byte `position` on, word by word, until the page is full."""
     ended = {s.next: s for s in sentences}
     word_ids, last_block = WordIds(), {}  # word id: the last block that used it
@@ -342,7 +352,7 @@ def write_page(ax, text, position, sentences, blocks):
             break
         again = False
         for i in word_ids.of([word[0]])[0].tolist():
-            again |= last_block.get(i) == block and q.get(i, 0) < COMMON
+            again |= last_block.get(i) == block and i not in common
             last_block[i] = block
         color = TINTS[block % len(TINTS)]
         box = pyplot().Rectangle((x - 0.5, y - 0.5), len(shown) + 1, 1, color=color, lw=0)
@@ -388,6 +398,7 @@ def main():
     add("--sure", action="store_true", help="with --books: other values of SURE")
     add("--first", action="store_true", help="pieces are the first sentences of their texts")
     add("--tokenizer", choices=["gpt2", "bytes"], default="bytes", help="(default: bytes)")
+    add("--no-background", action="store_true", help="do not use the words of other books")
     add("--tuning", action="store_true", help="use texts 1, 4, 7 ..., to choose constants")
     add("--seeds", type=int, default=3, metavar="N", help="draws of documents (default: 3)")
     add("--documents", type=int, default=50, metavar="N", help="per set and draw (default: 50)")

@@ -23,6 +23,7 @@ from fast.evidence import FastEvidence
 from fast.loss import head_loss
 from locality import (
     ALPHA,
+    LEAST,
     LIMIT,
     PARTITIONS,
     Evidence,
@@ -263,11 +264,12 @@ def test_plain_generation_needs_no_cache_and_writes_the_same(block_size):
 # ---- evidence
 
 
+@pytest.mark.parametrize("prior", [50, 1e9])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_evidence_of_many_sentences_at_once_is_that_of_one_after_another(seed):
+def test_the_evidence_of_many_sentences_at_once_is_that_of_one_after_another(prior, seed):
     rng = np.random.default_rng(seed)
-    q = rng.dirichlet(np.ones(40)) + 1e-5
-    twins = FastEvidence(q, ALPHA, LIMIT), Evidence(q)
+    base = rng.dirichlet(np.ones(40))
+    twins = FastEvidence(base, prior, ALPHA, LEAST, LIMIT), Evidence(base, prior)
     for n in (1, 5, 40, 7, 60):
         sizes = rng.integers(0, 12, n)  # some sentences have no words, or the same word twice
         words = rng.integers(0, 40, sizes.sum())
@@ -283,12 +285,12 @@ def test_the_evidence_of_many_sentences_at_once_is_that_of_one_after_another(see
 )
 @pytest.mark.parametrize("max_lookback", [200, 65535])
 def test_plain_blocks_are_the_same_blocks(partition, max_lookback):
-    background = count_background(SAMPLE, BYTES)
-    fast, plain = (
-        partition_text(SAMPLE, BYTES, partition, max_lookback, background, plain=plain)
-        for plain in (False, True)
-    )
-    assert (fast == plain).all() and fast.max() > 100
+    for background in (None, count_background(SAMPLE, BYTES)):
+        fast, plain = (
+            partition_text(SAMPLE, BYTES, partition, max_lookback, background, plain=plain)
+            for plain in (False, True)
+        )
+        assert (fast == plain).all() and fast.max() > 100
 
 
 # ---- the whole project

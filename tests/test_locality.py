@@ -25,7 +25,6 @@ from support.sentences import NOT_AN_END, any_rule, first_bytes
 BYTES = [bytes([i]) for i in range(256)]
 SAMPLE = (ROOT / "data" / "sample.txt").read_bytes()
 NAMES = [name + ":30" * entry.takes_n for name, entry in PARTITIONS.items()]
-READS_WORDS = [name for name in NAMES if parse_partition(name)[0].reads_words]
 
 # joined at random, these make every kind of sentence end, and many that only look like one
 WORDS = """the cat sat on mat whale sea ship Mr. Dr. U.S. e.g. No. 5 A. J. vol. Paris Whale Ship
@@ -68,7 +67,6 @@ def as_bytes(text):
 
 def blocks_of(tokens, partition, max_lookback=65535, background=None, vocabulary=BYTES):
     """The token at which each token's block begins, and the lookback, (n,) int64 each."""
-    background = background or count_background(tokens, vocabulary)
     lookback = partition_text(tokens, vocabulary, partition, max_lookback, background).astype(int)
     return np.arange(len(tokens)) - lookback, lookback
 
@@ -76,7 +74,6 @@ def blocks_of(tokens, partition, max_lookback=65535, background=None, vocabulary
 BACKGROUND = count_background(
     as_bytes("whale ship sea cat mat Paris это " * 30 + "конец 海 鯨 " * 4), BYTES
 )
-OTHER = count_background(as_bytes("the a of in he it . is was and to " * 40 + "mat sat"), BYTES)
 
 # --------------------------------------------------------------------------------------------------
 # schedules, and what partitions refuse
@@ -142,7 +139,7 @@ def test_streaming_agrees_and_nothing_leaks(partition, seed):
     """Tokens one by one, in random pieces or all at once, with this future or another one: the
     lookback is the same."""
     rng = random.Random(seed)
-    max_lookback, background = rng.choice([1, 3, 20, 100, 1000]), [OTHER, BACKGROUND][seed % 2]
+    max_lookback, background = rng.choice([1, 3, 20, 100, 1000]), [None, BACKGROUND][seed % 2]
     tokens, vocabulary = random_tokens(seed, random_text(seed))
     rules = vocabulary, partition, max_lookback, background
     whole, i = partition_text(tokens, *rules), np.arange(len(tokens))
@@ -201,7 +198,7 @@ def test_memory_maps_are_read_and_written(partition, tmp_path):
 
 
 @pytest.mark.parametrize("partition", ["semantic", "sentence"])
-@pytest.mark.parametrize("background", [OTHER, BACKGROUND])
+@pytest.mark.parametrize("background", [None, BACKGROUND])
 def test_documents_are_independent(partition, background):
     one, two = (random_text(seed).replace(b"<|", b"") for seed in (1, 2))
     both = as_bytes(one + b"<|endoftext|>" + two)
@@ -238,7 +235,7 @@ def test_windows_and_fixed_blocks():
 @pytest.mark.parametrize("partition", ["semantic:closed", "sentence", "block:9", "aligned:40"])
 @pytest.mark.parametrize("seed", range(6))
 def test_no_token_of_a_closed_block_looks_further_back_than_the_block(partition, seed):
-    background = [OTHER, BACKGROUND][seed % 2]
+    background = [None, BACKGROUND][seed % 2]
     for max_lookback in (8, 40, 150, 3000):
         tokens, vocabulary = random_tokens(seed, random_text(seed, 900))
         start, lookback = blocks_of(tokens, partition, max_lookback, background, vocabulary)
@@ -363,12 +360,6 @@ def test_a_lookback_that_leaves_the_text_is_refused(lookback, monkeypatch):
         Partitioner(BYTES, "mine", 300).push([1])
 
 
-def test_a_partition_that_reads_words_needs_a_background():
-    for name in READS_WORDS:
-        with pytest.raises(InputError, match="count_background"):
-            Partitioner(BYTES, name, 300)
-
-
 # --------------------------------------------------------------------------------------------------
 # sentences
 
@@ -489,7 +480,7 @@ def mixed_sentences(n=300):
 
 def test_blocks_begin_where_the_topic_changes():
     text, begins = text_about([0, 1, 2, 3, 0, 4, 2])
-    for background in (OTHER, count_background(as_bytes(text), BYTES)):
+    for background in (None, count_background(as_bytes(text), BYTES)):
         start, _ = blocks_of(as_bytes(text), "semantic", background=background)
         assert np.unique(start).tolist() == begins
 

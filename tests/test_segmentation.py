@@ -58,13 +58,13 @@ def test_documents_from_books(books, segmentation):
         assert one[:, 0] + each[:, 0] == pytest.approx(1) and (each[:, 1] > 0.9).all()
     segmentation(*books)
     assert json.loads(books[-1].read_text()) == tables  # drawn at random, and always the same
-    printed = segmentation(*books, "--first", "--no-background")
+    printed = segmentation(*books, "--first", "--tuning")
     assert "ten texts" in printed and "semantic" in printed
 
 
-def test_haste_saves_little_lag_and_restores_the_constant(books, segmentation):
+def test_being_surer_costs_lag_and_the_constant_is_restored(books, segmentation):
     usual = locality.SURE
-    printed = segmentation("--haste", *books, "--documents", 3)
+    printed = segmentation("--sure", *books, "--documents", 3)
     rows = json.loads(books[-1].read_text())
     assert locality.SURE == usual and printed.count("(the default)") == 1
     assert len({(row["Pk"], row["lag"], row["mean lookback"]) for row in rows}) > 3
@@ -106,7 +106,7 @@ def test_a_trace_goes_through_the_text_sentence_by_sentence():
         ("--books short.txt", "at least 3"),
         ("--books few.txt", "200 sentences"),
         ("--books few.txt --seeds 0", "at least 1"),
-        ("--page short.txt --haste", "--haste needs --books"),
+        ("--page short.txt --sure", "--sure needs --books"),
         ("--books few.txt --json nowhere/t.json", "nowhere/t.json"),
     ],
 )
