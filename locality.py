@@ -270,7 +270,7 @@ class Partitioner:
         self.partition, self.n = parse_partition(partition)
         if not 1 <= max_lookback <= 65535:
             raise InputError(f"max_lookback must be in 1 ... 65535 tokens, not {max_lookback}")
-        self.cap = int(max_lookback)
+        self.cap, self.token_bytes = int(max_lookback), token_bytes
         self.vocabulary = np.frombuffer(b"".join(token_bytes), np.uint8)
         self.n_bytes = np.array([len(b) for b in token_bytes], np.int64)
         self.first_byte = np.cumsum(self.n_bytes) - self.n_bytes  # of each token, in `vocabulary`

@@ -95,12 +95,12 @@ def test_a_folder_made_of_something_else_is_rebuilt_and_says_why(capsys):
 
 
 CODE = {
-    "a constant": (locality, "SURE = 0.6", "SURE = 0.7"),
+    "a constant": (locality, "SURE = 0.7", "SURE = 0.6"),
     "a line of the partitioner": (locality, "if block > self.topic and sure:", "if sure:"),
-    "the choice of a twin": (locality, "Evidence if plain else FastEvidence", "FastEvidence"),
-    "a line of the fast twin": (evidence, "gain -= matched", "gain += matched"),
-    "a pattern": (sentences, r"\d{1,3}[.)]", r"\d{1,2}[.)]"),
-    "a word list": (sentences, "furthermore instead", "furthermore"),
+    "the choice of a twin": (locality, "kind = Evidence if plain else partial(", "kind = partial("),
+    "a line of the fast twin": (evidence, "np.log1p(", "np.log2("),
+    "a pattern": (sentences, "」』】）〉》", "」』】）〉"),
+    "a rule": (sentences, '(r"al\\.", r"[(\\[]", "Doe et al. (2004)"),', ""),
 }
 NO_CODE = {
     "another schedule": (locality, '    "quintic": 5,\n', '    "quintic": 5,\n    "sextic": 6,\n'),
@@ -108,7 +108,7 @@ NO_CODE = {
     "a comment": (locality, "# a single layer is the last layer", "# one layer"),
     "a comment in fast": (evidence, "# what every word costs", "# a cost per word"),
     "a docstring": (locality, '"""The lookback of a text that arrives', '"""Of a text that comes'),
-    "a module's docstring": (sentences, ", as soon as it can be known;", ";"),
+    "a module's docstring": (sentences, ", as soon as that can be known;", ";"),
     "a format": (locality, "CHUNK = 1 << 16  #", "CHUNK = (\n    1 << 16\n)\n\n\n#"),
 }
 
