@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from locality import (
     SCHEDULES,
+    check_causal,
     count_background,
     parse_partition,
     partition_names,
@@ -428,6 +429,7 @@ def read_text(config, trained_on, split, partition):
             raise InputError(f"{data.folder} is joined: it does not say where a document ends")
         if background is None and parse_partition(partition)[0].reads_words:
             background = count_background(data.split("train")[0], vocabulary)
+        check_causal(tokens, vocabulary, partition, cap, background, config["plain"])
         lookback = partition_text(
             tokens, vocabulary, partition, cap, background, plain=config["plain"]
         )

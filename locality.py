@@ -489,21 +489,25 @@ def parse_partition(partition):
     )
 
 
-def check_causal(partitioner, tokens):
-    """Raises InputError unless the lookbacks are the same if the tokens come one by one.
+def check_causal(tokens, token_bytes, partition, *rules):
+    """Raises InputError if a partition looks ahead within the first CHECKED tokens of a text.
 
-    partitioner: () -> a fresh Partitioner. tokens: (n,) integers. A lookback that is known before
-    the next token exists does not depend on it.
+    They are read all at once and one by one. A lookback that is known before the next token exists
+    does not depend on it. The arguments are those of partition_text.
     """
-    whole, stream = partitioner().push(tokens), partitioner()
-    for i in range(len(tokens)):
+
+    def push(n):
+        return Partitioner(token_bytes, partition, *rules).push(tokens[:n])
+
+    stream, whole = Partitioner(token_bytes, partition, *rules), push(CHECKED)
+    for i, at_once in enumerate(whole):
         alone = stream.push(tokens[i : i + 1])[0]
-        if alone == whole[i]:
-            continue
-        for j in range(i, len(tokens)):
-            if partitioner().push(tokens[: j + 1])[i] != alone:
-                cause = f"token {j}" if j > i else "the number of tokens in a push"
-                raise InputError(f"the lookback of token {i} changes with {cause}")
+        if alone != at_once:
+            j = next(j for j in range(i, len(whole)) if push(j + 1)[i] != alone)
+            cause = f"token {j}" if j > i else "the number of tokens in a push"
+            raise InputError(
+                f"{partition} looks ahead: the lookback of token {i} changes with {cause}"
+            )
 
 
 def reach(lookback, locality, anchor=False):
@@ -529,6 +533,7 @@ def reach(lookback, locality, anchor=False):
 # a whole text
 
 CHUNK = 1 << 16  # tokens at a time
+CHECKED = 2000  # tokens, by check_causal
 SHARE = 1 << 20  # the least tokens that are worth a process
 
 

@@ -101,7 +101,10 @@ def test_exercises_3_and_4_a_partition_passes_and_one_that_looks_ahead_is_caught
     assert done.returncode == 0 and "line blocks" in done.stdout, done.stderr
     assert "rebuilding" in done.stdout
     apply(4, copy)
-    (test,) = commands(4)
+    preparation, test = commands(4)
+    done = run(preparation, copy)
+    (promised,) = re.findall(r"`(changes with [^`]+)`", EXERCISES[4])
+    assert done.returncode == 2 and promised in done.stderr and done.stderr.count("\n") == 1
     done = run(test, copy)
     assert done.returncode == 1 and " failed" in done.stdout
     assert re.search(r"`(test_\w+)`", EXERCISES[4])[1] in done.stdout

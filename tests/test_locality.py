@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from locality import (
     check_causal,
     count_background,
     parse_partition,
+    partition_names,
     partition_text,
     reach,
     schedule,
 )
+from prepare_data import TextConfig
 from support.files import InputError
 from support.sentences import NOT_AN_END, any_rule, first_bytes
+from support.settings import usage
 
 BYTES = [bytes([i]) for i in range(256)]
 SAMPLE = (ROOT / "data" / "sample.txt").read_bytes()
@@ -336,20 +340,32 @@ def by_push(stream, tokens, i):
     return i - i[0]
 
 
-def test_a_partition_that_looks_ahead_is_caught():
-    """Every partition of the table is checked so, and by all tests that go through NAMES."""
+AT = SAMPLE.index(b"\n")
+
+
+@pytest.mark.parametrize(
+    "function, cause",
+    [
+        (leaky, f"the lookback of token {AT - 1} changes with token {AT}"),
+        (by_push, "the lookback of token 1 changes with the number of tokens in a push"),
+    ],
+)
+def test_a_partition_that_looks_ahead_is_caught(function, cause, monkeypatch):
+    """The tests go through the table, and so check one that a user has added."""
     tokens = as_bytes(SAMPLE[:3000])
     for name in NAMES:
-        check_causal(lambda name=name: Partitioner(BYTES, name, 300, BACKGROUND), tokens[:2000])
-    at = SAMPLE.index(b"\n")
-    for function, message in (
-        (leaky, f"the lookback of token {at - 1} changes with token {at}"),
-        (by_push, "the lookback of token 1 changes with the number of tokens in a push"),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(PARTITIONS, "mine", Partition(function))
-            with pytest.raises(InputError, match=message):
-                check_causal(lambda: Partitioner(BYTES, "mine", 3000), tokens)
+        check_causal(tokens, BYTES, name, 300, BACKGROUND)
+    monkeypatch.setitem(PARTITIONS, "mine", Partition(function))
+    with pytest.raises(InputError, match=f"mine looks ahead: {cause}"):
+        check_causal(tokens, BYTES, "mine", 3000)
+
+
+def test_the_documentation_and_the_help_list_every_partition():
+    blocks = (ROOT / "docs" / "BLOCKS.md").read_text()
+    listed = re.findall(r"^\| `([a-z:+]+?)(:N)?` \|", blocks, re.M)
+    assert {name: bool(n) for name, n in listed} == {n: p.takes_n for n, p in PARTITIONS.items()}
+    assert usage(TextConfig).count(partition_names()) == 1
+    assert all(entry.lookback.__doc__ for entry in PARTITIONS.values())
 
 
 @pytest.mark.parametrize("lookback", [-1, 1])

@@ -166,6 +166,17 @@ def test_every_file_is_held_to_its_sha256():
         Prepared(folder)
 
 
+def test_a_partition_that_looks_ahead_is_refused_and_leaves_nothing(monkeypatch, capsys):
+    leaky = lambda stream, tokens, i: np.where(np.append(tokens[1:] == ord("."), False), 0, i)
+    monkeypatch.setitem(locality.PARTITIONS, "leaky", locality.Partition(leaky))
+    at = TEXT.encode().index(b".")
+    words = flags(tokenizer="bytes", partition="leaky", data="out")
+    assert script_here("prepare_data.py", "book.txt", *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: leaky looks ahead") and error.count("\n") == 1
+    assert f"token {at - 1} changes with token {at}" in error and not os.path.exists("out")
+
+
 # --------------------------------------------------------------------------------------------------
 # statistics
 
