@@ -255,12 +255,12 @@ class GPT(nn.Module):
     def mask(self, lookback):
         """What attention needs to know about the blocks of a batch, (B, T) lookback as prepared."""
         c = self.config
+        if c.plain and lookback is not None:
+            return self.in_block(lookback)
         if not any(self.locality):
             return BlockMask()
         if lookback is None:
             raise InputError("this model's attention is localized: pass the lookback of its tokens")
-        if c.plain:
-            return self.in_block(lookback)
         dropout = c.dropout if self.training else 0.0
         tiled = flex_applies(lookback, c.n_embd // c.n_head, dropout)
         lookback = clamp_lookback(lookback, c.max_lookback)

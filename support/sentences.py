@@ -25,7 +25,8 @@ CLOSERS = "\"')]*_”’“‘»«›‹"  # directly after a stop, these belong
 WIDE_CLOSERS = "」』】）〉》"
 SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 SPACES += "\u202f\u205f\u3000"
-NEWLINES = "\u0085\u2028\u2029"  # with SPACES, the white space outside ASCII
+PARAGRAPH = "\u2029"  # the character for a blank line
+NEWLINES = "\u0085\u2028" + PARAGRAPH  # with SPACES, the white space outside ASCII
 
 
 def utf8(characters):
@@ -47,6 +48,7 @@ NOT_ASCII = r"(?:[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x
 CHARACTER = rf"(?:[\x00-\x7f]|{NOT_ASCII})"
 BLANK = rf"(?:[ \t]|{one_of(SPACES)})"
 SPACE = rf"(?:\s|{one_of(SPACES + NEWLINES)})"
+GAP = rf"\s*+(?:{one_of(SPACES + NEWLINES)}\s*+)*+"  # any amount of white space
 GUILLEMET = one_of("»›")  # it closes in French, before white space, and opens in German
 
 # what belongs to a sentence after its stop, directly: said.”) and after blanks: said . '' | dit ? »
@@ -71,18 +73,19 @@ ITEM = rf"[*+-][ \t]|#++[ \t]|{one_of('•')}|\d{{1,3}}[.)][ \t]"  # of a list, 
 # the first character of any line; ITEM and NEXT are known by the time it is
 LINE = rf"(?:[*+-]|#++|\d{{1,3}}+[.)]?+|[.']|\"[ \t]*+|{GUILLEMET})?+{CHARACTER}"
 
-FIRST = re.escape("".join(sorted({utf8(c)[0] for c in STOPS + UNSPACED_STOPS + "\n\u2029"})))
+FIRST = re.escape("".join(sorted({utf8(c)[0] for c in STOPS + UNSPACED_STOPS + "\n" + PARAGRAPH})))
 ENDS = "|".join(
     (
-        # the first of several stops
-        rf"{after_first(STOPS)}(?<![.!?].){CLOSE}*+(?:{BLANK}++(?:{SPACED_CLOSE}){CLOSE}*+)*+"
-        rf"{SPACE}++(?P<next>{NEXT})",
+        # the first of several stops (a limit of 9 keeps the search linear)
+        rf"{after_first(STOPS)}(?<![.!?].){CLOSE}*+"
+        rf"(?:{BLANK}{{1,9}}+(?:{SPACED_CLOSE}){CLOSE}*+){{,9}}+"
+        rf"(?={SPACE}){GAP}(?P<next>{NEXT})",
         rf"{after_first(UNSPACED_STOPS)}(?:{CLOSE}|{one_of(UNSPACED_STOPS + WIDE_CLOSERS)})*+"
-        rf"{SPACE}*+(?P<unspaced>{CHARACTER})",
+        rf"{GAP}(?P<unspaced>{CHARACTER})",
         # a blank line
-        rf"(?:(?<=\n)(?<!\n\n)[ \t\r\f\v]*+\n|{after_first(NEWLINES[-1])}){SPACE}*+"
-        rf"(?P<paragraph>{LINE})",
-        rf"(?<=\n){SPACE}*+(?:(?P<item>{ITEM})|(?P<line>{LINE}))",
+        rf"(?:(?<=\n)(?<!\n\n)[ \t\r\f\v]*+\n"
+        rf"|{after_first(PARAGRAPH)}(?<!{utf8(2 * PARAGRAPH)})){GAP}(?P<paragraph>{LINE})",
+        rf"(?<=\n)(?<!\n\n){GAP}(?:(?P<item>{ITEM})|(?P<line>{LINE}))",
     )
 )
 # the class at the beginning lets the search skip all other bytes quickly
@@ -164,7 +167,8 @@ def may_wrap(text, document, newline):
     song: if this one, or two of them, have less than two thirds of the length of the longest, and
     no stop at the end. Nor if one of them has more than WIDEST characters.
     """
-    since = max(document, newline - LONGEST, text.rfind(b"\n\n", document, newline) + 2)
+    since = max(document, newline - LONGEST)
+    since = max(since, text.rfind(b"\n\n", since, newline) + 2)
     lines = text[since:newline].decode(errors="ignore").rsplit("\n", 6)
     if len(lines) > 6 or since == newline - LONGEST:
         lines = lines[1:] or lines  # only the end of the first one is in sight
