@@ -85,7 +85,7 @@ def describe(folder, meta, tokens, lookback, vocabulary):
     if "forced" in train:
         lines.append(
             f"a new block is recognized {train['lag']:.0f} tokens after it begins (median); "
-            f"max_lookback ({meta['max_lookback']}) forced {100 * train['forced']:.0f} % of the "
+            f"max_lookback ({meta['max_lookback']}) forced {100 * train['forced']:.0f}% of the "
             "starts"
         )
         if train["forced"] > MOST_FORCED:

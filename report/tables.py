@@ -80,7 +80,7 @@ def measures_table(results):
     return (
         f"{aligned(header, rows)}"
         f"perplexity {results['perplexity']:.3f}   bits per byte {results['bits_per_byte']:.4f}   "
-        f"accuracy {100 * results['accuracy']:.2f} %   "
+        f"accuracy {100 * results['accuracy']:.2f}%   "
         f"({results['tokens']:,} tokens, stride {results['stride']})\n"
         f"loss in nats by tokens of context: {losses}\n{span}"
     )
@@ -94,7 +94,7 @@ def dial_table(rows):
     for row in rows:
         floor = "–" if row["schedule"] == "distributed" else f"{row['floor']:.2f}"
         lines.append([row["schedule"], floor, f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}"])
-        lines[-1].append(f"{100 * row['accuracy']:.2f} %")
+        lines[-1].append(f"{100 * row['accuracy']:.2f}%")
         digits = {"locality": 3, "fidelity": 3, "entropy": 2}
         lines[-1] += [f"{layer_mean(row, key):.{n}f}" for key, n in digits.items()]
     return aligned(header, lines) + "locality, fidelity and entropy are means over layers"

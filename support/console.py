@@ -80,7 +80,7 @@ class Progress:
         if peak := machine.peak_flops(self.process.device):
             flops = flops_per_token(self.model, self.model.config.block_size)
             mfu = tokens_per_s / self.process.world_size * flops / peak
-            line += f", MFU {100 * mfu:.0f} %"
+            line += f", MFU {100 * mfu:.0f}%"
         self.bar.set_postfix_str(line)
         if self.bar.disable and self.run.writes:
             print(f"step {self.run.step}/{self.config.max_steps}: {line}", flush=True)

@@ -214,7 +214,7 @@ def test_the_description_says_how_many_starts_max_lookback_forced(monkeypatch):
         assert train["lag"] == np.median(np.subtract(tokens, begun))
         shares.append(train["forced"])
         text = prepare_data.describe(data)
-        assert f"max_lookback ({cap}) forced {100 * train['forced']:.0f} % of the starts" in text
+        assert f"max_lookback ({cap}) forced {100 * train['forced']:.0f}% of the starts" in text
         assert ("raise it above" in text) == (train["forced"] > 0.2)
     assert shares[0] > 0.5 and shares[-1] == 0 and shares == sorted(shares, reverse=True)
     assert "forced" not in prepared(partition="document").meta["splits"]["train"]
