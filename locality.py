@@ -60,7 +60,7 @@ def schedule(name, n_layer, floor=1.0):
 # the semantic partition, part 1: does a sentence belong with the sentences before it?
 
 ALPHA = 300.0  # words: a block of this length says as much about the next word as the background
-LEAST = 1e-5  # the probability of a word that the background does not have
+LEAST = 1e-5  # added to the background probability of every word, so that none is 0
 LIMIT = 32  # sentences: no block is longer
 
 

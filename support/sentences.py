@@ -120,12 +120,13 @@ NOT_AN_END = [  # the last word, the first character after the white space, an e
     (r"[A-Z]\w+ I\.", r"\S", "Did you see Albert I. Jones?"),
     (r"\[(?:\.\.\.|…)\]\W*", r"\S", "He came [...] The sea"),  # an omission
     (r".*[．॥]", r"[\da-zａ-ｚ]", "円周率は３．１４"),
-    # stops only in Armenian, where : stands for ։, and in Greek, where ; is a question mark
-    (r".*[^Ա-֏\W]:[\W_]*", r"\S", "We need: Eggs"),
-    (r".*[^Ͱ-Ͽἀ-῿\W];[\W_]*", r"\S", "He came; Tom left"),
+    # stops only after Armenian, where : stands for ։, and after Greek, where ; is a question mark
+    (r"(?!.*[Ա-֏][\W_]*:).*:[\W_]*", r"\S", "They need (“now”): Eggs"),
+    (r"(?!.*[Ͱ-Ͽἀ-῿][\W_]*;).*;[\W_]*", r"\S", "He came (late); Tom left"),
 ]
 # the number of a heading or of a list item, at the beginning of its sentence, is not the end of it
-NUMBER = rf"(?:{any_of(HEADINGS)} )?(?:\d{{1,3}}\.)*(?:\d{{1,3}}|[IVXLCDM]+|[ivxlcdm]+)\.\)?\s+\S\Z"
+LABEL = rf"(?:{any_of(HEADINGS)}|{any_of(PARTS)}\.)"
+NUMBER = rf"(?:{LABEL} )?(?:\d{{1,3}}\.)*(?:\d{{1,3}}|[IVXLCDM]+|[ivxlcdm]+)\.\)?\s+\S\Z"
 
 
 def any_rule(rules):

@@ -402,7 +402,8 @@ def sentences(text):
         "He had a gun. |.38 caliber. |It was. . . . |Then . . ? |Yes . . .",
         # numbers of headings and lists
         "Steps: open it. |1. Open the door. |2. Go in. |10.) Sit down. |II. The Second Part. "
-        "|Chapter IV. Home. |3.1. Here the text goes on. |It has 3. |Part 12. Go on. |End",
+        "|Chapter IV. Home. |Fig. 2. A door. |SECT. VIII. Of beauty. |3.1. Here the text goes on. "
+        "|It has 3. |Part 12. Go on. |End",
         # other quotation marks
         "Er kam. |„Wo warst du?“ |„Am See.“ |Sie lachte. |»Und?« |»Nichts.« |‚Gut.‘ |So war es.",
         "Il entra. |« Bonjour. » |Elle rit. |«\xa0Déjà\u202f?\xa0» dit-il. |« Oui. » |Il partit.",
