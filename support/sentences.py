@@ -257,12 +257,9 @@ class Sentences:
             if is_end(self.data, self.at, self.document, match):
                 end = match.start(match.lastgroup)
                 newlines = self.data.count(b"\n", match.start(), end)
-                line = (
-                    match.lastgroup in ("paragraph", "line")
-                    or newlines == 1
-                    and self.is_long(match.start())
-                )
-                return end, match.end() - 1, newlines > 1 or line
+                new = newlines > 1 or match.lastgroup == "paragraph"
+                new = new or newlines == 1 and self.is_long(match.start())
+                return end, match.end() - 1, new
             self.searched = match.start() + 1
         if until < self.at + LONGEST:
             return None
