@@ -350,11 +350,13 @@ class Partitioner:
         for i, (start, known, block) in enumerate(zip(starts.tolist(), seen.tolist(), blocks)):
             self.keep_within_reach(i, known)
             self.start, self.known = start, known
+            if block <= self.topic:
+                continue
             if self.change_points:
                 sure = self.change_points.chance_later(i + 1, self.topic) > SURE
             else:
                 sure = block >= self.block + self.at_least
-            if block > self.topic and sure:
+            if sure:
                 capped = self.block + self.cap < known  # the old block was out of reach
                 bits = None
                 if self.change_points and not capped:

@@ -96,7 +96,7 @@ def test_a_folder_made_of_something_else_is_rebuilt_and_says_why(capsys):
 
 CODE = {
     "a constant": (locality, "SURE = 0.7", "SURE = 0.6"),
-    "a line of the partitioner": (locality, "if block > self.topic and sure:", "if sure:"),
+    "a line of the partitioner": (locality, "if block <= self.topic:", "if block < self.topic:"),
     "the choice of a twin": (locality, "kind = Evidence if plain else partial(", "kind = partial("),
     "a line of the fast twin": (evidence, "np.log1p(", "np.log2("),
     "a pattern": (sentences, "」』】）〉》", "」』】）〉"),

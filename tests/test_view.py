@@ -14,7 +14,15 @@ from torch.nn.functional import kl_div
 import view
 from conftest import ROOT, script_here
 from eval import attention_maps, evaluate, load
-from locality import ChangePoints, Partitioner, count_background, partition_text, reach, schedule
+from locality import (
+    SURE,
+    ChangePoints,
+    Partitioner,
+    count_background,
+    partition_text,
+    reach,
+    schedule,
+)
 from model import GPT, GPTConfig
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.blocks import block_moves, block_starts, liveliest
@@ -226,7 +234,7 @@ def test_evidence_is_the_odds_of_the_change_point_model_and_the_cap_has_none(mon
             if bits is not None:
                 assert token - block <= cap  # otherwise the cap has decided
                 likely = 2**bits / (1 + 2**bits)
-                assert likely > 0.6 and min(abs(walked - likely)) < 1e-9
+                assert likely > SURE and min(abs(walked - likely)) < 1e-9
             block = start
             inside = np.arange(token, until)
             assert (inside - lookback[token:until] == np.maximum(start, inside - cap)).all()
