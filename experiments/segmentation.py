@@ -1,7 +1,7 @@
 """How good are the semantic blocks? Known topic shifts, a page of text, and block lengths.
 
     python -m experiments.segmentation --books BOOKS.txt [--first] [--seeds N] [--json FILE]
-    python -m experiments.segmentation --sure --books BOOKS.txt [--first] [--seeds N] [--json FILE]
+    python -m experiments.segmentation --vary {ALPHA,SURE} --books BOOKS.txt [--first] [--tuning]
     python -m experiments.segmentation --page data/sample.txt [--from WORDS] [--figure FILE]
     python -m experiments.segmentation --lengths BOOK.txt BOOK.txt BOOK.txt [--figure FILE]
 
@@ -13,8 +13,8 @@ begins. BOOKS.txt holds the texts, separated by <|endoftext|> or a title of Wiki
 0, the documents are made of texts 2, 5, 8 ..., and the background words come from texts 0, 3, 6 ...
 The constants in locality.py were chosen on texts 1, 4, 7 ..., which --tuning uses.
 
---sure measures what SURE in locality.py does: if less is required, the start of a block is known
-sooner, and is wrong more often.
+--vary measures other values of a constant of locality.py. With a smaller ALPHA or SURE, the start of
+a block is known sooner, and is wrong more often.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ HEADING = re.compile(rb"^ = = .*$", re.M)
 BYTES = [bytes([i]) for i in range(256)]
 MAX_LOOKBACK = 2048  # tokens
 N_STOP_WORDS = 150  # the commonest words of the background, for TextTiling
-SURES = 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99  # for --sure
+VARIED = {"ALPHA": (100, 200, 300, 400, 500, 600), "SURE": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)}
 ANY_LENGTH = 65535  # bytes: a lookback that cuts no block
 
 
@@ -225,31 +225,45 @@ def quality(args):
     return tables
 
 
-def sure(args):
-    """Print what each value of SURE does, and return it: a list of dicts.
+def vary(args):
+    """Print what the values of a constant do, and return it: a list of dicts, one per value.
 
-    lag: the median number of tokens from the start of a block to where it is known. mean lookback:
-    in tokens; closed: that of the same blocks, closed.
+    lag: the median number of tokens from the start of a block to where it is known, in the set
+    3-11; mean lookback: in tokens; closed: that of the same blocks, closed.
     """
     sources, background = read_books(args)
-    encoding, counts, rows, lines = get_encoding(args.tokenizer), word_counts(background), [], []
-    documents, vocabulary = choi_documents([sources], "3-11", args), token_bytes(encoding)
-    texts = [encoding.encode_to_numpy(b" ".join(s).decode()) for s, _ in documents]
-    partition = partial(partition_text, max_lookback=MAX_LOOKBACK, background=counts)
-    for value in SURES:
-        with patch.object(locality, "SURE", value):
-            scores = mean_scores(partial(semantic, encoding, counts), documents)
-            blocks = [partition(text, vocabulary, "semantic") for text in texts]
-            closed = [partition(text, vocabulary, "semantic:closed") for text in texts]
+    encoding, counts, rows = get_encoding(args.tokenizer), word_counts(background), []
+    documents = {name: choi_documents([sources], name, args) for name in SETS}
+    texts = [encoding.encode_to_numpy(b" ".join(s).decode()) for s, _ in documents["3-11"]]
+    rules = {"token_bytes": token_bytes(encoding), "max_lookback": MAX_LOOKBACK}
+    find = partial(partition_text, background=counts, **rules)
+    for value in VARIED[args.vary]:
+        with patch.object(locality, args.vary, value):
+            scores = [
+                mean_scores(partial(semantic, encoding, counts), d) for d in documents.values()
+            ]
+            blocks = [find(text, partition="semantic") for text in texts]
+            closed = [find(text, partition="semantic:closed") for text in texts]
         lag = float(np.median(np.concatenate([np.subtract(*block_moves(b)) for b in blocks])))
-        means = [float(np.mean([b.mean(dtype=float) for b in each])) for each in (blocks, closed)]
-        keys = "sure", "Pk", "WindowDiff", "lag", "mean lookback", "closed"
-        rows.append(dict(zip(keys, (value, *scores, lag, *means))))
-        name = f"{value:.2f}{' (the default)' * (value == locality.SURE)}"
-        lines.append([name, *(f"{x:.3f}" for x in scores), *(f"{x:.0f}" for x in (lag, *means))])
-    header = "SURE", "Pk", "WD", "lag, tokens", "mean lookback", "the same, closed"
+        row = {args.vary: value, **dict(zip(SETS, scores))}
+        row["mean"] = np.mean(scores, axis=0).tolist()
+        row |= {"lag": lag, "mean lookback": mean_of(blocks), "closed": mean_of(closed)}
+        rows.append(row)
+    columns = [word for name in [*SETS, "mean"] for word in (f"{name}: Pk", "WD")]
+    header = args.vary, *columns, "lag", "mean lookback", "closed"
+    lines = [
+        [f"{row[args.vary]}{' (the default)' * (row[args.vary] == getattr(locality, args.vary))}"]
+        + [f"{x:.3f}" for name in [*SETS, "mean"] for x in row[name]]
+        + [f"{row[name]:.0f}" for name in ("lag", "mean lookback", "closed")]
+        for row in rows
+    ]
     print(aligned(header, lines), end="")
     return rows
+
+
+def mean_of(lookbacks):
+    """The mean over texts of their mean lookbacks, a float."""
+    return float(np.mean([lookback.mean(dtype=float) for lookback in lookbacks]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,7 +409,7 @@ def main():
     add("--page", metavar="FILE", help="draw a page of this text in the colors of its blocks")
     add("--lengths", metavar="FILE", nargs="+", help="draw the lengths of the blocks of texts")
     add = parser.add_argument
-    add("--sure", action="store_true", help="with --books: other values of SURE")
+    add("--vary", choices=VARIED, help="with --books: other values of a constant")
     add("--first", action="store_true", help="pieces are the first sentences of their texts")
     add("--tokenizer", choices=["gpt2", "bytes"], default="bytes", help="(default: bytes)")
     add("--no-background", action="store_true", help="do not use the words of other books")
@@ -408,14 +422,14 @@ def main():
     args = parser.parse_args()
     if args.seeds < 1 or args.documents < 1:
         raise InputError("--seeds and --documents must be at least 1")
-    if args.sure and not args.books:
-        raise InputError("--sure needs --books")
+    if args.vary and not args.books:
+        raise InputError("--vary needs --books")
     if args.figure:
         check_suffix(args.figure)
     if args.json:
         check_writable(args.json)
     if args.books:
-        tables = sure(args) if args.sure else quality(args)
+        tables = vary(args) if args.vary else quality(args)
         if args.json:
             write_json(args.json, tables)
         return

@@ -62,12 +62,13 @@ def test_documents_from_books(books, segmentation):
     assert "ten texts" in printed and "semantic" in printed
 
 
-def test_being_surer_costs_lag_and_the_constant_is_restored(books, segmentation):
-    usual = locality.SURE
-    printed = segmentation("--sure", *books, "--documents", 3)
+@pytest.mark.parametrize("constant", ["ALPHA", "SURE"])
+def test_a_larger_constant_costs_lag_and_is_restored(constant, books, segmentation):
+    usual = getattr(locality, constant)
+    printed = segmentation("--vary", constant, *books, "--documents", 3)
     rows = json.loads(books[-1].read_text())
-    assert locality.SURE == usual and printed.count("(the default)") == 1
-    assert len({(row["Pk"], row["lag"], row["mean lookback"]) for row in rows}) > 3
+    assert getattr(locality, constant) == usual and printed.count("(the default)") == 1
+    assert len({(row["mean"][0], row["lag"], row["mean lookback"]) for row in rows}) > 3
     assert all(row["closed"] < row["mean lookback"] for row in rows)
     first, last = rows[0], rows[-1]
     assert first["lag"] <= last["lag"] and first["mean lookback"] < last["mean lookback"]
@@ -106,7 +107,7 @@ def test_a_trace_goes_through_the_text_sentence_by_sentence():
         ("--books short.txt", "at least 3"),
         ("--books few.txt", "200 sentences"),
         ("--books few.txt --seeds 0", "at least 1"),
-        ("--page short.txt --sure", "--sure needs --books"),
+        ("--page short.txt --vary SURE", "--vary needs --books"),
         ("--books few.txt --json nowhere/t.json", "nowhere/t.json"),
     ],
 )
