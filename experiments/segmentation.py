@@ -13,8 +13,8 @@ begins. BOOKS.txt holds the texts, separated by <|endoftext|> or a title of Wiki
 0, the documents are made of texts 2, 5, 8 ..., and the background words come from texts 0, 3, 6 ...
 The constants in locality.py were chosen on texts 1, 4, 7 ..., which --tuning uses.
 
---vary measures other values of a constant of locality.py. With a smaller ALPHA or SURE, the start of
-a block is known sooner, and is wrong more often.
+--vary measures other values of a constant of locality.py. With a smaller ALPHA or SURE, the start
+of a block is known sooner, and is wrong more often.
 """
 
 import importlib.util
