@@ -278,6 +278,7 @@ class Partitioner:
         self.change_points = ChangePoints(background, plain) if self.partition.reads_words else None
         self.delayed = np.zeros(0, np.int64)  # lookback of the last N tokens, for shifted:N
         self.n_tokens = self.n_read = 0  # tokens and bytes so far
+        self.n_found = 0  # tokens that find_blocks has seen
         self.ends = np.zeros(0, np.int64)  # byte at which each of the last tokens ends
         self.start = 0  # first token of the running sentence
         self.known = 0  # token at which that was known
@@ -294,9 +295,14 @@ class Partitioner:
             raise InputError(f"a token is outside the vocabulary of {len(self.n_bytes)} tokens")
         i = np.arange(self.n_tokens, self.n_tokens + len(tokens))
         self.n_tokens += len(tokens)
-        lookback = self.partition.lookback(self, tokens, i)
+        lookback = np.asarray(self.partition.lookback(self, tokens, i))
+        if lookback.shape != i.shape or lookback.dtype.kind not in "iu":
+            raise InputError(
+                f"a partition must return {len(i)} integers for {len(i)} tokens, not "
+                f"{lookback.dtype} of shape {lookback.shape}"
+            )
         if (lookback < 0).any() or (lookback > i).any():
-            raise InputError("the lookback of token i must be in 0 ... i")
+            raise InputError("a partition must return a lookback in 0 ... i for token i")
         return np.minimum(lookback, self.cap).astype(np.uint16)
 
     def find_blocks(self, tokens, closed=False, at_least=None):
@@ -305,6 +311,11 @@ class Partitioner:
         closed: no token of a block has looked further back than the block does. at_least: a block
         begins with the first sentence after this many tokens; None: where ChangePoints say.
         """
+        if at_least is None and not self.change_points:
+            raise InputError("a partition that follows topics needs reads_words=True in PARTITIONS")
+        if self.n_found + len(tokens) != self.n_tokens:
+            raise InputError("a partition may call find_blocks only once, with all new tokens")
+        self.n_found = self.n_tokens
         self.closed, self.at_least = closed, at_least
         n = self.n_bytes[tokens]
         ends = np.cumsum(n)
@@ -494,8 +505,8 @@ def parse_partition(partition):
 def check_causal(tokens, token_bytes, partition, *rules):
     """Raises InputError if a partition looks ahead within the first CHECKED tokens of a text.
 
-    They are read all at once and one by one. A lookback that is known before the next token exists
-    does not depend on it. The arguments are those of partition_text.
+    They are read all at once and one by one. When tokens are read one by one, a lookback cannot
+    depend on tokens that have not been read. The arguments are those of partition_text.
     """
 
     def push(n):

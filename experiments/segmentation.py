@@ -232,7 +232,8 @@ def vary(args):
     3-11; mean lookback: in tokens; closed: that of the same blocks, closed.
     """
     sources, background = read_books(args)
-    encoding, counts, rows = get_encoding(args.tokenizer), word_counts(background), []
+    counts = None if args.no_background else word_counts(background)
+    encoding, rows = get_encoding(args.tokenizer), []
     documents = {name: choi_documents([sources], name, args) for name in SETS}
     texts = [encoding.encode_to_numpy(b" ".join(s).decode()) for s, _ in documents["3-11"]]
     rules = {"token_bytes": token_bytes(encoding), "max_lookback": MAX_LOOKBACK}
@@ -272,7 +273,7 @@ def mean_of(lookbacks):
 TINTS = ("#9ecae9", "#ffd08a", "#a8dcc0", "#f5b8d5", "#e9e48c")  # distinct for the color-blind, too
 WIDTH, HEIGHT = 104, 38  # of a page, in characters and lines
 SIZE = 9.2  # of its letters, in points: 10 pixels wide in a PNG, so words are evenly spaced
-COMMON = 1000  # a word is common if more than one word in so many is this one
+COMMON = 1000  # a word is common if more than one in COMMON words of the text is this word
 MONO = {"family": "DejaVu Sans Mono", "va": "center"}
 
 

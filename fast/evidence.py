@@ -17,8 +17,8 @@ class FastEvidence:
         self.base, self.prior = base, prior
         self.alpha, self.least, self.limit = alpha, least, limit
         # log of alpha (alpha + 1) ... (alpha + n - 1)
-        self.log_rising = np.cumsum(np.log(alpha - 1 + np.arange(limit * LONGEST + 1)))
-        self.log_rising -= self.log_rising[0]
+        logs = np.log(alpha + np.arange(limit * LONGEST))
+        self.log_rising = np.concatenate([[0.0], np.cumsum(logs)])
         self.counts, self.total = np.zeros(len(base), np.int32), 0  # words of the document so far
         self.reset()
 

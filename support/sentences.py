@@ -2,8 +2,9 @@
 
 A sentence may end at a stop or a newline. ENDS finds these places in the bytes of a text, each up
 to the first character of the next sentence; `is_end` decides whether one is an end. To change what
-ends a sentence, add a character to STOPS or a rule to NOT_AN_END. Nothing here reads beyond that
-first character, so later text cannot undo an end.
+ends a sentence, add a character to STOPS or a rule to NOT_AN_END. Nothing is read beyond that
+character, except where it is a quotation mark, a point or the sign of a list item, which take a few
+more. Later text cannot undo an end.
 """
 
 import re
@@ -22,7 +23,9 @@ LONGEST = 800  # bytes; a longer sentence, as in text without punctuation, is cu
 STOPS = ".!?:;…؟۔։\u037e"  # before white space; for : and ; see NOT_AN_END
 UNSPACED_STOPS = "。！？．｡।॥།༎။።፧។៕"  # with or without white space
 CLOSERS = "\"')]*_”’“‘»«›‹"  # directly after a stop, these belong to the sentence
-WIDE_CLOSERS = "」』】）〉》"
+UNSPACED_CLOSERS = (
+    "\"')]”’»›」』】）〉》"  # after UNSPACED_STOPS; the marks left out would open a sentence
+)
 SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 SPACES += "\u202f\u205f\u3000"
 PARAGRAPH = "\u2029"  # the character for a blank line
@@ -49,14 +52,15 @@ CHARACTER = rf"(?:[\x00-\x7f]|{NOT_ASCII})"
 BLANK = rf"(?:[ \t]|{one_of(SPACES)})"
 SPACE = rf"(?:\s|{one_of(SPACES + NEWLINES)})"
 GAP = rf"\s*+(?:{one_of(SPACES + NEWLINES)}\s*+)*+"  # any amount of white space
-GUILLEMET = one_of("»›")  # it closes in French, before white space, and opens in German
+TWO_WAY = one_of("»›”")  # these close before white space, and may open elsewhere: »Ja.« ”Nej.”
 
 # what belongs to a sentence after its stop, directly: said.”) and after blanks: said . '' | dit ? »
 CLOSE = rf"(?:[.!?]|{one_of('…' + CLOSERS)})"
+UNSPACED_CLOSE = rf"(?:[.!?]|{one_of('…' + UNSPACED_STOPS + UNSPACED_CLOSERS)})"
 SPACED_CLOSE = "|".join(
     (
-        rf"[!?]|\.(?!\w)|{one_of('…')}",  # he left . . .
-        rf"''|[)\]]|{one_of('”')}|{GUILLEMET}(?={SPACE})",
+        rf"!(?!\[)|\?|\.(?!\w)|{one_of('…')}",  # he left . . .
+        rf"''|[)\]]|{TWO_WAY}(?={SPACE})",
         r'"(?=[ \t\r]*+\n)',  # at the end of a line, it can only close
     )
 )
@@ -64,14 +68,14 @@ SPACED_CLOSE = "|".join(
 NEXT = "|".join(
     (
         r"[^\s'\"\x80-\xffa-z.!?,;:)\]]",
-        r"'[^']|\.\w|\"[ \t]*+[^\sa-z]",  # 'Tis | .38 caliber | "Why
-        rf"{GUILLEMET}(?!{SPACE}|[.!?,;:]){CHARACTER}",
-        rf"(?!{one_of('”»›…')}){NOT_ASCII}",
+        r"'[^']|\.\w|!\[|\"[ \t]*+[^\sa-z]",  # 'Tis | .38 caliber | ![image] | "Why
+        rf"{TWO_WAY}(?!{SPACE}|[.!?,;:]){CHARACTER}",
+        rf"(?!{one_of('”»›…' + UNSPACED_STOPS)}){NOT_ASCII}",
     )
 )
 ITEM = rf"[*+-][ \t]|#++[ \t]|{one_of('•')}|\d{{1,3}}[.)][ \t]"  # of a list, or a heading
 # the first character of any line; ITEM and NEXT are known by the time it is
-LINE = rf"(?:[*+-]|#++|\d{{1,3}}+[.)]?+|[.']|\"[ \t]*+|{GUILLEMET})?+{CHARACTER}"
+LINE = rf"(?:[*+-]|#++|\d{{1,3}}+[.)]?+|[.'!]|\"[ \t]*+|{TWO_WAY})?+{CHARACTER}"
 
 FIRST = re.escape("".join(sorted({utf8(c)[0] for c in STOPS + UNSPACED_STOPS + "\n" + PARAGRAPH})))
 ENDS = "|".join(
@@ -80,7 +84,8 @@ ENDS = "|".join(
         rf"{after_first(STOPS)}(?<![.!?].){CLOSE}*+"
         rf"(?:{BLANK}{{1,9}}+(?:{SPACED_CLOSE}){CLOSE}*+){{,9}}+"
         rf"(?={SPACE}){GAP}(?P<next>{NEXT})",
-        rf"{after_first(UNSPACED_STOPS)}(?:{CLOSE}|{one_of(UNSPACED_STOPS + WIDE_CLOSERS)})*+"
+        rf"{after_first(UNSPACED_STOPS)}{UNSPACED_CLOSE}*+"
+        rf"(?:{BLANK}{{1,9}}+{one_of(UNSPACED_STOPS)}{UNSPACED_CLOSE}*+){{,9}}+"
         rf"{GAP}(?P<unspaced>{CHARACTER})",
         # a blank line
         rf"(?:(?<=\n)(?<!\n\n)[ \t\r\f\v]*+\n"
@@ -94,9 +99,10 @@ ENDS = re.compile(f"[{FIRST}](?:{ENDS})".encode("latin-1"))
 # --------------------------------------------------------------------------------------------------
 # where it does not
 
-TITLES = """Mr Mrs Ms Mx Messrs Dr Prof Rev Fr Sr St Mt Lt Cpl Sgt Capt Maj Col Gen Adm Gov Sen Rep
-    Pres Hon Mme Mlle Sra Srta vs cf viz""".split()
-NUMBERED = "No Nos no nos N° Nr nr p pp l ll v vv n nn ch chap sec sect vol fig art bk pt".split()
+TITLES = """Mr Mrs Ms Mx Messrs MM Hr Dr Prof Rev Fr Sr St Mt Lt Cpl Sgt Capt Maj Col Gen Adm Gov
+    Sen Rep Pres Hon Mme Mlle Sra Srta vs cf viz""".split()
+NUMBERED = """No Nos no nos N° Nr nr p pp l ll v vv n nn ch chap sec sect vol fig figs eq eqs art bk
+    pt Figs Eq Eqs Abb pág стр""".split()
 PARTS = "Ch Chap Sec Sect Vol Fig Art Bk Pt Pl".split()
 MONTHS = "Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec".split()
 HEADINGS = (
@@ -109,15 +115,16 @@ def any_of(words):
     return rf"\b(?:{'|'.join(sorted({*words, *map(str.upper, words)}))})"
 
 
-NOT_AN_END = [  # the last word, the first character after the white space, an example
+LETTER = "[A-Za-zÀ-ÖØ-ÞͰ-ӿԱ-և]"
+NOT_AN_END = [  # the last word with its stop, the first character after the gap, an example
     (any_of(TITLES) + r"\.", r"\S", "Mr. Smith"),
     (any_of(NUMBERED) + r"\.", r"\d", "No. 5"),
     (any_of(PARTS) + r"\.", r"[\dIVXLC]", "Chap. IV"),
     (any_of(MONTHS) + r"\.", r"\d", "Oct. 5"),
     (r"al\.", r"[(\[]", "Doe et al. (2004)"),
-    # initials, and abbreviations made of single letters; I is one only after a name
-    (r"(?!I\.\s)(?:[^\W\d_]\.)*[^\W\d_]\.", r"\S", "J. R. Brown of the U.S. Navy"),
-    (r"[A-Z]\w+ I\.", r"\S", "Did you see Albert I. Jones?"),
+    # initials, and abbreviations made of single letters; but I is a word
+    (rf"(?!I\.\s)(?:{LETTER}\.)*{LETTER}\.", r"\S", "J. R. Brown of the U.S. Navy"),
+    (r"(?:[Ａ-Ｚ]．)+", r"\S", "Ｊ．Ｋ．ローリング"),
     (r"\[(?:\.\.\.|…)\]\W*", r"\S", "He came [...] The sea"),  # an omission
     (r".*[．॥]", r"[\da-zａ-ｚ]", "円周率は３．１４"),
     # stops only after Armenian, where : stands for ։, and after Greek, where ; is a question mark
@@ -125,20 +132,21 @@ NOT_AN_END = [  # the last word, the first character after the white space, an e
     (r"(?!.*[Ͱ-Ͽἀ-῿][\W_]*;).*;[\W_]*", r"\S", "He came (late); Tom left"),
 ]
 # the number of a heading or of a list item, at the beginning of its sentence, is not the end of it
-LABEL = rf"(?:{any_of(HEADINGS)}|{any_of(PARTS)}\.)"
-NUMBER = rf"(?:{LABEL} )?(?:\d{{1,3}}\.)*(?:\d{{1,3}}|[IVXLCDM]+|[ivxlcdm]+)\.\)?\s+\S\Z"
+ROMAN = "(?=[IVXLC])(?:XC|XL|L?X{0,3}|C)(?:IX|IV|V?I{0,3})"
+LABEL = rf"(?:{any_of(HEADINGS)} |{any_of(PARTS)}\. |第)"
+NUMBER = rf"{LABEL}?(?:\d{{1,3}}\.)*(?:\d{{1,3}}|{ROMAN}|{ROMAN.lower()})(?:\.\)?\s+|．\s*)\S\Z"
 
 
 def any_rule(rules):
-    """A pattern for the last three words of a sentence, if it is one, the white space after it, and
-    the first character of the next one: it matches if there is no end."""
+    """A pattern for the last three words before a stop, the stop with its closers and the white
+    space after it, and the first character of the next sentence. It matches if there is no end."""
     alternatives = "|".join(rf"{word}\s*{first}\Z" for word, first, _ in rules)
-    return re.compile(rf"\W*{NUMBER}|(?:\S+ ){{0,2}}?\W*(?:{alternatives})")
+    return re.compile(rf"\W*{NUMBER}|(?:\S+ ){{0,2}}?(?:\S*[^\w'’])?(?:{alternatives})")
 
 
 ANY_RULE = any_rule(NOT_AN_END)
 WIDEST = 100  # characters; a paragraph that was wrapped has no longer line
-STOPPED = ("", *STOPS, *CLOSERS)
+STOPPED = ("", *STOPS, *UNSPACED_STOPS, *CLOSERS, *UNSPACED_CLOSERS)
 
 
 def is_end(text, begin, document, match):
@@ -166,19 +174,24 @@ def may_wrap(text, document, newline):
 
     It is not if the last lines of the paragraph end at very different lengths, as in a chat or a
     song: if this one, or two of them, have less than two thirds of the length of the longest, and
-    no stop at the end. Nor if one of them has more than WIDEST characters.
+    no stop at the end. Nor if one of them has more than WIDEST characters. Short lines at the
+    beginning may be headings, and do not count.
     """
     since = max(document, newline - LONGEST)
-    since = max(since, text.rfind(b"\n\n", since, newline) + 2)
-    lines = text[since:newline].decode(errors="ignore").rsplit("\n", 6)
-    if len(lines) > 6 or since == newline - LONGEST:
+    lines = text[since:newline].decode(errors="ignore").rsplit("\n", 7)
+    if len(lines) > 7 or since == newline - LONGEST:
         lines = lines[1:] or lines  # only the end of the first one is in sight
     lengths = list(map(len, lines))
-    longest = max(lengths)
-    if 3 * min(lengths) >= 2 * longest:
-        return longest <= WIDEST
-    free = [3 * n < 2 * longest and s.rstrip()[-1:] not in STOPPED for n, s in zip(lengths, lines)]
-    return longest <= WIDEST and sum(free) < 2 and not free[-1]
+    if 3 * min(lengths) >= 2 * max(lengths):
+        return max(lengths) <= WIDEST
+    lines = [line.strip() for line in lines]
+    while "" in lines:  # the paragraph begins after the last blank line
+        lines = lines[lines.index("") + 1 :]
+    longest = max(map(len, lines), default=0)
+    short = [3 * len(line) < 2 * longest for line in lines]
+    headings = short.index(False) if lines else 0
+    free = [a and line[-1] not in STOPPED for a, line in zip(short, lines)][headings:]
+    return longest <= WIDEST and sum(free) < 2 and not any(free[-1:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,6 +271,7 @@ class Sentences:
                 end = match.start(match.lastgroup)
                 newlines = self.data.count(b"\n", match.start(), end)
                 new = newlines > 1 or match.lastgroup == "paragraph"
+                new = new or PARAGRAPH.encode() in self.data[match.start() : end]
                 new = new or newlines == 1 and self.is_long(match.start())
                 return end, match.end() - 1, new
             self.searched = match.start() + 1

@@ -368,12 +368,26 @@ def test_the_documentation_and_the_help_list_every_partition():
     assert all(entry.lookback.__doc__ for entry in PARTITIONS.values())
 
 
-@pytest.mark.parametrize("lookback", [-1, 1])
-def test_a_lookback_that_leaves_the_text_is_refused(lookback, monkeypatch):
-    mine = Partition(lambda stream, tokens, i: i * 0 + lookback)
-    monkeypatch.setitem(PARTITIONS, "mine", mine)
-    with pytest.raises(InputError, match="0 ... i"):
-        Partitioner(BYTES, "mine", 300).push([1])
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda stream, tokens, i: i - 1, "0 ... i"),
+        (lambda stream, tokens, i: i + 1, "0 ... i"),
+        (lambda stream, tokens, i: i[:1], "3 integers"),
+        (lambda stream, tokens, i: i / 2, "3 integers"),
+        (lambda stream, tokens, i: 0, "3 integers"),
+        (lambda stream, tokens, i: None, "3 integers"),
+        (lambda stream, tokens, i: i - stream.find_blocks(tokens), "reads_words=True"),
+        (lambda stream, tokens, i: stream.find_blocks(tokens, at_least=0) * 0
+         + stream.find_blocks(tokens, at_least=0), "only once"),
+    ],
+)  # fmt: skip
+def test_a_partition_that_makes_no_sense_is_refused(function, message, monkeypatch):
+    monkeypatch.setitem(PARTITIONS, "mine", Partition(function))
+    with pytest.raises(InputError, match=message):
+        Partitioner(BYTES, "mine", 300).push([1, 2, 3])
+    monkeypatch.setitem(PARTITIONS, "mine", Partition(lambda stream, tokens, i: i.tolist()))
+    assert Partitioner(BYTES, "mine", 300).push([1, 2, 3]).tolist() == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -392,7 +406,7 @@ def sentences(text):
         "Mr. Smith met Dr. J. R. Brown of the U.S. Navy, e.g. at sea. |See vol. 3, pp. 4 and No. 5."
         " |No. |I won't.",
         "MR. BROWN met Ms. Jones, Gov. White, Sen. Black and Sr. Rosa on Oct. 5. |See Chap. IV and "
-        "Sect. 4, or Doe et al. (2004). |You and I. |Did Albert I. Jones come?",
+        "Sect. 4, or Doe et al. (2004). |You and I. |World War I. |It began. |“No”--Mr. Jones.",
         "“Come here,” she said. |“Why?” he asked. |He came.",
         "Alas! |'twas late. |'Tis very late. |(So it is.) |[Indeed.] |_Quite._ |Good",
         "It cost 3.50 at example.com today. |He said so . '' |`` No , '' she said . |Fine",
@@ -405,6 +419,7 @@ def sentences(text):
         "|Chapter IV. Home. |Fig. 2. A door. |SECT. VIII. Of beauty. |3.1. Here the text goes on. "
         "|It has 3. |Part 12. Go on. |End",
         # other quotation marks
+        "Han gick. |”Nej.” |Hon kom. |Look. |![A picture](x.png)",
         "Er kam. |„Wo warst du?“ |„Am See.“ |Sie lachte. |»Und?« |»Nichts.« |‚Gut.‘ |So war es.",
         "Il entra. |« Bonjour. » |Elle rit. |«\xa0Déjà\u202f?\xa0» dit-il. |« Oui. » |Il partit.",
         # other white space
@@ -417,11 +432,12 @@ def sentences(text):
         "Ես եկա: |Նա գնաց։ |Վերջ",
         "ეს პირველი წინადადებაა. |ეს მეორეა! |ესეც? |ბოლო",
         "यह एक वाक्य है। |यह दूसरा है। |अंत",
-        "我们走进森林。|树很高！|「你好。」|他说？|是",
+        "我们走进森林。|树很高！|「你好。」|他说？|“是。”|１．概述。|第2．章。|完",
+        "네. |그래요. |네",
         "クジラは海にいる。|船が来た！|本当？|今日は晴れ．|気温は３．５度．|はい",
         "ខ្ញុំមក។ |គាត់ទៅ៕ |យើងនៅ",
         "သူလာတယ်။ |ငါသွားတယ်။|သူ",
-        "ང་ཡོང་། |ཁོ་སོང་། |ང",
+        "ང་ཡོང་། །|ཁོ་སོང་། |ང",
         "እኔ መጣሁ። |እሱ ሄደ።|እሷ",
         "آیا آمد؟ |بله. |او رفت۔ |پایان",
         # paragraphs, headings, lists
@@ -430,8 +446,13 @@ def sentences(text):
         # lines that are too long, or too different, to be those of a wrapped paragraph
         "the first line is one of those that run to a good deal more than a hundred characters "
         "without an end, as lines do\n|a short one\n|another\n|and so on",
-        "10:00 hi all\n10:01 did you see the game last night\n10:02 yes\n|10:03 it was great lol\n"
-        "|10:04 brb\n|10:05 did you see what they said about it\n|10:06 no",
+        "10:00 did you see the game last night\n10:01 yes\n|10:02 it was great lol\n|10:03 brb\n"
+        "|10:04 did you see what they said about it\n|10:05 no\n|10:06 ok",
+        # but headings may stand directly above a wrapped paragraph
+        "CHAPTER I\nLoomings\nCall me Ishmael, he said to those who had come\nfrom far away to "
+        "hear him, and the few who sat\nnear the door, where it was cold that night,\ndid so.",
+        "One\r\n\r\n|Two\r\n\r\n|Here is a paragraph that somebody has wrapped by\r\nhand, as many "
+        "people did in those days, with lines\r\nthat are alike. |End",
     ],
 )
 def test_sentences(marked):
