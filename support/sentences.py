@@ -164,6 +164,8 @@ def is_end(text, begin, document, match):
     # (Georgian has small letters, and capitals for headlines, but no title case.)
     if place == "next" and first != first.title():
         return False
+    if text[match.start()] in b"!?":
+        return True  # no rule is about these
     words = text[max(begin, match.start() - 40) : match.start()].decode(errors="ignore").split()
     gap = text[match.start() : at].decode(errors="ignore")
     return not ANY_RULE.match(" ".join(words[-3:]) + gap + first)
