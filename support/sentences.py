@@ -131,20 +131,21 @@ NOT_AN_END = [  # the last word with its stop, the first character after the gap
     (r"(?!.*[Ա-֏][\W_]*:).*:[\W_]*", r"\S", "They need (“now”): Eggs"),
     (r"(?!.*[Ͱ-Ͽἀ-῿][\W_]*;).*;[\W_]*", r"\S", "He came (late); Tom left"),
 ]
-# the number of a heading or of a list item, at the beginning of its sentence, is not the end of it
-ROMAN = "(?=[IVXLC])(?:XC|XL|L?X{0,3}|C)(?:IX|IV|V?I{0,3})"
-LABEL = rf"(?:{any_of(HEADINGS)} |{any_of(PARTS)}\. |第)"
-NUMBER = rf"{LABEL}?(?:\d{{1,3}}\.)*(?:\d{{1,3}}|{ROMAN}|{ROMAN.lower()})(?:\.\)?\s+|．\s*)\S\Z"
 
 
 def any_rule(rules):
-    """A pattern for the last three words before a stop, the stop with its closers and the white
-    space after it, and the first character of the next sentence. It matches if there is no end."""
+    """A pattern for the last word before a stop, the stop with its closers and the white space
+    after it, and the first character of the next sentence. It matches if there is no end."""
     alternatives = "|".join(rf"{word}\s*{first}\Z" for word, first, _ in rules)
-    return re.compile(rf"\W*{NUMBER}|(?:\S+ ){{0,2}}?(?:\S*[^\w'’])?(?:{alternatives})")
+    return re.compile(rf"(?:\S*[^\w'’])?(?:{alternatives})")
 
 
 ANY_RULE = any_rule(NOT_AN_END)
+# the same for a sentence that is only the number of a heading or of a list item
+ROMAN = "(?=[IVXLC])(?:XC|XL|L?X{0,3}|C)(?:IX|IV|V?I{0,3})"
+LABEL = rf"(?:{any_of(HEADINGS)} |{any_of(PARTS)}\. |第)"
+DIGITS = r"(?:\d{1,3}\.)*\d{1,3}"
+NUMBER = re.compile(rf"\W*{LABEL}?(?:{DIGITS}|{ROMAN}|{ROMAN.lower()})(?:\.\)?\s+|．\s*)\S\Z")
 WIDEST = 100  # characters; a paragraph that was wrapped has no longer line
 STOPPED = ("", *STOPS, *UNSPACED_STOPS, *CLOSERS, *UNSPACED_CLOSERS)
 
@@ -167,8 +168,10 @@ def is_end(text, begin, document, match):
     if text[match.start()] in b"!?":
         return True  # no rule is about these
     words = text[max(begin, match.start() - 40) : match.start()].decode(errors="ignore").split()
-    gap = text[match.start() : at].decode(errors="ignore")
-    return not ANY_RULE.match(" ".join(words[-3:]) + gap + first)
+    rest = text[match.start() : at].decode(errors="ignore") + first
+    if len(words) < 3 and NUMBER.match(" ".join(words) + rest):
+        return False
+    return not ANY_RULE.match("".join(words[-1:]) + rest)
 
 
 def may_wrap(text, document, newline):
@@ -180,6 +183,7 @@ def may_wrap(text, document, newline):
     beginning may be headings, and do not count.
     """
     since = max(document, newline - LONGEST)
+    since = max(since, text.rfind(b"\n\n", since, newline) + 2)
     lines = text[since:newline].decode(errors="ignore").rsplit("\n", 7)
     if len(lines) > 7 or since == newline - LONGEST:
         lines = lines[1:] or lines  # only the end of the first one is in sight
