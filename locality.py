@@ -516,7 +516,7 @@ def check_causal(tokens, token_bytes, partition, *rules):
     for i, at_once in enumerate(whole):
         alone = stream.push(tokens[i : i + 1])[0]
         if alone != at_once:
-            j = next(j for j in range(i, len(whole)) if push(j + 1)[i] != alone)
+            j = next((j for j in range(i, len(whole)) if push(j + 1)[i] != alone), i)
             cause = f"token {j}" if j > i else "the number of tokens in a push"
             raise InputError(
                 f"{partition} looks ahead: the lookback of token {i} changes with {cause}"

@@ -416,7 +416,7 @@ def sentences(text):
         "He had a gun. |.38 caliber. |It was. . . . |Then . . ? |Yes . . .",
         # numbers of headings and lists
         "Steps: open it. |1. Open the door. |2. Go in. |10.) Sit down. |II. The Second Part. "
-        "|Chapter IV. Home. |Fig. 2. A door. |SECT. VIII. Of beauty. |3.1. Here the text goes on. "
+        "|Chapter IV. Home. |Fig. 2. A door. |SECT. VIII. Of beauty. |3.1. Here is the text. "
         "|It has 3. |Part 12. Go on. |End",
         # other quotation marks
         "Han gick. |”Nej.” |Hon kom. |Look. |![A picture](x.png)",
