@@ -27,8 +27,8 @@ from eval import add_model_arguments, attention_maps, entropy_of, fidelity_of, l
 from locality import CHUNK, Partitioner, schedule
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.blocks import liveliest
-from report.page import fill, label, pack, pieces_of, visible
-from support.files import InputError, check_writable, run_script, write_text
+from report.page import fill, label, pack, pieces_of
+from support.files import InputError, check_writable, run_script, visible, write_text
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
 from support.run import is_run
