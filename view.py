@@ -34,7 +34,6 @@ from support.prepared import SPLITS
 from support.run import is_run
 from support.sentences import first_bytes
 from support.sources import pieces
-from support.weights import PRETRAINED
 
 TOKENS, MOST = 512, 4096  # tokens on a page: the default, the maximum
 LIKELIEST = 10  # next tokens that are shown
@@ -381,7 +380,7 @@ def main():
 
 def check_arguments(args):
     """The Path of the page. Raises InputError for what would otherwise fail only later."""
-    run = args.run not in PRETRAINED and is_run(args.run)
+    run = is_run(args.run)
     out = args.out or Path(args.run if run else "", "page.html")
     if out.suffix != ".html":  # so that no text and no weights are overwritten
         raise InputError(f"{out}: the name of a page must end in .html")

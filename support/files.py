@@ -200,6 +200,16 @@ def check_writable(path):
         raise InputError(f"{path}: a file cannot be written there")
 
 
+def is_replaceable(path, key):
+    """Whether `path`, a Path that ends in .json, is free, or a file of the script that is about to
+    write it: a JSON object with this key."""
+    try:
+        known = not path.exists() or key in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        known = False
+    return known and path.suffix == ".json"
+
+
 def lock(file, wait=False):
     """Hold the lock of an open file or folder until it is closed, here and in child processes.
     Raises BlockingIOError if another process has it (unless `wait`), OSError without locks."""
@@ -283,10 +293,10 @@ def remove_stale(folder, pattern):
 
 
 def digest(files):
-    """sha256 over the content of the files, in order, as hex digits."""
+    """sha256 over the content of files, paths or open files, in order: hex digits."""
     total = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as f:
+    for file in files:
+        with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
             total.update(hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()
 

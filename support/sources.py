@@ -16,24 +16,25 @@ BOOK = (  # of Project Gutenberg, between two lines
 )
 
 
-def source_files(source, cwd=""):
+def source_files(source, cwd="", fetch=True):
     """The local text files that a source (a string or a list of strings) names, a list of Paths.
 
-    cwd: where relative paths start. Raises InputError for anything that names no text.
+    cwd: where relative paths start. fetch: whether to download what is not in the cache.
+    Raises InputError for anything that names no text.
     """
     if not isinstance(source, str):
-        return [path for one in source for path in source_files(one, cwd)]
+        return [path for one in source for path in source_files(one, cwd, fetch)]
     if not source or not source.isprintable():
         raise InputError(f"{source!r} does not name a source")
     if match := re.fullmatch("gutenberg:([0-9]{1,9})", source):
         mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
         url = f"{mirror}/cache/epub/{match[1]}/pg{match[1]}.txt"
-        return [downloaded(source, url, f"gutenberg-{match[1]}.txt")]
+        return [downloaded(source, url, f"gutenberg-{match[1]}.txt", fetch)]
     if source.startswith("gutenberg:"):
         raise InputError(f"{source}: a Gutenberg source is gutenberg:NUMBER, like gutenberg:2529")
     if source.startswith(("http://", "https://")):
         digits = hashlib.sha256(source.encode()).hexdigest()[:16]
-        return [downloaded(source, source, f"{digits}.txt")]
+        return [downloaded(source, source, f"{digits}.txt", fetch)]
     path = Path(cwd, source)
     if path.is_file():
         return [path]
@@ -72,12 +73,16 @@ def left_out(source, cwd=""):
             yield f"{one}: skipped {', '.join(names[:5])}{more}"
 
 
-def downloaded(source, url, name):
+def downloaded(source, url, name, fetch=True):
     """The path of a text in the cache, downloaded once; a book without Gutenberg's license. Raises
     InputError for a web page, and for half a book."""
     path = CACHE / "texts" / name
     if path.exists():
         return path
+    if not fetch:
+        raise InputError(
+            f"{source} is not in the cache; to download it, run: python prepare_data.py {source}"
+        )
     raw = download(url, path.with_suffix(f".{os.getpid()}.raw"))
     try:
         if source == url:
