@@ -386,13 +386,13 @@ def main():
     title = f"{args.run}, {which}{of}, {partition} blocks"
     if args.dial_sweep:
         results["dials"] = rows = dial_sweep(model, arrays, vocabulary, **options)
-        check_finite(rows)
+        check_predictions(rows)
         print(f"{title}: the dial turned, nothing retrained ({rows[0]['tokens']:,} tokens)")
         print(dial_table(rows))
     else:
         results |= {"schedule": name, "floor": floor}
         results |= evaluate(model, *arrays, vocabulary, **options)
-        check_finite([results])
+        check_predictions([results])
         title = f"{title}: {name}, floor {floor:g}"
         print(f"{title}\n{measures_table(results)}")
     if args.json:
@@ -426,7 +426,7 @@ def check_arguments(args):
         )
 
 
-def check_finite(rows):
+def check_predictions(rows):
     """Raises InputError if a loss is not a finite number. rows: what `evaluate` returned."""
     if not all(math.isfinite(row["loss"]) for row in rows):
         raise InputError("the predictions of this model are not finite numbers")

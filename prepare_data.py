@@ -187,7 +187,7 @@ def prepare(text, trained_on=None):
     nothing written except under data/ of the working directory.
     Raises InputError for a text that cannot be read, is too short, or has changed.
     """
-    folder, cwd = Path(text.data or default_folder(text)), ""
+    folder, cwd, reason = Path(text.data or default_folder(text)), "", ""
     # the code counts, too: another partitioner finds other blocks. A schedule finds none.
     code = files.digest_code(
         [locality.__file__, sentences.__file__, evidence.__file__],
@@ -197,16 +197,15 @@ def prepare(text, trained_on=None):
     recipe["code_sha256"] = code
     if trained_on:
         cwd = prepared.find_cwd(text.source, folder, trained_on)
-        folder = Path(cwd, folder)
-        expected = {**recipe, "source_sha256": trained_on["source_sha256"]}
-        if reason := prepared.stale_because(folder, expected):
-            if folder.exists():
-                print(f"not using {folder}: {reason}", file=sys.stderr)
-            folder = default_folder(text)
+        own, expected = Path(cwd, folder), {**recipe, "source_sha256": trained_on["source_sha256"]}
+        reason = prepared.stale_because(own, expected)
+        folder = default_folder(text) if reason else own
     make = partial(build, text)
     data = prepared.open_or_build(folder, recipe, cwd, make, fetch=not trained_on)
     if trained_on:
         prepared.check_identity(data, trained_on)
+    if reason and own.exists() and own != folder:
+        print(f"using {folder}, because {own} is of no use: {reason}", file=sys.stderr)
     return data
 
 

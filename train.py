@@ -405,6 +405,7 @@ def finish(run, config, model, data, process):
     results |= {"split": "test", "blocks": data.meta["splits"]["train"]}
     results["source_sha256"] = data.meta["source_sha256"]
     results |= evaluate(model, *split, vocabulary, batch_size=batch_size)
+    check_finite(run.step, test_loss=results["loss"])
     results |= {"val_loss": val_loss, "best_step": best_step, "steps": run.step}
     results["seconds"] = round(run.elapsed(), 1)
     results |= {**machine.provenance(process.device, config.seed), "config": asdict(config)}
