@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 from support.download import CACHE, download
@@ -81,7 +82,8 @@ def downloaded(source, url, name, fetch=True):
         return path
     if not fetch:
         raise InputError(
-            f"{source} is not in the cache; to download it, run: python prepare_data.py {source}"
+            f"{source} is not in the cache; to download it, run: python prepare_data.py "
+            f"{shlex.quote(source)}"
         )
     raw = download(url, path.with_suffix(f".{os.getpid()}.raw"))
     try:
