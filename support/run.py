@@ -140,7 +140,7 @@ def check_best(path, last, may_change):
     the content of last.pt, and the best one. A run that was killed may have saved a later one."""
     if not path.exists():
         return
-    advice = "restore it, or delete it, and the best model from now on takes its place"
+    advice = "restore the file, or delete it to let the best model from now on take its place"
     try:
         best = read_checkpoint(path)
     except InputError as e:
@@ -202,6 +202,7 @@ class Run:
             self.last_saved = self.saved["step"]
             if not (self.folder / "best.pt").exists():
                 self.saved["best_loss"] = math.inf
+                print(f"{self.folder}/best.pt is missing: it begins anew", file=sys.stderr)
         else:
             check_free(self.folder, self.overwrite)
         return self

@@ -348,7 +348,7 @@ def test_a_run_is_resumed_only_with_its_own_best_model(train, run):
         best.write_bytes(content)
         status, _, error = run("train.py", folder, "--resume", "--max_steps", 6)
         assert status == 2 and one_line(error) and f"{best}" in error, error
-        assert "restore it, or delete it" in error
+        assert "restore the file, or delete it" in error
         assert best.read_bytes() == content
     best.unlink()
     assert run("train.py", folder, "--resume")[0] == 0  # at its end already
