@@ -196,8 +196,9 @@ def write_json(path, value):
 
 def check_writable(path):
     """Raises InputError if no file can be written at `path`, a Path: before the work is done."""
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"{path}: a file cannot be written there")
+    too_long = len(os.fsencode(path.name)) > 230  # a temporary name is longer
+    if too_long or path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: a file of this name cannot be written there")
 
 
 def is_replaceable(path, key):
