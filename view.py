@@ -27,7 +27,7 @@ from eval import add_model_arguments, attention_maps, entropy_of, fidelity_of, l
 from locality import CHUNK, Partitioner, schedule
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.blocks import liveliest
-from report.page import fill, label, pack, pieces_of
+from report.page import fill, is_page, label, pack, pieces_of
 from support.files import InputError, check_writable, run_script, visible, write_text
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
@@ -385,6 +385,8 @@ def check_arguments(args):
     if out.suffix != ".html":  # so that no text and no weights are overwritten
         raise InputError(f"{out}: the name of a page must end in .html")
     check_writable(out)
+    if out.exists() and not is_page(out):
+        raise InputError(f"{out} is not a page of view.py; give another --out")
     other = args.text or args.prompt is not None
     if args.text and args.prompt is not None:
         raise InputError("give --text or --prompt, not both")

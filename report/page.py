@@ -75,6 +75,13 @@ def pack(arrays):
     return {"arrays": places, "numbers": numbers}
 
 
+def is_page(path):
+    """Whether a file is a page that `fill` made, as far as its beginning tells."""
+    beginning = TEMPLATE.read_text(encoding="utf-8").partition("@HASHES@")[0].encode()
+    with open(path, "rb") as f:
+        return f.read(len(beginning)) == beginning
+
+
 def fill(data):
     """The page that shows `data`, anything that JSON can hold: a string of HTML, in ASCII."""
     html = TEMPLATE.read_text(encoding="utf-8")
