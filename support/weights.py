@@ -1,7 +1,8 @@
 """Weights files in and out: checked, never executed.
 
 A file is torch's, or, if the package safetensors is installed, in that format. It contains a model
-saved by train.py, or GPT-2 in the published format. The four published sizes are downloaded.
+saved by train.py, or GPT-2 in the published format, in one file or in shards. The four published
+sizes are downloaded.
 """
 
 import hashlib
