@@ -51,7 +51,9 @@ from report.tables import dial_table, measures_table
 from support.files import InputError, check_writable, is_replaceable, run_script, write_json
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
+from support.published import is_export, tokenizer_by_size
 from support.run import find_checkpoint, is_run, read_checkpoint
+from support.weights import find
 
 # --------------------------------------------------------------------------------------------------
 # a model from disk
@@ -89,11 +91,17 @@ def load(name, device="cpu", source=None, plain=False):
 
 
 def load_published(name, device, source, plain):
-    """`load` for a GPT-2 that train.py has not trained. The size of its vocabulary decides the
-    tokenizer."""
-    model = GPT.from_pretrained(name, plain=plain)
+    """`load` for a GPT-2 that train.py has not trained: its tokens are GPT-2's, unless it is an
+    export of a run with another tokenizer. Raises InputError."""
+    path = find(name)
+    model = GPT.from_pretrained(path, plain=plain)
     size = model.config.vocab_size
-    tokenizer = {50257: "gpt2", 256: "bytes"}.get(size, f"gpt2:{size}")
+    tokenizer = tokenizer_by_size(size)
+    if tokenizer != "gpt2" and not is_export(path, size):
+        raise InputError(
+            f"{path} has {size:,} tokens and no vocabulary beside it; if it reads GPT-2's tokens, "
+            "put GPT-2's vocab.json and merges.txt there"
+        )
     try:
         check_tokenizer(tokenizer)
     except InputError:

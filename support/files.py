@@ -65,7 +65,7 @@ def interrupt(number, frame):
 def out_of_memory(error):
     """Whether an exception of torch or of Python means that memory is short."""
     short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return short or "can't allocate memory" in str(error)  # the words of torch on a CPU
+    return short or "allocate memory" in str(error)  # torch on a CPU, and the system itself
 
 
 class Steady(io.FileIO):
