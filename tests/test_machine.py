@@ -1,6 +1,7 @@
 """What a run asks of the machine: large pages, and the fast arithmetic if there is one."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_what_torch_says_when_memory_is_short():
         torch.empty(2**50)
     assert out_of_memory(raised.value) and out_of_memory(torch.OutOfMemoryError("CUDA"))
     assert out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("a shape is wrong"))
+    assert out_of_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
 
 
 SHARES = """if True:
