@@ -111,6 +111,8 @@ class Config(TextConfig):
             )
         if self.n_embd and self.n_head and self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if str(Path(self.out)).startswith("-"):  # Path drops the ./ of ./-x
+            raise InputError(f"out must not begin with a dash, which marks a flag: {self.out}")
 
 
 # --------------------------------------------------------------------------------------------------

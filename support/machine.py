@@ -122,7 +122,10 @@ def in_parallel(function, arguments):
                 result = queue.get(timeout=1)
             except Empty:
                 if any(child.exitcode for child in children):
-                    raise RuntimeError("a process that did part of the work was killed") from None
+                    raise InputError(
+                        "a process that did part of the work was killed, perhaps because memory "
+                        "was short; end other processes, and start the command again"
+                    ) from None
                 continue
             if isinstance(result, Exception):
                 raise result
