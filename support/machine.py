@@ -78,8 +78,9 @@ def missing_compiler(device):
         if not importlib.util.find_spec("triton"):
             return "the package triton"
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if any(shutil.which(shlex.split(name)[0]) for name in names if name.strip()):
-        return ""
+    with contextlib.suppress(ValueError):  # a quotation mark without its partner
+        if any(shutil.which(shlex.split(name)[0]) for name in names if name.strip()):
+            return ""
     return f"a compiler ({' or '.join(names)})"
 
 

@@ -5,11 +5,12 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from report.plots import look
+from report.plots import draw_attention, draw_dials, look
 from report.stats import holm, mean_interval, paired, sign_flip_p
 from report.sweep import (
     canonical,
@@ -117,6 +118,27 @@ def test_tables():
 def test_every_series_has_a_marker_of_its_own():
     series = [f"block:{n}" for n in range(14)]
     assert len({look(series, blocks)[0] for blocks in series}) == 14
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_figure_on_a_full_disk_is_one_line(tmp_path, file_size, suffix):
+    path = tmp_path / f"f.{suffix}"
+    row = {"schedule": "distributed", "ratio": 1, "layers": results_of()["layers"]}
+    file_size(1000)
+    with pytest.raises(InputError, match=f"f.{suffix}: could not be written"):
+        draw_dials([row], path, "title")
+    file_size(None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "$\\x$ $", "a\x00b\x1b\u202e", "語🧠"])
+def test_any_name_can_be_part_of_a_figure(tmp_path, name):
+    layer = {"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": 1}
+    maps, start = {0: np.eye(9)}, np.array([0, 0, 0, 3, 3, 3, 3, 3, 3])
+    draw_attention(maps, start, {3: name}, [layer], tmp_path / "f.svg", name)
+    draw_dials([{"schedule": name, "ratio": 1, "layers": [layer]}], tmp_path / "g.svg", name)
+    for path in tmp_path.iterdir():
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
 def results_of(**changes):
