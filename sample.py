@@ -2,6 +2,7 @@
 
     python sample.py runs/quickstart --prompt "Attention is"
     python sample.py runs/quickstart --prompt "Attention is" --prompt "The room" --samples 2
+    python sample.py runs/quickstart --stop "<|endoftext|>"  # a text ends where the next one begins
     python sample.py gpt2 --prompt "The mind is"           # weights that were never localized
 
 Several texts are generated side by side. `prefill` reads the prompts and fills a key-value cache;
@@ -163,20 +164,25 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
     It is drawn from softmax(logits / temperature); temperature 0 takes the most likely token.
     top_k: draw only from the k most likely tokens; 0: from all. top_p: draw only from the fewest
-    most likely tokens that have the probability p together.
+    most likely tokens that have the probability p together. Raises InputError for logits that are
+    not finite.
     """
     # below 1e-6 the most likely token is certain by far; lower still, float32 would divide by 0
+    largest = logits.amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise InputError("the predictions of this model are not finite numbers")
     if temperature < 1e-6:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits - largest) / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     p = logits.softmax(-1)
     if top_p < 1:
         likeliest, token = p.sort(descending=True)
-        # drop a token if those before it have the probability p already
-        likeliest[likeliest.cumsum(-1) - likeliest >= top_p] = 0
+        # drop a token, but not the first, if those before it have the probability p already
+        before = likeliest.cumsum(-1)[:, :-1]
+        likeliest[:, 1:][before >= top_p] = 0
         p = torch.zeros_like(p).scatter(1, token, likeliest)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
@@ -195,13 +201,14 @@ def main():
     add("--prompt", action="append", help="the text to continue; a newline if not given")
     add("--samples", type=int, default=1, help="texts per prompt")
     add("--tokens", type=int, default=200, help="tokens to generate per text")
+    add("--stop", help="end a text before the first place where this would be written")
     add("--temperature", type=float, default=0.8, help="0: always the most likely token")
     add("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="draw from the fewest with this probability")
     add("--seed", type=int, default=1)
     args = parser.parse_args()
+    check_arguments(args)
     prompts = [prompt for prompt in args.prompt or ["\n"] for _ in range(args.samples)]
-    check_arguments(args, prompts)
 
     device = pick_device(args.device)
     model, config, trained_on = load(args.run, device, plain=args.plain)
@@ -213,37 +220,50 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = args.temperature, args.top_k, args.top_p, generator
     ids = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
-    write(prompts, generate(model, ids, args.tokens, partitioners, *choice), vocabulary)
+    generated = generate(model, ids, args.tokens, partitioners, *choice)
+    write(prompts, generated, vocabulary, args.stop)
 
 
-def check_arguments(args, prompts):
+def check_arguments(args):
     """Raises InputError."""
-    if not all(prompts):
-        raise InputError("the prompt is empty; give at least one character")
+    if "" in (args.prompt or ()) or args.stop == "":
+        raise InputError("--prompt and --stop must have at least one character")
     numbers = args.temperature, args.top_k, args.tokens, args.seed
     if not all(0 <= n for n in numbers) or args.temperature == math.inf or args.seed >= 2**63:
         raise InputError("--temperature, --top-k, --tokens and --seed take numbers of 0 or more")
-    if args.samples < 1 or not 0 < args.top_p <= 1:
-        raise InputError("--samples must be at least 1, --top-p above 0 and at most 1")
+    if not 1 <= args.samples <= 1000 or not 0 < args.top_p <= 1:
+        raise InputError("--samples must be in 1 ... 1000, and --top-p above 0 and at most 1")
 
 
-def write(texts, generated, vocabulary):
+def write(texts, generated, vocabulary, stop=None):
     """Print the texts and what is generated after them: the first as it grows, the others at the
-    end. generated: yields a token id per text."""
-    texts = list(texts)
+    end. generated: yields a token id per text. A text ends where `stop` would be written; the rest
+    of what is generated after it is dropped."""
     # a character may take several tokens
     utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]
+    written, ended, printed = [""] * len(texts), [False] * len(texts), 0
     print(texts[0], end="", flush=True)
     for tokens in generated:
         for i, token in enumerate(tokens):
-            piece = utf8[i].decode(vocabulary[token])
-            texts[i] += piece
-            if i == 0:
-                print(piece, end="", flush=True)
-    ends = [decoder.decode(b"", final=True) for decoder in utf8]
-    print(ends[0])
-    for text, end in zip(texts[1:], ends[1:]):
-        print(f"\n---\n{text}{end}")
+            if not ended[i]:
+                written[i] += utf8[i].decode(vocabulary[token])
+                if stop and stop in written[i]:
+                    written[i], ended[i] = written[i].partition(stop)[0], True
+        end = len(written[0]) - (0 if ended[0] else held_back(written[0], stop))
+        print(written[0][printed:end], end="", flush=True)
+        printed = end
+        if all(ended):
+            break
+    for i, decoder in enumerate(utf8):
+        written[i] += "" if ended[i] else decoder.decode(b"", final=True)
+    print(written[0][printed:])
+    for text, more in zip(texts[1:], written[1:]):
+        print(f"\n---\n{text}{more}")
+
+
+def held_back(text, stop):
+    """How many characters at the end of a text may be the beginning of `stop`: not yet printed."""
+    return max((n for n in range(1, len(stop or "")) if text.endswith(stop[:n])), default=0)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ report consists of table.md, table.json and four figures.
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import bisect
+import hashlib
 import itertools
 import math
 import os
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from locality import partition_text
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
-from report.sweep import read_results, write_report
+from report.sweep import canonical, read_results, read_runs, write_report
 from support.files import InputError, alone, run_script, write_text
 from support.machine import pick_device, stop_signals
 from support.settings import to_toml, usage
@@ -38,6 +39,7 @@ from support.weights import PRETRAINED
 from train import Config, read_config, read_values
 
 ROOT = Path(__file__).resolve().parent
+MAX_NAME = 200  # bytes; a disk allows 255 including the suffixes of files and temporary files
 
 # --------------------------------------------------------------------------------------------------
 # the cells
@@ -98,7 +100,11 @@ def name_of(cell, keys):
     words = []
     for key in sorted(keys, key=lambda key: order.get(key, 2)):
         words.append(f"{'' if order.get(key, 2) < 2 else key}{getattr(cell, key)}")
-    return "".join(c for c in ".".join(words) if c.isalnum() or c in "_.+-")
+    name = "".join(c for c in ".".join(words) if c.isalnum() or c in "_.+-")
+    if len(name.encode()) <= MAX_NAME:
+        return name
+    digits = hashlib.sha256(".".join(words).encode()).hexdigest()[:6]
+    return f"{name.encode()[:MAX_NAME].decode(errors='ignore')}-{digits}"
 
 
 def resolve(values, reference):
@@ -178,13 +184,14 @@ def check_folder(out):
 def check_same(cell, out):
     """Raises InputError if what ran in the folder `out` is not this cell, a Config."""
     if (out / "results.json").is_file():
-        results = read_results(out / "results.json")
+        results = read_results(out / "results.json", Config)
         before = results["config"]
         if results["source_sha256"] != prepare_cell(cell).meta["source_sha256"]:
             raise InputError(f"{out} was run on another text; delete it, or give another --out")
     else:
-        before = asdict(read_config([str(out / "config.toml")]))
-    changed = [key for key, value in asdict(cell).items() if before.get(key) != value]
+        before = canonical(asdict(read_config([str(out / "config.toml")])))
+    now = {**canonical(asdict(cell)), "out": before["out"]}  # the sweep may have been moved
+    changed = [key for key in now if before[key] != now[key]]
     if changed:
         raise InputError(
             f"{out} was run with another {', '.join(changed)}; delete it, or give another --out"
@@ -198,11 +205,11 @@ def run_cell(cell, threads, held, children, received):
     process while it runs. received: a list of signals; if it is not empty, the sweep has to stop.
     """
     out = Path(cell.out)
-    finished, begun = (out / "results.json").is_file(), (out / "last.pt").is_file()
     config, log = (out.with_name(out.name + end) for end in (".toml", ".log"))
-    command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     try:
+        finished, begun = (out / "results.json").is_file(), (out / "last.pt").is_file()
+        command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
         if finished or begun:
             check_same(cell, out)
         if finished:
@@ -271,6 +278,20 @@ def run(cells, jobs, held):
     return broken
 
 
+def report(out, broken, cells):
+    """Report on all finished cells in a folder, except for those in `broken`, {name: why}, to which
+    it adds those whose files are damaged. Raises InputError if there is none."""
+    runs, damaged = read_runs(out, Config, without=broken)
+    broken |= damaged
+    if runs:
+        write_report(out, runs)
+    elif not broken:
+        raise InputError(f"{out} holds no finished cell; run the sweep first")
+    others = {run["folder"].name for run in runs} - cells.keys()
+    if others and cells:
+        print(f"the table includes {len(others)} cells that this config does not name")
+
+
 def take_jobs(argv):
     """Take --jobs N out of a command line, a list. Returns N, or None. Raises InputError."""
     if "--jobs" not in argv:
@@ -302,13 +323,12 @@ def main():
         except KeyboardInterrupt:
             print("stopped; run the same command to continue", file=sys.stderr)
             raise
-    if only_report or len(broken) < len(cells):
-        write_report(out)
-        others = {path.parent.name for path in out.glob("*/results.json")} - cells.keys()
-        if others and not only_report:
-            print(f"the table includes {len(others)} cells that this config does not name")
-    for name, why in broken.items():
-        print(f"broken: {name}: {why}", file=sys.stderr)
+    try:
+        if only_report or len(broken) < len(cells):
+            report(out, broken, cells)
+    finally:
+        for name, why in broken.items():
+            print(f"broken: {name}: {why}", file=sys.stderr)
     sys.exit(1 if broken else 0)
 
 

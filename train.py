@@ -59,11 +59,11 @@ class Config(TextConfig):
     # model
     init_from: str = key("scratch", "scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path")
     block_size: int | None = key(
-        None, "context in tokens; none: that of init_from, from scratch 1024", at_least=1
+        None, "context in tokens; none: that of init_from, from scratch 1024", 1, below=10**7
     )
-    n_layer: int | None = key(None, "layers; none: as init_from, from scratch 12", at_least=1)
-    n_head: int | None = key(None, "heads; none: as init_from, from scratch 12", at_least=1)
-    n_embd: int | None = key(None, "width; none: as init_from, from scratch 768", at_least=1)
+    n_layer: int | None = key(None, "layers; none: as init_from, from scratch 12", 1, below=10**4)
+    n_head: int | None = key(None, "heads; none: as init_from, from scratch 12", 1, below=10**4)
+    n_embd: int | None = key(None, "width; none: as init_from, from scratch 768", 1, below=10**6)
     dropout: float = key(0.0, "share of activations dropped in training", at_least=0, below=1)
     # optimization: linear warm-up, cosine decay
     optimizer: str = key(
@@ -71,8 +71,8 @@ class Config(TextConfig):
         "adamw; or muon, for the matrices inside the layers (AdamW for the rest)",
         one_of=("adamw", "muon"),
     )
-    batch_size: int = key(8, "contexts per forward pass, of all processes together", at_least=1)
-    grad_accum: int = key(1, "forward passes per step", at_least=1)
+    batch_size: int = key(8, "contexts per forward pass, of all processes together", 1, below=10**6)
+    grad_accum: int = key(1, "forward passes per step", at_least=1, below=10**6)
     max_steps: int = key(1000, "steps in total", at_least=1)
     learning_rate: float = key(3e-4, "after the warm-up", at_least=0)
     min_lr: float = key(3e-5, "learning rate at max_steps", at_least=0)
@@ -111,6 +111,8 @@ class Config(TextConfig):
             )
         if self.n_embd and self.n_head and self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if str(Path(self.out)).startswith("-"):  # Path drops the ./ of ./-x
+            raise InputError(f"out must not begin with a dash, which marks a flag: {self.out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,10 +133,16 @@ def build_model(config, vocab_size, saved=None):
     if saved:
         model = GPT.from_state(saved, origin)
     elif config.init_from == "scratch":
+        gpt = GPTConfig(vocab_size, **options, **shape)
         try:
-            model = GPT(GPTConfig(vocab_size, **options, **shape))
+            torch.empty(12 * gpt.n_layer * gpt.n_embd**2)  # fails at once, not after many layers
+            model = GPT(gpt)
         except (RuntimeError, MemoryError, OverflowError):
-            raise InputError(f"a model of this shape does not fit in memory: {shape}") from None
+            raise InputError(
+                f"a model of {gpt.n_layer} layers, {gpt.n_embd} wide, for contexts of "
+                f"{gpt.block_size} tokens does not fit in memory; lower n_layer, n_embd or "
+                "block_size"
+            ) from None
     else:
         model = GPT.from_pretrained(config.init_from, config.block_size, **options)
         for name, value in shape.items():
@@ -458,11 +466,27 @@ def read_values(argv, more=()):
         raise InputError(
             f"{argv[0]} is a folder; give a config, a TOML file (or resume a run with --resume)"
         )
+    check_config_name(Path(argv[0]), "sweep.py" if more else "train.py")
     values = settings.read(Config, argv, more)
     out = values.get("out", "")
     if not isinstance(out, str):
         raise InputError(f"out must be a string, not {json.dumps(out, default=str)}")
     return {**values, "out": out or f"runs/{Path(argv[0]).stem}"}
+
+
+def check_config_name(path, script):
+    """Raises InputError for a checkpoint or a text in place of a config: an empty text, for one,
+    would be a config without a key. script: the one that was started."""
+    if path.suffix == ".pt":
+        command = shlex.join(["python", "train.py", str(path.parent), "--resume"])
+        raise InputError(f"{path} is a checkpoint, not a config; to resume its run: {command}")
+    if path.suffix != ".toml":
+        config = {"train.py": "configs/quickstart.toml", "sweep.py": "configs/sweep_mind.toml"}
+        command = shlex.join(["python", script, config[script], "--source", str(path)])
+        raise InputError(
+            f"{path} is not a config, which is a file whose name ends in .toml; if it is a text, "
+            f"name it after a config: {command}"
+        )
 
 
 def read_config(argv):

@@ -372,6 +372,7 @@ def main():
     data = measure(model, excerpt, vocabulary, text.foreign, dials, args.draws)
     data |= {"run": visible(args.run), "partition": config["partition"]}
     data |= {"max_lookback": config["max_lookback"], **provenance(device, config["seed"])}
+    data["command"] = visible(data["command"])
     write_text(out, fill(data))
     names = [name if name == "distributed" else f"{name} {floor:g}" for name, floor, _ in dials]
     print(f"{excerpt.shown}; {' and '.join(names)}")

@@ -44,7 +44,7 @@ from support.machine import pick_device, provenance
 from support.run import find_checkpoint
 from support.settings import check, key, nearest, usage
 from sweep import check_folder, prepare_cell, read_cells, run, take_jobs
-from train import read_values
+from train import Config, read_values
 
 
 @dataclass
@@ -178,7 +178,7 @@ def write_report(folder, subjects, contexts, study):
         summaries.append(faithful_report.summarize(measured, frames, study.eps))
         made.append(measured["made"])
     results = faithful_report.analyze(subjects, summaries, frames, asdict(study))
-    runs = [read_results(s.folder / "results.json") for s in subjects]
+    runs = [read_results(s.folder / "results.json", Config) for s in subjects]
     about = provenance(torch.device("cpu"), None)
     about["seeds"] = listed(s.seed for s in subjects)
     about |= {f"measured: {name}": listed(m[name] for m in made) for name in ("device", "commit")}

@@ -9,6 +9,8 @@ import base64
 import codecs
 import hashlib
 import json
+import re
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -23,12 +25,23 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 ENDS = ".,;:!?…—-\"')]”’"
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+# the names of letters, marks and symbols that nobody sees
+BLANK = re.compile(r"( FILLER| BLANK)$|VARIATION SELECTOR|GRAPHEME JOINER|VOWEL INHERENT")
 
 
 def label(token):
-    """A token (bytes) on its own: spaces and newlines as signs, parts of a character as \\xe2."""
-    text = visible(token.decode(errors="backslashreplace"))
-    return "".join(SIGNS.get(c, c) for c in text) or "(empty)"
+    """A token (bytes) on its own: spaces and newlines as signs, other characters that nobody sees
+    as, say, \\u200b, parts of a character as \\xe2, and an accent without a letter on a circle."""
+    shown = ""
+    for c in visible(token.decode(errors="backslashreplace")):
+        if c in SIGNS:
+            c = SIGNS[c]
+        elif unicodedata.category(c) in ("Zs", "Cf") or BLANK.search(unicodedata.name(c, "")):
+            c = c.encode("unicode_escape").decode()
+        elif not shown and unicodedata.category(c).startswith("M"):
+            c = f"◌{c}"
+        shown += c
+    return shown or "(empty)"
 
 
 def pieces_of(tokens):

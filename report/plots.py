@@ -1,11 +1,13 @@
 """All figures. Colors suit color-blind readers (Okabe & Ito); markers serve black and white."""
 
+import io
 import logging
+import os
 import warnings
 
 import numpy as np
 
-from support.files import InputError, replacing
+from support.files import InputError, replacing, visible
 
 # color and marker of each schedule, in the order in which they are shown
 STYLES = {
@@ -40,13 +42,13 @@ def layer_mean(results, key):
 
 
 def pyplot():
-    """matplotlib.pyplot, imported when the first figure is drawn."""
+    """matplotlib.pyplot, imported when the first figure is drawn. Raises InputError."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would log its font cache
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook sets one that is only there in the notebook
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as e:  # it is missing, or there is too little memory to map it
+        raise InputError(f"no figure was drawn: matplotlib could not be loaded ({e})") from None
     return plt
 
 
@@ -66,10 +68,13 @@ def save_figure(fig, *paths):
     """Save a figure at each path, completely or not at all, and close it. Raises InputError."""
     try:
         for path in paths:
-            with replacing(path) as temporary, warnings.catch_warnings():
+            drawn = io.BytesIO()  # if the disk is full, matplotlib would raise errors of its own
+            with warnings.catch_warnings():
                 # a character that the font lacks is drawn as a box
                 warnings.filterwarnings("ignore", "Glyph .* missing from font")
-                fig.savefig(temporary, dpi=130, format=path.suffix[1:])
+                fig.savefig(drawn, dpi=130, format=path.suffix[1:])
+            with replacing(path) as temporary:
+                temporary.write_bytes(drawn.getvalue())
     finally:
         pyplot().close(fig)
 
@@ -84,7 +89,10 @@ def bare(fig):
 def finish(fig, title, *paths):
     """Give a figure its title, save it at each path, and close it. Raises InputError."""
     bare(fig)
-    fig.suptitle(title, parse_math=False)
+    fig.suptitle(visible(title), parse_math=False)
+    for legend in filter(None, (ax.get_legend() for ax in fig.axes)):
+        for text in legend.get_texts():
+            text.set(text=visible(text.get_text()), parse_math=False)  # $ is no formula in a name
     save_figure(fig, *paths)
 
 
@@ -99,13 +107,12 @@ def draw_attention(maps, start, words, layers, path, title):
     block begins; words: {token: first words of the block that begins there}; layers: for each, a
     dict of measures (as `evaluate` returns them).
     """
-    from matplotlib.colors import PowerNorm
-
     fig, axes = panels(2, 2, 10, 8.6, height_ratios=(1.55, 1))
+    norm = pyplot().matplotlib.colors.PowerNorm(0.35, 0, 1)
     T, last = len(start), -np.inf
     for ax, layer in zip(axes[0], (0, len(layers) - 1)):
         shown = np.where(np.tri(T, dtype=bool), maps[layer], np.nan)
-        image = ax.imshow(shown, cmap="Blues", norm=PowerNorm(0.35, 0, 1), interpolation="nearest")
+        image = ax.imshow(shown, cmap="Blues", norm=norm, interpolation="nearest")
         edge = [*start - 0.5, start[-1] - 0.5]
         ax.step(edge, np.arange(T + 1) - 0.5, where="pre", color=EDGE, lw=1.3)
         dial = f"dial at {layers[layer]['locality']:.2f}"
@@ -116,7 +123,7 @@ def draw_attention(maps, start, words, layers, path, title):
     font = {"size": 7, "va": "center", "color": EDGE, "parse_math": False}
     for token, text in sorted(words.items()):  # in the empty corner, next to the start of the block
         if 0 < token < 0.8 * T and token > last + 0.04 * T:
-            axes[0, 1].text(token + 0.02 * T, token, f"{text} …", in_layout=False, **font)
+            axes[0, 1].text(token + 0.02 * T, token, f"{visible(text)} …", in_layout=False, **font)
             last = token
     fig.colorbar(image, ax=axes[0], label="attention weight, mean over heads", shrink=0.9)
     draw_measures(*axes[1], layers)

@@ -62,7 +62,8 @@ def paired(first, second, resampled=None, ratio=False):
     first, second: {seed: value}. resampled: the same two dicts with (RESAMPLES,) values, one for
     each sample of `bootstrap_weights`. ratio: compare e to the power of the values.
     """
-    seeds, scale = sorted(first.keys() & second.keys()), math.exp if ratio else float
+    seeds = sorted(first.keys() & second.keys())
+    scale = (lambda x: math.exp(min(x, 700))) if ratio else float  # exp(710) is no float
     if not seeds:
         return None
     d = [first[seed] - second[seed] for seed in seeds]

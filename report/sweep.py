@@ -3,6 +3,9 @@
 import contextlib
 import json
 from collections import Counter
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,12 +13,18 @@ import torch
 from report.plots import draw_sweep, layer_mean, order
 from report.stats import bootstrap_weights, mean_interval, paired
 from report.tables import between, facts, listed, markdown, number, plus_minus, with_interval
-from support.files import InputError, write_json, write_text
+from support.files import InputError, fits, write_json, write_text
 from support.machine import provenance
 
 # what the report needs of results.json
-NUMBERS = "loss perplexity accuracy bits_per_byte tokens mean_lookback seed".split()
-WORDS = "date", "commit", "device", "torch"
+NUMBER, MEASURES = (int, float), "loss perplexity accuracy bits_per_byte tokens mean_lookback"
+SHAPE = dict.fromkeys(MEASURES.split(), NUMBER)
+SHAPE |= dict.fromkeys(("date", "commit", "device", "torch", "source_sha256"), str)
+SHAPE |= {"seed": int, "blocks": {"mean_lookback": NUMBER}, "reach": (None, {"median": NUMBER})}
+SHAPE |= {"layers": [{"locality": NUMBER, "fidelity": NUMBER, "entropy": NUMBER}]}
+SHAPE |= {"by_context": [[NUMBER]], "config": dict}
+# keys of a config that can name a path
+PATHS = "source", "data", "init_from"
 
 
 @contextlib.contextmanager
@@ -23,35 +32,88 @@ def undamaged(path, remedy):
     """Raises InputError if what is read inside is not what a run writes to the file `path`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise InputError(f"{path} is damaged; delete {remedy} and run the sweep again") from None
 
 
-def read_results(path):
-    """results.json of a run as a dict, and its `folder`. Raises InputError if it is damaged."""
-    with undamaged(path, path):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        layers, config, reach = results["layers"], results["config"], results["reach"]
-        numbers = [results["blocks"]["mean_lookback"], config["max_lookback"]]
-        numbers += [layer[key] for layer in layers for key in ("locality", "fidelity", "entropy")]
-        numbers += map(results.get, NUMBERS)
-        numbers += [] if reach is None else [reach["median"]]
-        words = [*map(results.get, WORDS), config["schedule"], config["partition"]]
-        sum(numbers), "".join([*words, config["init_from"]])  # a TypeError for anything else
-        if not layers or np.array(results["by_context"], float).shape[1:] != (2,):
+def parse(text):
+    """The JSON that a run has written. Raises ValueError for any other text, also if a number in it
+    is negative, other than by rounding, or not finite."""
+
+    def number(digits, kind=float):
+        if not -0.001 <= (value := kind(digits)) <= 1e305:  # exp(700) is the largest perplexity
             raise ValueError
-        return {**results, "folder": path.parent}
+        return value
+
+    whole = partial(number, kind=int)
+    return json.loads(text, parse_float=number, parse_int=whole, parse_constant=number)
+
+
+def read_results(path, config_class):
+    """results.json of a run as a dict, its `config` as `canonical` returns it, and its `folder`.
+    config_class: the dataclass of the config. Raises InputError if the file is damaged."""
+    with undamaged(path, path):
+        results = parse(path.read_text(encoding="utf-8"))
+        if not fits(results, SHAPE) or not fits(results["blocks"].get("forced", 0), NUMBER):
+            raise TypeError
+        config, layers, contexts = results["config"], results["layers"], results["by_context"]
+        whole = layers and config["n_layer"] in (None, len(layers)) and contexts
+        if not whole or not all(len(x) == 2 and x[1] > 0 for x in contexts):  # nats, tokens
+            raise ValueError
+        if asdict(config_class(**config)) != config or config["seed"] != results["seed"]:
+            raise ValueError
+        return {**results, "config": canonical(config), "folder": path.parent}
 
 
 def read_curve(path):
     """The validation losses in metrics.jsonl: a list of (step, nats per token). Raises InputError
     if there are none or the file is damaged."""
     with undamaged(path, path.parent):
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        curve = [(int(x["step"]), float(x["val_loss"])) for x in lines if "val_loss" in x]
-        if not curve:
+        lines = [parse(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if "val_loss" in line]
+        if not lines or not fits(lines, [{"step": int, "val_loss": NUMBER}]):
             raise ValueError
-        return curve
+        return [(line["step"], line["val_loss"]) for line in lines]
+
+
+def canonical(config):
+    """The config of a run, a dict, with paths below the working directory as relative paths and all
+    others as absolute ones, so that the same file has the same name in every run."""
+    return {**config, **{key: one_name(config[key]) for key in PATHS}}
+
+
+def one_name(source):
+    """A path, or a list of them, as `canonical` writes it; an address or "" as it is."""
+    if isinstance(source, list):
+        return [one_name(name) for name in source]
+    if not source or "://" in source:
+        return source
+    path, here = Path(source).resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def read_runs(folder, config_class, without=()):
+    """The finished cells of a sweep, except for the names in `without`: (runs, broken).
+
+    runs: a list of what `read_results` returns, each with its `curve` (see `read_curve`); broken:
+    {name: why} of the cells whose files are damaged, or that repeat another cell.
+    """
+    runs, broken, folders = [], {}, {}
+    for path in sorted(folder.glob("*/results.json")):
+        if path.parent.name in without:
+            continue
+        try:
+            run = read_results(path, config_class)
+            run["curve"] = read_curve(path.with_name("metrics.jsonl"))
+            config = str({**run["config"], "out": "", "data": ""})
+            if (first := folders.setdefault(config, path.parent)) != path.parent:
+                raise InputError(
+                    f"{path.parent} has the same config as {first}; delete one of them"
+                )
+            runs.append(run)
+        except InputError as e:
+            broken[path.parent.name] = f"error: {e}"
+    return runs, broken
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,18 +125,17 @@ MATCHED = "window", "block", "aligned"
 LOCAL = "schedule", "partition", "floor", "max_lookback", "anchor"
 
 
-def collect(folder):
-    """All finished cells of a sweep, in groups: (groups, the keys in which they differ).
+def collect(runs):
+    """The runs of a sweep, as `read_runs` returns them, in groups: (groups, the keys in which they
+    differ).
 
-    A group is a dict: runs (as `read_results` returns them), config, schedule, partition (without
-    its N), blocks and name (words that tell it from other groups), block_stats of the training
-    split, loss {seed: nats}, and vs_distributed, a comparison or None. Raises InputError.
+    A group is a dict: runs, config, schedule, partition (without its N), blocks and name (words
+    that tell it from other groups), block_stats of the training split, loss {seed: nats}, and
+    vs_distributed, a comparison or None.
     """
-    runs = [read_results(path) for path in sorted(folder.glob("*/results.json"))]
-    if not runs:
-        raise InputError(f"{folder} holds no finished cell; run the sweep first")
     configs, groups = [r["config"] for r in runs], {}
-    for config in configs:
+    for r, config in zip(runs, configs):
+        config["n_layer"] = len(r["layers"])  # the config need not say it
         if kind(config) in MATCHED:
             config["max_lookback"] = None  # it does not tell groups apart
     keys = [key for key in configs[0] if varies(key, configs)]
@@ -254,11 +315,11 @@ def report_text(groups, rows, about):
     return text + (markdown(pairs, cells) + f"\n{NOTE_P}\n" if rows else "") + facts(about)
 
 
-def write_report(folder):
-    """Write table.md, table.json and the figures of a sweep. Raises InputError."""
-    groups, keys = collect(folder)
+def write_report(folder, runs):
+    """Write table.md, table.json and the figures of a sweep. runs: what `read_runs` returned, at
+    least one. Raises InputError."""
+    groups, keys = collect(runs)
     rows = comparisons(groups, keys)
-    runs = [r for g in groups for r in g["runs"]]
     about = {"command": provenance(torch.device("cpu"), None)["command"]}
     about |= {key: listed(r[key] for r in runs) for key in ("commit", "device", "torch")}
     about["dates"] = " … ".join(sorted({r["date"][:10] for r in runs}))
@@ -267,9 +328,10 @@ def write_report(folder):
     about["test tokens"] = listed(f"{r['tokens']:,}" for r in runs)
     text, configurations = report_text(groups, rows, about), []
     for g in groups:
-        g["curves"] = [read_curve(r["folder"] / "metrics.jsonl") for r in g["runs"]]
+        g["curves"] = [r["curve"] for r in g["runs"]]
         kept = {key: g[key] for key in ("name", "vs_distributed", "config", "block_stats")}
-        runs = [{k: v for k, v in r.items() if k not in ("folder", "config")} for r in g["runs"]]
+        omitted = "folder", "config", "curve"
+        runs = [{k: v for k, v in r.items() if k not in omitted} for r in g["runs"]]
         configurations.append({**kept, "runs": runs})
     table = {"about": about, "configurations": configurations, "comparisons": rows}
     write_json(folder / "table.json", table)

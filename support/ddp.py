@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import os
+import signal
+import sys
 import time
 from typing import NamedTuple
 
@@ -11,6 +13,10 @@ from torch import distributed
 
 from support.files import InputError
 from support.machine import pick_device
+
+
+# how long processes wait for each other: to meet, and while the first one prepares the text
+MEETING, PREPARATION = datetime.timedelta(minutes=10), datetime.timedelta(hours=2)
 
 
 class Process(NamedTuple):
@@ -23,17 +29,61 @@ class Process(NamedTuple):
 
 def init(device_name, batch_size):
     """This Process, after it has met the others, if there are any, by NCCL (GPUs) or Gloo (CPUs).
-    Raises InputError if they cannot share batch_size contexts, or the device is not available."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    Raises InputError if they cannot meet, if they cannot share batch_size contexts, or if the
+    device is not available."""
+    rank, world_size, local_rank = read_ranks()
     if batch_size % world_size:
         raise InputError(f"batch_size ({batch_size}) must be divisible by {world_size} processes")
     if world_size > 1 and device_name in ("auto", "cuda") and torch.cuda.is_available():
-        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device_name = f"cuda:{local_rank}"
     device = pick_device(device_name)
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        meet("nccl" if device.type == "cuda" else "gloo", rank, world_size)
     return Process(device, rank, world_size)
+
+
+def read_ranks():
+    """(RANK, WORLD_SIZE, LOCAL_RANK), which torchrun sets; (0, 1, 0) without RANK, because job
+    systems set the other two for purposes of their own. Raises InputError."""
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    words = [os.environ.get(name, "0") for name in names]
+    if all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):
+        rank, world_size, local_rank = map(int, words)
+        if rank < world_size:
+            return rank, world_size, local_rank
+    given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+    raise InputError(
+        f"the environment numbers the processes in an impossible way ({given}); start several "
+        "processes with torchrun; for a single one, unset RANK"
+    )
+
+
+def meet(backend, rank, world_size):
+    """Wait for the other processes and connect to them. Raises InputError."""
+    address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    print(f"process {rank} of {world_size} waits for the others at {address}", file=sys.stderr)
+    # Python's handlers do not run while torch waits: let a signal end the process at once
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        if callable(handlers[number]):
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        store, *_ = next(distributed.rendezvous("env://", rank, world_size, timeout=MEETING))
+        store.set_timeout(MEETING)
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=PREPARATION
+        )
+    except (RuntimeError, ValueError) as e:  # errors of the network are RuntimeErrors
+        reason = str(e).partition("\n")[0]
+        raise InputError(
+            f"process {rank} of {world_size} could not meet the others at {address} ({reason}); "
+            "start all of them with torchrun; for a single one, unset RANK"
+        ) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def shut_down():

@@ -78,8 +78,9 @@ def missing_compiler(device):
         if not importlib.util.find_spec("triton"):
             return "the package triton"
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if any(shutil.which(shlex.split(name)[0]) for name in names if name.strip()):
-        return ""
+    with contextlib.suppress(ValueError):  # a quotation mark without its partner
+        if any(shutil.which(shlex.split(name)[0]) for name in names if name.strip()):
+            return ""
     return f"a compiler ({' or '.join(names)})"
 
 
@@ -122,7 +123,10 @@ def in_parallel(function, arguments):
                 result = queue.get(timeout=1)
             except Empty:
                 if any(child.exitcode for child in children):
-                    raise RuntimeError("a process that did part of the work was killed") from None
+                    raise InputError(
+                        "a process that did part of the work was killed, perhaps because memory "
+                        "was short; end other processes, and start the command again"
+                    ) from None
                 continue
             if isinstance(result, Exception):
                 raise result

@@ -1,8 +1,10 @@
 """Settings: a dataclass of `key` fields, filled from a TOML file and the command line, checked."""
 
+import contextlib
 import difflib
 import json
 import math
+import shlex
 import tomllib
 from dataclasses import asdict, field, fields
 from pathlib import Path
@@ -66,6 +68,9 @@ def read(kind, argv, more=()):
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:  # not TOML, not UTF-8, or too many open brackets
         raise InputError(f"{path}: not a TOML file: {e}") from None
+    if "sweep" in values and "sweep" not in more:
+        command = f"python sweep.py {shlex.quote(str(path))}"
+        raise InputError(f"{path} describes a sweep, not a run; run all its cells with: {command}")
     for name in values.keys() - {*known, *more}:
         raise InputError(f"{path}: unknown key {name}; the nearest is {nearest(name, known)}")
     return {**values, **read_flags(kind, argv[1:])}
@@ -96,10 +101,12 @@ def parse(text, kind):
     """A word of the command line as a TOML value, or the word itself if it is not one."""
     if kind is str or kind == str | list and not text.startswith("["):
         return text
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text  # `check` names what the value should have been
+    for number in (int, float) if kind in (int, int | None, float) else ():
+        with contextlib.suppress(ValueError):
+            return number(text)  # such as .5, which TOML does not allow
+    return text  # `check` names what the value should have been
 
 
 def to_toml(config):

@@ -1,8 +1,11 @@
 """What a run asks of the machine: large pages, and the fast arithmetic if there is one."""
 
 import contextlib
+import datetime
 import errno
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, TINY, flags
 from forks import children, started
+from support import ddp
 from support.files import InputError, out_of_memory
-from support.machine import compiles, fast_bfloat16, precision
+from support.machine import (
+    compiles,
+    fast_bfloat16,
+    in_parallel,
+    missing_compiler,
+    precision,
+)
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PAGES = """if True:
@@ -85,6 +95,101 @@ def test_what_torch_says_when_memory_is_short():
     assert out_of_memory(raised.value) and out_of_memory(torch.OutOfMemoryError("CUDA"))
     assert out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("a shape is wrong"))
     assert out_of_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+
+
+@pytest.mark.parametrize("compiler", ['g++ "x', "'", "''", " "])
+def test_a_compiler_whose_name_makes_no_sense_is_not_found(compiler, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    missing = missing_compiler(torch.device("cpu"))
+    assert missing.startswith("a compiler (") and compiler in missing
+
+
+def test_a_process_that_is_killed_while_it_shares_work_ends_the_others_in_one_line(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    def killed(n):
+        yield n
+        if n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+
+    with pytest.raises(InputError, match="part of the work was killed, .*; end other processes"):
+        list(in_parallel(killed, [(0,), (1,)]))
+
+
+def test_a_backend_of_a_notebook_does_not_end_a_run(tmp_path):
+    """matplotlib reads MPLBACKEND when it is first imported, so this needs a new process."""
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    few = {"max_steps": 1, "eval_contexts": 1, "out": "run", "source": ROOT / "data" / "sample.txt"}
+    command = [sys.executable, ROOT / "train.py", TINY, *flags(**few)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --------------------------------------------------------------------------------------------------
+# several processes
+
+IMPOSSIBLE = ["RANK=abc WORLD_SIZE=2", "RANK=5 WORLD_SIZE=1", "RANK=0", "RANK= WORLD_SIZE=2"]
+IMPOSSIBLE += ["RANK=-1 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=0", "RANK=0 WORLD_SIZE=1.5"]
+IMPOSSIBLE += [
+    "RANK=0 WORLD_SIZE=1 LOCAL_RANK=x",
+    "RANK=0 WORLD_SIZE=99999999999",
+    "RANK=0 WORLD_SIZE=²",
+]
+
+
+def set_ranks(monkeypatch, words):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for word in words.split():
+        monkeypatch.setenv(*word.split("="))
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_ranks_that_make_no_sense_are_refused(monkeypatch, words):
+    set_ranks(monkeypatch, words)
+    with pytest.raises(InputError, match="processes in an impossible way .*; start .* torchrun"):
+        ddp.init("cpu", 4)
+
+
+@pytest.mark.parametrize("words", ["WORLD_SIZE=2", "WORLD_SIZE=", "WORLD_SIZE=0 LOCAL_RANK=x"])
+def test_without_a_rank_there_is_one_process(monkeypatch, words):
+    set_ranks(monkeypatch, words)
+    assert ddp.init("cpu", 4) == (torch.device("cpu"), 0, 1)
+
+
+NOBODY = ["", "MASTER_ADDR=127.0.0.1", "MASTER_ADDR=127.0.0.1 MASTER_PORT=x"]
+NOBODY += [f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port}" for port in (99999, "FREE")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("words", NOBODY)
+def test_a_process_that_meets_nobody_says_where_it_waited(monkeypatch, capfd, words, rank):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words = words.replace("FREE", str(free.getsockname()[1]))
+    set_ranks(monkeypatch, f"RANK={rank} WORLD_SIZE=2 {words}")
+    monkeypatch.setattr(ddp, "MEETING", datetime.timedelta(seconds=1))
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(InputError, match=f"process {rank} of 2 could not meet the others at ") as e:
+        ddp.init("cpu", 4)
+    assert "\n" not in str(e.value) and "start all of them with torchrun" in str(e.value)
+    address = ":".join(word.partition("=")[2] for word in words.split())
+    assert f"process {rank} of 2 waits for the others at {address}" in capfd.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_ends_a_process_that_waits_for_the_others(tmp_path):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    words = ROOT / "train.py", TINY
+    with started(*words, cwd=tmp_path, environment=environment) as process:
+        output = tmp_path / "output.txt"
+        while not output.exists() or "waits for the others" not in output.read_text():
+            time.sleep(0.01)
+        process.terminate()
+        process.join(30)
+        assert process.exitcode == -signal.SIGTERM
 
 
 SHARES = """if True:

@@ -66,6 +66,34 @@ def test_labels_say_what_would_not_show():
     assert label("\u202e".encode()) == "\\u202e"
 
 
+# characters that a browser draws nothing for: Unicode's "default ignorable" ones, and a blank
+IGNORABLE = [0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164]
+IGNORABLE += [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0x2800]
+IGNORABLE += [
+    *range(0xFE00, 0xFE10),
+    0xFEFF,
+    0xFFA0,
+    *range(0xFFF0, 0xFFF9),
+    *range(0x1BCA0, 0x1BCA4),
+]
+IGNORABLE += [*range(0x1D173, 0x1D17B), *range(0xE0000, 0xE1000)]
+
+
+def test_no_label_is_invisible():
+    hidden = {chr(n) for n in IGNORABLE}
+    for n in range(0x110000):
+        c, kind = chr(n), unicodedata.category(chr(n))
+        if kind == "Cs" or kind in ("Lo", "Cn", "Co") and n % 100 and c not in hidden:
+            continue
+        for text in (c, f" {c}"):
+            shown = label(text.encode())
+            assert not hidden & set(shown), hex(n)
+            assert all(unicodedata.category(x)[0] not in "ZC" for x in shown), hex(n)
+            assert unicodedata.category(shown[0])[0] != "M", hex(n)
+    assert label("\u0301".encode()) == "◌\u0301" and label("e\u0301".encode()) == "e\u0301"
+    assert label("\xa0\u200d\u3000".encode()) == "\\xa0\\u200d\\u3000"
+
+
 def test_pack_keeps_numbers_to_half_a_step():
     rng = np.random.default_rng(0)
     many = {"a": (rng.random((3, 4)), 65535), "b": (rng.random(7), 255), "c": ([0, 300, 70000], 1)}

@@ -4,13 +4,23 @@ import itertools
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from report.plots import look
+from report.plots import draw_attention, draw_dials, look
 from report.stats import holm, mean_interval, paired, sign_flip_p
-from report.sweep import collect, comparisons, read_results, report_text, resampled_losses
+from report.sweep import (
+    canonical,
+    collect,
+    comparisons,
+    read_results,
+    read_runs,
+    report_text,
+    resampled_losses,
+)
 from report.tables import aligned, markdown, plus_minus, with_interval
 from support.files import InputError
 from train import Config
@@ -110,32 +120,118 @@ def test_every_series_has_a_marker_of_its_own():
     assert len({look(series, blocks)[0] for blocks in series}) == 14
 
 
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_figure_on_a_full_disk_is_one_line(tmp_path, file_size, suffix):
+    path = tmp_path / f"f.{suffix}"
+    row = {"schedule": "distributed", "ratio": 1, "layers": results_of()["layers"]}
+    file_size(1000)
+    with pytest.raises(InputError, match=f"f.{suffix}: could not be written"):
+        draw_dials([row], path, "title")
+    file_size(None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "$\\x$", "a\x00b\x1b\u202e", "語🧠"])
+def test_any_name_can_be_part_of_a_figure(tmp_path, name):
+    layer = {"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": 1}
+    maps, start = {0: np.eye(9)}, np.array([0, 0, 0, 3, 3, 3, 3, 3, 3])
+    draw_attention(maps, start, {3: name}, [layer], tmp_path / "f.svg", name)
+    draw_dials([{"schedule": name, "ratio": 1, "layers": [layer]}], tmp_path / "g.svg", name)
+    for path in tmp_path.iterdir():
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
 def results_of(**changes):
     """results.json of a run, as far as the report of a sweep reads it."""
     layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
     results = {"seed": 1, "layers": [layer], "by_context": [[1.0, 2]], "reach": None}
     results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens", "loss"), 1)
-    results |= dict.fromkeys(("date", "commit", "device", "torch"), "")
+    results |= dict.fromkeys(("date", "commit", "device", "torch", "source_sha256"), "")
     results |= {"mean_lookback": 1, "blocks": {"mean_lookback": 1, "forced": 0.125}}
     return {**results, "config": asdict(Config(schedule="localist")), **changes}
+
+
+def write_run(folder, metrics='{"step": 0, "val_loss": 1}', **changes):
+    """A finished cell of a sweep, as far as the report reads it."""
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results_of(**changes)))
+    (folder / "metrics.jsonl").write_text(metrics)
+
+
+WRONG = {"by_context": [None, [], [[1, 2], [3]], [["a", 1]], [[1, 0]], [[1, True]]]}
+WRONG |= {"blocks": [5, {}, {"mean_lookback": "1"}, {"mean_lookback": 1, "forced": "x"}]}
+WRONG |= {"reach": [{}, 3, {"median": None}], "seed": [2, 1.0, None]}
+WRONG |= {"layers": [[], [[]], {}, [{"locality": 1, "fidelity": 1, "entropy": None}]]}
+WRONG |= {"loss": ["1", None, True, math.nan, math.inf, -1, -1e308], "torch": [2]}
+WRONG |= {"config": [{}, [], {"schedule": "localist"}]}
+WRONG["config"] += [
+    {**results_of()["config"], **change}
+    for change in ({"schedule": 3}, {"floor": 2}, {"n_layer": 2}, {"source": None}, {"x": 1})
+]
 
 
 def test_damaged_results_are_named(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results_of()))
-    assert read_results(path) == {**results_of(), "folder": tmp_path}
-    wrong = {
-        "by_context": [None, [[1, 2], [3]], ["a"]],
-        "blocks": [5],
-        "reach": [{}],
-        "layers": [[]],
-    }
-    wrong |= {"loss": ["1"], "torch": [2], "config": [{}]}
-    texts = [json.dumps(results_of(**{key: x})) for key, values in wrong.items() for x in values]
-    for text in (*texts, "{", "[]", "[" * 10**5):
+    assert read_results(path, Config) == {**results_of(), "folder": tmp_path}
+    texts = [json.dumps(results_of(**{key: x})) for key, values in WRONG.items() for x in values]
+    lacking = [{k: v for k, v in results_of().items() if k != key} for key in results_of()]
+    texts += [json.dumps(results) for results in lacking]
+    for text in (*texts, texts[0].replace("1.0", "1e400"), "{", "[]", "[" * 10**5, "9" * 5000):
         path.write_text(text)
         with pytest.raises(InputError, match="results.json is damaged; delete .*results.json and"):
-            read_results(path)
+            read_results(path, Config)
+
+
+METRICS = ["{", "[]", "3", '["val_loss"]', '{"val_loss": 1}', '{"step": 1}', "[" * 10**5]
+METRICS += [f'{{"step": {step}, "val_loss": 1}}' for step in ("1e400", "1.5", '"1"', -1, "null")]
+METRICS += [f'{{"step": 1, "val_loss": {loss}}}' for loss in ("NaN", "1e400", -1, '"1"', "true")]
+
+
+@pytest.mark.parametrize("metrics", METRICS)
+def test_a_cell_with_damaged_metrics_is_named_and_the_others_are_read(tmp_path, metrics):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", metrics=metrics, seed=2, config=asdict(Config(seed=2)))
+    runs, broken = read_runs(tmp_path, Config)
+    assert [run["folder"].name for run in runs] == ["a"] and list(broken) == ["b"]
+    assert "metrics.jsonl is damaged; delete" in broken["b"]
+
+
+def test_a_copy_of_a_cell_is_not_counted_twice(tmp_path):
+    for name in "ab":
+        config = Config(schedule="localist", out=f"runs/{name}")
+        write_run(tmp_path / name, config=asdict(config))
+    runs, broken = read_runs(tmp_path, Config)
+    assert len(runs) == 1 and list(broken) == ["b"] and "the same config as" in broken["b"]
+    assert read_runs(tmp_path, Config, without={"a"})[1] == {}
+
+
+def test_runs_that_name_the_same_files_differently_are_one_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for seed, prefix in enumerate(("", "./", f"{tmp_path}/", f"{tmp_path}/link/")):
+        names = {"source": prefix + "a.txt", "init_from": prefix + "runs/base", "out": prefix + "x"}
+        config = Config(**names, seed=seed, data=prefix + "d", schedule="localist")
+        write_run(tmp_path / str(seed), seed=seed, config=asdict(config))
+    groups, keys = collect(read_runs(Path(), Config)[0])
+    assert keys == [] and [len(g["runs"]) for g in groups] == [4]
+    assert groups[0]["config"]["init_from"] == "runs/base"
+    for source in ("https://example.org/a//b", ["gutenberg:1", "gpt2"], "/elsewhere/book.txt"):
+        assert canonical({"source": source, "data": "", "init_from": "gpt2"})["source"] == source
+
+
+def test_runs_with_fewer_layers_than_the_others_are_a_group_of_their_own(tmp_path):
+    layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
+    for seed in (1, 2):
+        config = asdict(Config(schedule="localist", seed=seed))
+        write_run(tmp_path / str(seed), seed=seed, layers=[layer] * seed, config=config)
+    groups, keys = collect(read_runs(tmp_path, Config)[0])
+    assert keys == ["n_layer"] and [len(g["runs"]) for g in groups] == [1, 1]
+
+
+def test_a_loss_may_be_larger_than_e_to_its_power_can_be():
+    row = paired({1: 5000.0, 2: 4000.0}, {1: 1.0, 2: 2.0}, ratio=True)
+    assert row["ratio"] == row["high"] == math.exp(700) and row["low"] == 0
 
 
 def rows_of(text, column, value):
@@ -158,7 +254,8 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
     cells += [("block:129", 64, 150)]  # more than 5 % from all of them
     for number, (partition, mean, cap) in enumerate(cells):
         losses = np.random.default_rng(number).normal(10 * (1 + number), 3, 25)
-        results = results_of(
+        write_run(
+            tmp_path / str(number),
             config=asdict(Config(partition=partition, schedule="localist", max_lookback=cap)),
             loss=1 + number,
             blocks={"mean_lookback": mean, "forced": 0.125},
@@ -166,9 +263,7 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
             reach={"median": 77.0, "most": 99},
             by_context=[(nats, 10) for nats in losses],
         )
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "results.json").write_text(json.dumps(results))
-    groups, keys = collect(tmp_path)
+    groups, keys = collect(read_runs(tmp_path, Config)[0])
     pairs = comparisons(groups, keys)
     rows = [tuple(row[k].removeprefix("localist, ") for k in ("first", "second")) for row in pairs]
     same = [name + ", max_lookback 200" for name in ("shifted:400", "document", "semantic:closed")]

@@ -1,15 +1,20 @@
 """Generation: the key-value cache changes nothing, and tokens are drawn correctly. sample.py."""
 
+import io
+import math
+import random
+
 import pytest
 import tiktoken
 import torch
 
 import sample
-from conftest import prepared_folder
+from conftest import ROOT, prepared_folder
+from forks import started
 from locality import Partitioner, partition_text, schedule
 from model import GPT, GPTConfig
 from prepare_data import get_encoding, token_bytes
-from sample import KVCache, generate, sample_token
+from sample import KVCache, generate, sample_token, write
 from support.files import InputError
 from support.prepared import Prepared
 
@@ -140,6 +145,69 @@ def test_temperature_and_top_k_and_top_p_shape_the_draw():
     assert both.tolist() == [order[0], order[-1]]
 
 
+def test_the_most_likely_token_is_kept_however_small_top_p_is():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    logits[0] = 0  # all equally likely
+    tokens = sample_token(logits, top_p=1e-50)
+    assert (logits.take_along_dim(tokens[:, None], 1) == logits.amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_predictions_that_are_not_finite_are_refused(value, temperature):
+    logits = torch.zeros(2, 5)
+    logits[1] = value
+    with pytest.raises(InputError, match="the predictions of this model are not finite numbers"):
+        sample_token(logits, temperature)
+
+
+# --------------------------------------------------------------------------------------------------
+# what is written
+
+BYTES = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
+STOPS = ["aab", "a", "aa", "ab", "b", "é", "\n", "<|endoftext|>", "abaabab", "\ufffd", None]
+
+
+class Console(io.StringIO):
+    """What is printed, and all that was printed at each flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def flush(self):
+        self.seen.append(self.getvalue())
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_text_ends_before_the_first_place_where_stop_would_be_written(stop, monkeypatch):
+    rng = random.Random(0)
+    for _ in range(100):
+        pieces = [*"aaabb<", "é", "\n", "<|endoftext|>"]
+        rows = [[], []]
+        for row in rows:
+            for piece in rng.choices(pieces, k=rng.randrange(30)):
+                row += [256] if len(piece) > 9 else piece.encode()
+        n = max(map(len, rows))
+        rows = [row + [97] * (n - len(row)) for row in rows]
+        steps, console = iter(list(zip(*rows))), Console()
+        monkeypatch.setattr("sys.stdout", console)
+        write(["P", "Q"], steps, BYTES, stop)
+        texts = [b"".join(BYTES[t] for t in row).decode(errors="replace") for row in rows]
+        first, second = (t.partition(stop)[0] if stop else t for t in texts)
+        assert console.getvalue() == f"P{first}\n\n---\nQ{second}\n"
+        for before, after in zip(console.seen, console.seen[1:]):
+            assert after.startswith(before) and console.getvalue().startswith(after)
+        if stop and all(stop in text for text in texts):  # no more is generated than needed
+            ends = [
+                len((t.partition(stop)[0] + stop).replace("<|endoftext|>", "x").encode())
+                for t in texts
+            ]
+            assert len(list(steps)) == n - max(ends)
+        if stop is None:  # nothing waits, except for the rest of a character
+            assert len(console.seen[-1]) >= len(f"P{first}") - 1
+
+
 # --------------------------------------------------------------------------------------------------
 # the command line
 
@@ -159,6 +227,45 @@ def test_sample_writes_the_same_text_for_the_same_seed(run):
     _, b, _ = run("sample.py", "runs/tiny", "--prompt", "I", *likely)
     _, printed, _ = run(*mind, "--prompt", "I", "--samples", 2, *likely)
     assert printed == "\n---\n".join((a, a, b, b))
+
+
+def test_a_text_can_end_at_a_word(run):
+    words = "sample.py", "runs/tiny", "--prompt", "The mind ", "--tokens", 60, "--temperature", 0
+    status, text, _ = run(*words)
+    written = text.removeprefix("The mind ")
+    stop = written[9:12]
+    assert run(*words, "--stop", stop)[:2] == (0, f"The mind {written.partition(stop)[0]}\n")
+
+
+def test_weights_that_predict_no_numbers_are_refused_by_sampling(exported, run, tmp_path):
+    model = GPT.from_pretrained(exported)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1e30)
+    model.save_pretrained(tmp_path / "w")
+    for temperature in (0, 1):
+        status, _, error = run("sample.py", tmp_path / "w", "--temperature", temperature)
+        assert status == 2 and error.count("\n") == 1
+        assert "the predictions of this model are not finite numbers" in error
+
+
+ABSURD = ["--samples 0", f"--samples {10**19}", "--temperature nan", "--temperature inf"]
+ABSURD += ["--top-p nan", "--top-p 0", "--top-k -1", "--tokens -1", "--stop=", "--prompt="]
+
+
+@pytest.mark.parametrize("words", ABSURD)
+def test_absurd_arguments_are_refused_in_one_line(run, words):
+    status, printed, error = run("sample.py", "runs/tiny", *words.split())
+    assert (status, printed) == (2, "") and error.count("\n") == 1
+    assert words.partition("=")[0].split()[0] in error
+
+
+def test_a_prompt_may_contain_any_character(place):
+    words = "runs/tiny", "--prompt", "caf\udce9 \ud83e \x1b", "--tokens", 3
+    with started(ROOT / "sample.py", *words, cwd=place, output="sampled.txt") as process:
+        process.join(60)
+    assert process.exitcode == 0
+    assert (place / "sampled.txt").read_text().startswith("caf? ? \\x1b")
 
 
 @pytest.fixture

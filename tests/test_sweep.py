@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, script_here
+from conftest import TINY as TINY_CONFIG
 from forks import children, started
-from support.files import InputError
+from support.files import InputError, write_text
 from support.prepared import read_meta
 from support.settings import to_toml
 from sweep import read_cells, run_cell
@@ -106,6 +108,32 @@ def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, wo
         read_cells({**TINY, "sweep": sweep})
 
 
+def test_long_values_of_a_sweep_give_short_names_and_every_cell_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["\U00020000" * 40 + end for end in "ab"] + ["x" * 150]
+    for name in names:
+        shutil.copy(SAMPLE, name + ".txt")
+        Path(f"{name}-base").mkdir()
+    sources, bases = [name + ".txt" for name in names], [name + "-base" for name in names]
+    cells = read_cells({**TINY, "sweep": [{"source": sources, "init_from": bases}]})
+    assert len(cells) == 9
+    for name, cell in cells.items():
+        Path(cell.out).mkdir(parents=True)
+        write_text(Path(cell.out + ".toml"), "")  # a temporary file has an even longer name
+        assert Path(cell.out).name == name
+
+
+@pytest.mark.parametrize("out", ["-x", "./-x", "-x/y"])
+def test_a_folder_whose_name_looks_like_a_flag_is_refused(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    write_sweep("s.toml", {"seed": [1]})
+    for words in (["sweep.py", "s.toml"], ["train.py", TINY_CONFIG]):
+        assert script_here(*words, f"--out={out}") == 2
+        error = capsys.readouterr().err
+        assert "out must not begin with a dash" in error and error.count("\n") == 1
+    assert not Path("-x").exists()
+
+
 def test_every_sweep_in_the_folder_is_understood():
     paths = sorted((ROOT / "configs").glob("sweep_*.toml"))
     assert len(paths) > 1
@@ -173,15 +201,30 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     table = (folder / "table.md").read_text()
     assert "quintic" in table
     assert [sweep("--jobs", wrong)[0] for wrong in ("no", "0", "\u00b2")] == [2, 2, 2]
-    path = paths[0].with_name("metrics.jsonl")
-    whole = path.read_text()
-    for text in ("{", "[]", '{"val_loss": 1}', None):
-        path.unlink() if text is None else path.write_text(text)
-        status, error = sweep("--report")
-        assert status == 2
-        assert error.count("metrics.jsonl is damaged") == error.count("\n") == 1
-        assert (folder / "table.md").read_text() == table
-    path.write_text(whole)
+    first, second = paths[0].with_name("metrics.jsonl"), paths[1]
+    whole = first.read_text(), second.read_text()
+    first.unlink()
+    second.write_text("{")
+    with monkeypatch.context() as patch:
+        patch.setattr("report.sweep.draw_sweep", lambda *args: [])
+        for more in ([], ["--report"]):  # the others are in the table
+            status, error = sweep(*more)
+            assert status == 1 and error.count("is damaged; delete") == error.count("\n") == 2
+            assert "broken: distributed.seed1: error: sweep/distributed.seed1/metrics" in error
+            assert "broken: distributed.seed2: error: sweep/distributed.seed2/results" in error
+            rows = (folder / "table.md").read_text()
+            assert rows.count("| localist, semantic | 2 |") == 1 and "| distributed |" not in rows
+    first.write_text(whole[0])
+    second.write_text(whole[1])
+    (folder / "table.md").write_text(table)
+    absolute = [str(Path(name).absolute()) for name in ("sweep", "book.txt")]
+    shutil.move("sweep", "moved")  # the same cells under other names
+    Path("sweep").symlink_to("moved")
+    with monkeypatch.context() as patch:
+        patch.setattr("report.sweep.draw_sweep", lambda *args: [])
+        for out in (absolute[0], "moved"):
+            assert sweep("--out", out, "--source", absolute[1]) == (0, "")
+    (folder / "table.md").write_text(table)
     status, error = sweep("--max_steps", "7")  # nothing of it could be run: no new table
     assert status == 1 and "with another max_steps" in error
     assert (folder / "table.md").read_text() == table

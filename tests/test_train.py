@@ -401,6 +401,60 @@ def test_overrides_and_the_learning_rate():
     assert read_config([str(TINY), "--out", ""]).out == "runs/tiny"
 
 
+@pytest.mark.parametrize("word", [".5", "0.", "+.5", "5e-1", "0_0.5", "00.5", "0"])
+def test_numbers_of_the_command_line_need_not_look_like_toml(word):
+    assert read_config([str(TINY), f"--dropout={word}"]).dropout == float(word)
+    assert read_config([str(TINY), "--seed", "+1_0", "--n_layer", "03"]).n_layer == 3
+    for wrong in ("1.", "1e3", "", "x"):
+        with pytest.raises(InputError, match="seed must be a whole number"):
+            read_config([str(TINY), "--seed", wrong])
+
+
+HUGE = """batch_size=1152921504606846976 grad_accum=1000000000 n_layer=10000000 n_head=1000000000
+    n_embd=1000000000 block_size=1000000000"""
+
+
+@pytest.mark.parametrize("setting", HUGE.split())
+def test_a_number_that_no_machine_can_hold_is_refused_at_once(setting):
+    key, value = setting.split("=")
+    with pytest.raises(InputError, match=f"{key} must be below 10*, not {value}"):
+        Config(**{key: int(value)})
+
+
+@pytest.mark.parametrize("shape", [{"n_layer": 9999, "n_embd": 76800}, {"n_embd": 960000}])
+def test_a_model_that_is_far_too_large_is_refused_before_its_layers_are_built(shape, monkeypatch):
+    monkeypatch.setattr("model.Layer", None)
+    with pytest.raises(
+        InputError, match=f"a model of .* layers, {shape['n_embd']} wide, .* memory"
+    ):
+        build_model(Config(**shape), 256)
+
+
+def test_something_other_than_a_config_is_named_with_what_to_do(tmp_path, run):
+    book, empty, odd = (tmp_path / name for name in ("my book.txt", "empty", "odd.toml"))
+    book.write_text("It was a dark night.")
+    empty.write_text("")
+    odd.write_text('"a\\nb\\u001b[31m" = 3')
+    sweep = ROOT / "configs" / "sweep_smoke.toml"
+    quoted = shlex.quote(str(book))
+    for words, message in (
+        (
+            ["train.py", sweep],
+            f"a sweep, not a run; run all its cells with: python sweep.py {sweep}",
+        ),
+        (["train.py", book], f"python train.py configs/quickstart.toml --source {quoted}"),
+        (["sweep.py", book], f"python sweep.py configs/sweep_mind.toml --source {quoted}"),
+        (["train.py", empty], f"configs/quickstart.toml --source {empty}"),
+        (
+            ["train.py", "runs/tiny/best.pt"],
+            "to resume its run: python train.py runs/tiny --resume",
+        ),
+        (["train.py", odd], r"unknown key a\nb\x1b[31m; the nearest is"),
+    ):
+        status, _, error = run(*words)
+        assert status == 2 and error.count("\n") == 1 and message in error, error
+
+
 WRONG = """schedule=septic schedul=cubic floor=0 floor=1.5 floor=nan n_layer=two n_layer=2.5
     n_layer=0 learning_rate=inf dropout=1 compile=maybe dtype=float16 partition=window:x
     tokenizer=bpe tokenizer=gpt2:99 min_lookback=200 max_lookback=-1 dial=half anchor=1

@@ -1,5 +1,6 @@
 """The page shows what was measured, keeps text as text, and works in a browser, offline."""
 
+import json
 import math
 import random
 import re
@@ -27,7 +28,7 @@ from model import GPT, GPTConfig
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.blocks import block_moves, block_starts, liveliest
 from report.page import fill, label
-from support.files import InputError
+from support.files import TURNS, InputError
 from test_page import data_of
 from view import Excerpt, Text, cut, draw_foreign, find_words, given_text, influence
 from view import join_short, measure, own_text, two_dials
@@ -373,7 +374,7 @@ def test_the_size_of_a_page(layers, heads, most, monkeypatch):
 def hostile(place, tmp_path_factory):
     """A page of the hostile text, whose file has a hostile name: 192 tokens of bytes."""
     folder = tmp_path_factory.mktemp("hostile")
-    text, out = folder / "<img src=x>.txt", folder / "page.html"
+    text, out = folder / "<img src=x>\u202e.txt", folder / "page.html"
     text.write_text(HOSTILE, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -384,7 +385,9 @@ def hostile(place, tmp_path_factory):
 def test_a_hostile_text_is_data_and_nothing_else(hostile):
     html, empty = hostile.read_text(encoding="utf-8"), fill({})
     data, _ = data_of(html)
-    assert data["shown"].startswith("<img src=x>.txt, tokens 0 ")
+    assert data["shown"].startswith("<img src=x>\\u202e.txt, tokens 0 ")
+    assert "\\u202e" in data["command"]
+    assert not set(TURNS) & set(json.dumps(data, ensure_ascii=False))
     assert html.count("<script") == empty.count("<script") == 2
     assert html.count("</script") == 2 and "<img" not in html and "onerror" not in empty
     shown = "".join(data["text"])
