@@ -3,7 +3,7 @@
 import os
 import re
 
-CHUNK = 1 << 22  # bytes in memory at a time
+CHUNK = 1 << 18  # bytes in memory at a time
 OVERLAP = 1 << 12  # bytes, more than a MARK takes
 LICENSE = 40_000  # bytes; no header and no license is longer
 

@@ -15,7 +15,7 @@ from support.download import CACHE, download
 from support.files import InputError
 from support.gutenberg import books
 
-PIECE = 1 << 22  # bytes in memory at a time
+PIECE = 1 << 18  # bytes in memory at a time
 SIGNATURES = {  # how a file begins that is not a text; what it is, and what to do
     b"%PDF-": ("a PDF", "convert it to plain text first, for example with pdftotext"),
     b"PK\3\4": ("an EPUB, a Word document or a zip file", "export it as plain text, or unpack it"),
@@ -199,6 +199,7 @@ def decoded(path, update=lambda chunk: None):
         raise InputError("not a regular file")
     check_start(path)
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), True)
+    is_utf8 = False  # which no other text is by chance, except ASCII
     for at, chunk in chunks_of_books(path, update):
         if b"\0" in chunk:
             place = place_of(path, at + chunk.index(b"\0"))
@@ -209,7 +210,8 @@ def decoded(path, update=lambda chunk: None):
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as e:
             place = place_of(path, at + len(chunk) - len(e.object) + e.start)
-            raise not_utf8(e, place) from None
+            raise not_utf8(e, place, is_utf8) from None
+        is_utf8 = is_utf8 or not text.isascii()
         yield text.replace("\ufeff", "")
 
 
@@ -255,12 +257,13 @@ def place_of(path, at):
     return f"byte {at:,}, line {line:,}"
 
 
-def not_utf8(error, place):
-    """An InputError for a UnicodeDecodeError. place: of its byte, in words."""
+def not_utf8(error, place, is_utf8):
+    """An InputError for a UnicodeDecodeError. place: of its byte, in words; is_utf8: whether the
+    text before what was decoded is in UTF-8."""
     byte, text = error.object[error.start], error.object.decode(errors="replace")
     bad = text.count("\ufffd")
     good = len(text) - len(text.encode("ascii", "ignore")) - bad  # of more than one byte
-    if good > bad or error.reason == "unexpected end of data":
+    if is_utf8 or good > bad or error.reason == "unexpected end of data":
         return InputError(
             f"0x{byte:02x} at {place} is not UTF-8, as the rest is; replace or remove this byte"
         )
