@@ -4,7 +4,7 @@
     python eval.py runs/quickstart --schedule localist --figure localist.png  # turn the dial
     python eval.py runs/quickstart --partition block:64 --json block64.json   # with other blocks
     python eval.py runs/quickstart --dial-sweep --figure dials.png            # what each dial costs
-    python eval.py runs/quickstart --source my_book.txt --split train         # on another text
+    python eval.py runs/quickstart --source my_book.txt --split all           # on another text
     python eval.py gpt2 --source my_book.txt --dial-sweep --contexts 32       # GPT-2 as published
 
 Nothing is retrained: the weights stay as they are.
@@ -48,11 +48,12 @@ from prepare_data import (
 from report import plots
 from report.blocks import liveliest
 from report.tables import dial_table, measures_table
-from support.files import InputError, check_writable, run_script, write_json
+from support.files import InputError, check_writable, is_replaceable, run_script, write_json
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
+from support.published import is_export, tokenizer_by_size
 from support.run import find_checkpoint, is_run, read_checkpoint
-from support.weights import PRETRAINED
+from support.weights import find
 
 # --------------------------------------------------------------------------------------------------
 # a model from disk
@@ -66,7 +67,7 @@ def load(name, device="cpu", source=None, plain=False):
     or if `source` names another text. plain: use the code of the lesson, without fast/.
     Raises InputError for anything else, or a damaged checkpoint.
     """
-    if name in PRETRAINED or not is_run(name):
+    if not is_run(name):
         return load_published(name, device, source, plain)
     path = find_checkpoint(name)
     state = read_checkpoint(path)
@@ -76,6 +77,7 @@ def load(name, device="cpu", source=None, plain=False):
         model = GPT.from_state(state, path, plain=config["plain"])
         model.set_locality(schedule(config["schedule"], model.config.n_layer, config["floor"]))
         TextConfig.of(config)
+        config["seed"]
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: not a checkpoint of train.py") from None
     if model.config.vocab_size != vocabulary_size(config["tokenizer"]):
@@ -89,11 +91,17 @@ def load(name, device="cpu", source=None, plain=False):
 
 
 def load_published(name, device, source, plain):
-    """`load` for a GPT-2 that train.py has not trained. The size of its vocabulary decides the
-    tokenizer."""
-    model = GPT.from_pretrained(name, plain=plain)
+    """`load` for a GPT-2 that train.py has not trained: its tokens are GPT-2's, unless it is an
+    export of a run with another tokenizer. Raises InputError."""
+    path = find(name)
+    model = GPT.from_pretrained(path, plain=plain)
     size = model.config.vocab_size
-    tokenizer = {50257: "gpt2", 256: "bytes"}.get(size, f"gpt2:{size}")
+    tokenizer = tokenizer_by_size(size)
+    if tokenizer != "gpt2" and not is_export(path, size):
+        raise InputError(
+            f"{path} has {size:,} tokens and no vocabulary beside it; if it reads GPT-2's tokens, "
+            "put GPT-2's vocab.json and merges.txt there"
+        )
     try:
         check_tokenizer(tokenizer)
     except InputError:
@@ -357,7 +365,11 @@ def main():
     add_model_arguments(parser)
     add = parser.add_argument
     add("--source", help="another text, named as for prepare_data.py; weights need one")
-    add("--split", default="test", choices=SPLITS)
+    add(
+        "--split",
+        choices=(*SPLITS, "all"),
+        help="default: test; for weights that were never trained on a part of a text, all of it",
+    )
     add("--partition", help=f"other blocks: {partition_names()}")
     add("--dial-sweep", action="store_true", help="every schedule at four floors")
     add("--contexts", type=int, help="at most this many contexts, evenly spread (default: all)")
@@ -372,19 +384,23 @@ def main():
     model, config, trained_on = load(args.run, device, args.source, args.plain)
     name, floor = turn(model, config, args.schedule, args.floor)
     partition = args.partition or config["partition"]
-    split, vocabulary = read_text(config, trained_on, args.split, partition)
+    split = args.split or ("test" if is_run(args.run) else "all")
+    arrays, vocabulary = read_text(config, trained_on, split, partition)
     options = {"stride": args.stride, "batch_size": args.batch_size, "limit": args.contexts}
-    results = {"run": str(args.run), "source": config["source"], "split": args.split}
+    results = {"run": str(args.run), "source": config["source"], "split": split}
     results |= {"partition": partition, **provenance(device, config["seed"])}
     of = f" of {args.source}" if args.source else ""
-    title = f"{args.run}, {args.split} split{of}, {partition} blocks"
+    which = "whole text" if split == "all" else f"{split} split"
+    title = f"{args.run}, {which}{of}, {partition} blocks"
     if args.dial_sweep:
-        results["dials"] = rows = dial_sweep(model, split, vocabulary, **options)
+        results["dials"] = rows = dial_sweep(model, arrays, vocabulary, **options)
+        check_predictions(rows)
         print(f"{title}: the dial turned, nothing retrained ({rows[0]['tokens']:,} tokens)")
         print(dial_table(rows))
     else:
         results |= {"schedule": name, "floor": floor}
-        results |= evaluate(model, *split, vocabulary, **options)
+        results |= evaluate(model, *arrays, vocabulary, **options)
+        check_predictions([results])
         title = f"{title}: {name}, floor {floor:g}"
         print(f"{title}\n{measures_table(results)}")
     if args.json:
@@ -392,13 +408,17 @@ def main():
     if args.figure and args.dial_sweep:
         plots.draw_dials(rows, args.figure, title)
     elif args.figure:
-        figure(model, *split, vocabulary, results, args.figure, title)
+        figure(model, *arrays, vocabulary, results, args.figure, title)
 
 
 def check_arguments(args):
     """Raises InputError for what would otherwise fail only after the work is done."""
     for path in filter(None, (args.json, args.figure)):
         check_writable(path)
+    if args.json and not is_replaceable(args.json, "run"):
+        raise InputError(
+            f"--json {args.json}: give a new name that ends in .json, or a file of eval.py"
+        )
     if args.figure:
         plots.check_suffix(args.figure)
     if args.batch_size < 1 or args.contexts is not None and args.contexts < 1:
@@ -407,17 +427,23 @@ def check_arguments(args):
         raise InputError(
             "--dial-sweep goes through all schedules and floors; leave out --schedule and --floor"
         )
-    if not args.source and (args.run in PRETRAINED or not is_run(args.run)):
+    if not args.source and not is_run(args.run):
         raise InputError(
             f"{args.run} contains no checkpoint of a run; to measure other weights, name a text: "
             "--source my_book.txt"
         )
 
 
-def read_text(config, trained_on, split, partition):
-    """((tokens, lookback), vocabulary) of a split of a config's text.
+def check_predictions(rows):
+    """Raises InputError if a loss is not a finite number. rows: what `evaluate` returned."""
+    if not all(math.isfinite(row["loss"]) for row in rows):
+        raise InputError("the predictions of this model are not finite numbers")
 
-    partition: of another one than the config's, the blocks are found anew. Raises InputError.
+
+def read_text(config, trained_on, split, partition):
+    """((tokens, lookback), vocabulary) of a split of a config's text, or of all of it.
+
+    partition: if it is not the config's, the blocks are found anew. Raises InputError.
     """
     data = prepare(TextConfig.of(config), trained_on)
     tokens, lookback = data.split(split)

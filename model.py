@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from fast.attention import BlockMask, blended_attention, block_mask, flex_applies
 from fast.loss import head_loss
-from support import weights
+from support import published, weights
 from support.files import InputError
 from support.settings import check, key
 
@@ -284,7 +284,7 @@ class GPT(nn.Module):
     @classmethod
     def from_state(cls, state, path, block_size=None, **settings):
         """The same from the content of the file `path`, a dict."""
-        tensors, config = weights.unpack(state, path, block_size)
+        tensors, config = published.unpack(state, path, block_size)
         try:
             config = GPTConfig(**{**config, **settings})
         except (InputError, TypeError) as e:
@@ -292,7 +292,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: p.shape for name, p in model.state_dict().items()}
-        tensors = weights.fit(tensors, shapes, model.config.vocab_size, path)
+        tensors = published.fit(tensors, shapes, model.config.vocab_size, path)
         model.to_empty(device="cpu").load_state_dict(tensors)
         return model
 
@@ -303,4 +303,4 @@ class GPT(nn.Module):
         """
         state = self.state_dict()
         state["wte.weight"] = state["wte.weight"][: self.config.vocab_size]
-        weights.publish(state, self.config, folder)
+        published.publish(state, self.config, folder)

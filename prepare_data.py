@@ -188,11 +188,12 @@ def default_folder(text):
 def prepare(text, trained_on=None):
     """The Prepared folder of a TextConfig, built if it is missing or stale.
 
-    trained_on: what the checkpoint of a run says of its text; then the folder must be the same as
-    it was then. Raises InputError for a text that cannot be read, is too short, or has changed.
+    trained_on: what the checkpoint of a run says of its text. Then the tokens and blocks must be
+    the same as they were; and since a run may come from a stranger, nothing is downloaded, and
+    nothing written except under data/ of the working directory.
+    Raises InputError for a text that cannot be read, is too short, or has changed.
     """
-    folder = text.data or default_folder(text)
-    cwd = prepared.find_cwd(text.source, folder, trained_on) if trained_on else ""
+    folder, cwd, reason = Path(text.data or default_folder(text)), "", ""
     # the code counts, too: another partitioner finds other blocks. A schedule finds none.
     code = files.digest_code(
         [locality.__file__, sentences.__file__, evidence.__file__],
@@ -200,9 +201,17 @@ def prepare(text, trained_on=None):
     )
     recipe = {f.name: getattr(text, f.name) for f in fields(TextConfig) if f.name != "data"}
     recipe["code_sha256"] = code
-    data = prepared.open_or_build(Path(cwd, folder), recipe, cwd, partial(build, text))
+    if trained_on:
+        cwd = prepared.find_cwd(text.source, folder, trained_on)
+        own, expected = Path(cwd, folder), {**recipe, "source_sha256": trained_on["source_sha256"]}
+        reason = prepared.stale_because(own, expected)
+        folder = default_folder(text) if reason else own
+    make = partial(build, text)
+    data = prepared.open_or_build(folder, recipe, cwd, make, fetch=not trained_on)
     if trained_on:
         prepared.check_identity(data, trained_on)
+    if reason and own.exists() and own != folder:
+        print(f"using {folder}, because {own} is of no use: {reason}", file=sys.stderr)
     return data
 
 

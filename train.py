@@ -255,7 +255,7 @@ def train(run, config, model, compiled, optimizers, data, process):
     """
     device, world_size, T = process.device, process.world_size, model.config.block_size
     split, first_step = data.split("train"), run.step + 1
-    if not run.resuming:
+    if run.best_loss == math.inf:
         validate(run, config, model, data, process)
         run.save_last()
     progress = console.Progress(run, config, model, process)
@@ -405,11 +405,12 @@ def finish(run, config, model, data, process):
     results |= {"split": "test", "blocks": data.meta["splits"]["train"]}
     results["source_sha256"] = data.meta["source_sha256"]
     results |= evaluate(model, *split, vocabulary, batch_size=batch_size)
+    check_finite(run.step, test_loss=results["loss"])
     results |= {"val_loss": val_loss, "best_step": best_step, "steps": run.step}
     results["seconds"] = round(run.elapsed(), 1)
     results |= {**machine.provenance(process.device, config.seed), "config": asdict(config)}
-    write_json(run.folder / "results.json", results)
-    picture = run.folder / "attention.png"
+    write_json(run.path("results.json"), results)
+    picture = run.path("attention.png")
     title = f"{run.folder.name}: {config.schedule}, {config.partition} blocks, test split"
     figure(model, *split, vocabulary, results, picture, title)
     print(

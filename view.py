@@ -27,14 +27,13 @@ from eval import add_model_arguments, attention_maps, entropy_of, fidelity_of, l
 from locality import CHUNK, Partitioner, schedule
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.blocks import liveliest
-from report.page import fill, label, pack, pieces_of, visible
-from support.files import InputError, check_writable, run_script, write_text
+from report.page import fill, is_page, label, pack, pieces_of
+from support.files import InputError, check_writable, run_script, visible, write_text
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
 from support.run import is_run
 from support.sentences import first_bytes
 from support.sources import pieces
-from support.weights import PRETRAINED
 
 TOKENS, MOST = 512, 4096  # tokens on a page: the default, the maximum
 LIKELIEST = 10  # next tokens that are shown
@@ -381,11 +380,13 @@ def main():
 
 def check_arguments(args):
     """The Path of the page. Raises InputError for what would otherwise fail only later."""
-    run = args.run not in PRETRAINED and is_run(args.run)
+    run = is_run(args.run)
     out = args.out or Path(args.run if run else "", "page.html")
     if out.suffix != ".html":  # so that no text and no weights are overwritten
         raise InputError(f"{out}: the name of a page must end in .html")
     check_writable(out)
+    if out.exists() and not is_page(out):
+        raise InputError(f"{out} is not a page of view.py; give another --out")
     other = args.text or args.prompt is not None
     if args.text and args.prompt is not None:
         raise InputError("give --text or --prompt, not both")

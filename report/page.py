@@ -9,31 +9,20 @@ import base64
 import codecs
 import hashlib
 import json
-import unicodedata
 import zlib
 from pathlib import Path
 
 import numpy as np
+
+from support.files import visible
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 # --------------------------------------------------------------------------------------------------
 # text
 
-# characters that change the direction of the text after them
-TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 ENDS = ".,;:!?…—-\"')]”’"
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
-
-
-def visible(text):
-    """The text with each character that is invisible or changes the direction as, say, \\u202e."""
-    hidden = {
-        c
-        for c in set(text) - {"\n", "\t"}
-        if c in TURNS or unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cn", "Co")
-    }
-    return "".join(c.encode("unicode_escape").decode() if c in hidden else c for c in text)
 
 
 def label(token):
@@ -84,6 +73,13 @@ def pack(arrays):
         at += len(stored[-1])
     numbers = base64.b64encode(zlib.compress(b"".join(stored), 9)).decode()
     return {"arrays": places, "numbers": numbers}
+
+
+def is_page(path):
+    """Whether a file is a page that `fill` made, as far as its beginning tells."""
+    beginning = TEMPLATE.read_text(encoding="utf-8").partition("@HASHES@")[0].encode()
+    with open(path, "rb") as f:
+        return f.read(len(beginning)) == beginning
 
 
 def fill(data):

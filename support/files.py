@@ -1,4 +1,8 @@
-"""User errors, the one way to write a file, locks, digests, and how a script starts and ends."""
+"""User errors, the one way to write a file, locks, digests, and how a script starts and ends.
+
+Text that comes from a file, a server or a model can contain anything. It reaches a terminal only
+through `Terminal`, a message only through `visible`; a value from a file has to pass `fits`.
+"""
 
 import ast
 import contextlib
@@ -11,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -26,10 +31,13 @@ class InputError(ValueError):
 
 
 def run_script(main):
-    """Call main(). A user's mistake ends in one line and status 2, signal n, for which main raises
-    KeyboardInterrupt(n), in status 128 + n."""
+    """Call main(). A user's mistake ends in one line and status 2; SIGINT, SIGTERM and SIGHUP raise
+    KeyboardInterrupt(number) in main and end in status 128 + number."""
     sys.stdout = steady(sys.stdout, sys.__stdout__)
     sys.stderr = steady(sys.stderr, sys.__stderr__)
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, interrupt)
     try:
         main()
         sys.stdout.flush()
@@ -38,19 +46,26 @@ def run_script(main):
     except (InputError, OSError, RuntimeError, MemoryError) as e:
         if out_of_memory(e):
             e = "out of memory; end other processes, do less at a time, or use another device"
+        elif "can't start new thread" in str(e):
+            e = "the system allows no more threads; end other processes, or raise ulimit -u"
         elif not isinstance(e, (InputError, OSError)):
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {visible(str(e), kept='')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch may be slow to end; allow a second one
         sys.exit(128 + next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
 
 
+def interrupt(number, frame):
+    """The signal handler that ends a script like Ctrl-C, so that temporary files are removed."""
+    raise KeyboardInterrupt(number)
+
+
 def out_of_memory(error):
     """Whether an exception of torch or of Python means that memory is short."""
     short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return short or "can't allocate memory" in str(error)  # the words of torch on a CPU
+    return short or "allocate memory" in str(error)  # torch on a CPU, and the system itself
 
 
 class Steady(io.FileIO):
@@ -68,7 +83,7 @@ class Steady(io.FileIO):
 
 
 def steady(stream, original):
-    """Standard output or error as a stream on which no print fails, even if it is closed (>&-) or
+    """Standard output or error as a Terminal on which no print fails, even if it is closed (>&-) or
     full, or lacks a character (printed as "?") or a reader (| head -1). Others are unchanged."""
     if stream is None:
         return open(os.devnull, "w")
@@ -81,7 +96,61 @@ def steady(stream, original):
     raw = Steady(raw.fileno(), "w", closefd=False)
     lines, through = stream.line_buffering, stream.write_through
     buffer = raw if through else io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffer, stream.encoding, "replace", None, lines, through)
+    return Terminal(buffer, stream.encoding, "replace", None, lines, through)
+
+
+class Terminal(io.TextIOWrapper):
+    """A text stream that writes control characters as, say, \\x1b: a text, a file name or a model
+    cannot set the title of a terminal, move its cursor or erase what it shows.
+
+    Tabs, newlines, and what a progress bar of tqdm begins a write with, are passed on.
+    """
+
+    progress_or_control = re.compile(r"\A\r|\A(?:\x1b\[A)+\Z|([\x00-\x08\x0b-\x1f\x7f-\x9f])")
+
+    def write(self, text):
+        escaped = self.progress_or_control.sub(lambda m: repr(m[0])[1:-1] if m[1] else m[0], text)
+        super().write(escaped)
+        return len(text)
+
+
+# characters that change the direction of the text after them
+TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def visible(text, kept="\n\t"):
+    """The text with each character that is invisible or changes the direction as, say, \\u202e,
+    except for the characters `kept`. Without newlines, it stays on one line."""
+    hidden = {
+        c
+        for c in set(text) - set(kept)
+        if c in TURNS or unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cn", "Co", "Cs")
+    }
+    return "".join(c.encode("unicode_escape").decode() if c in hidden else c for c in text)
+
+
+def fits(value, shape):
+    """Whether a value that was read from a file has the types that `shape` says.
+
+    shape: a type; None; a tuple of alternatives; [shape] for a list of any length; {key: shape} for
+    a dict with these keys and perhaps others; {str: shape} for a dict with any strings as keys. A
+    bool is no number.
+    """
+    if isinstance(shape, tuple):
+        return any(fits(value, alternative) for alternative in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
+    if isinstance(shape, dict) and str in shape:
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and fits(v, shape[str]) for k, v in value.items()
+        )
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            key in value and fits(value[key], kind) for key, kind in shape.items()
+        )
+    if shape is None:
+        return value is None
+    return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
 
 
 @contextlib.contextmanager
@@ -104,6 +173,8 @@ def replacing(path):
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with writing(path):
+            temporary.unlink(missing_ok=True)
+            temporary.touch(exist_ok=False)  # so that no symlink of that name is followed
             yield temporary
             with open(temporary, "r+b") as f:
                 os.fsync(f.fileno())
@@ -125,8 +196,19 @@ def write_json(path, value):
 
 def check_writable(path):
     """Raises InputError if no file can be written at `path`, a Path: before the work is done."""
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"{path}: a file cannot be written there")
+    too_long = len(os.fsencode(path.name)) > 230  # a temporary name is longer
+    if too_long or path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: a file of this name cannot be written there")
+
+
+def is_replaceable(path, key):
+    """Whether `path`, a Path that ends in .json, is free, or a file of the script that is about to
+    write it: a JSON object with this key."""
+    try:
+        known = not path.exists() or key in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        known = False
+    return known and path.suffix == ".json"
 
 
 def lock(file, wait=False):
@@ -212,10 +294,10 @@ def remove_stale(folder, pattern):
 
 
 def digest(files):
-    """sha256 over the content of the files, in order, as hex digits."""
+    """sha256 over the content of files, paths or open files, in order: hex digits."""
     total = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as f:
+    for file in files:
+        with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
             total.update(hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()
 

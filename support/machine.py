@@ -102,6 +102,7 @@ def in_parallel(function, arguments):
 
     def work(share):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         end = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # with the parent
         threading.Thread(target=end, daemon=True).start()
         try:

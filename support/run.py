@@ -10,6 +10,7 @@ A run folder contains
     diverged.json    only if the run diverged: the step, and which numbers were not finite
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -21,16 +22,25 @@ from pathlib import Path
 
 import torch
 
-from support.files import InputError, lock, write_json, write_text, writing
+from support.files import InputError, fits, lock, write_json, write_text, writing
+from support.prepared import is_identity
 from support.settings import to_toml
 from support.weights import CHECKPOINTS, first_file, load, save
 
-RESULTS = ("results.json", "attention.png", "diverged.json", "best.pt", "last.pt")
+RESULTS = ("results.json", "attention.png", "diverged.json", "page*.html", "best.pt", "last.pt")
+MADE = "# the config of a run of train.py\n"  # the first line of config.toml
 
-# A checkpoint is a dict of these and the model; last.pt has more. text: what it was trained on;
-# cwd: where relative paths start, in the file relative to the run folder.
-KEYS = {"step": int, "val_loss": float, "config": dict, "text": dict, "cwd": str}
-TEXT_KEYS = {"source_sha256": str, "files": dict, "background": (dict, type(None))}
+# What a checkpoint contains; last.pt has more. text: what Prepared.identity returned; cwd: where
+# relative paths start, in the file relative to the run folder.
+CHECKPOINT = {
+    "step": int,
+    "val_loss": float,
+    "config": {str: (str, int, float, bool, None, [str])},
+    "text": dict,
+    "cwd": str,
+    "model": {str: torch.Tensor},
+    "model_config": {str: (int, float, bool)},
+}
 # attributes of Run that are in last.pt
 COUNTS = {"step": int, "evals_since_best": int, "metrics_bytes": int}
 COUNTS |= {"val_loss": float, "best_loss": float, "seconds": float}
@@ -55,11 +65,10 @@ def read_checkpoint(path):
     Raises InputError for any other file."""
     state = load(path)
     try:
-        for types, values in ((KEYS, state), (TEXT_KEYS, state["text"])):
-            if not all(isinstance(values[key], kind) for key, kind in types.items()):
-                raise TypeError
+        if not (fits(state, CHECKPOINT) and is_identity(state["text"])):
+            raise TypeError
         cwd = (Path(path).parent.resolve() / state["cwd"]).resolve()
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OSError, RuntimeError):  # a path with NUL, or too long
         raise InputError(f"{path}: not a checkpoint of train.py") from None
     return {**state, "cwd": "" if cwd == Path.cwd() else str(cwd)}
 
@@ -84,11 +93,19 @@ def check_free(folder, overwrite=False):
     names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
     metrics = folder / "metrics.jsonl"
     n_lines = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-    begun = {"config.toml", metrics.name} <= names or names == {metrics.name} and not n_lines
-    if names and not begun:
-        raise InputError(f"{folder} is not empty and holds no run; give another --out")
-    if not overwrite and (n_lines > 1 or "last.pt" in names):
-        raise InputError(f"{folder} holds a run: --resume or --overwrite it, or give another --out")
+    begun = {"config.toml", metrics.name} <= names and is_ours(folder / "config.toml")
+    begun = begun or names == {metrics.name} and not n_lines
+    if names and not begun or any((folder / name).is_dir() for name in (*RESULTS, metrics.name)):
+        raise InputError(f"{folder} contains files that are not of a run; give another --out")
+    if not overwrite and (n_lines > 1 or names & {"last.pt", "results.json"}):
+        raise InputError(
+            f"{folder} contains a run: --resume or --overwrite it, or give another --out"
+        )
+
+
+def is_ours(config):
+    """Whether a run of train.py wrote this config.toml."""
+    return config.is_file() and config.read_text("utf-8", "replace").startswith(MADE)
 
 
 def check_resumable(folder):
@@ -115,6 +132,28 @@ def check_same_run(folder, config, may_change):
     done, limit = state["step"], config.max_steps
     if limit < done:
         raise InputError(f"{folder} has already run {done} steps; max_steps ({limit}) is smaller")
+    check_best(folder / "best.pt", state, may_change)
+
+
+def check_best(path, last, may_change):
+    """Raises InputError unless best.pt, if it is there, is a model of the run that saved `last`,
+    the content of last.pt, and the best one. A run that was killed may have saved a later one."""
+    if not path.exists():
+        return
+    advice = "restore the file, or delete it to let the best model from now on take its place"
+    try:
+        best = read_checkpoint(path)
+    except InputError as e:
+        raise InputError(f"{e}; {advice}") from None
+    configs = [{**x["config"], **dict.fromkeys(may_change)} for x in (best, last)]
+    later = best["step"] > last["step"]
+    if (
+        configs[0] != configs[1]
+        or best["text"] != last["text"]
+        or not later
+        and best["val_loss"] != last.get("best_loss")
+    ):
+        raise InputError(f"{path} is not the best model of this run; {advice}")
 
 
 def restore_optimizer(optimizer, saved, fresh):
@@ -161,6 +200,9 @@ class Run:
                 self.lock()
             self.saved = read_checkpoint(self.folder / "last.pt")
             self.last_saved = self.saved["step"]
+            if not (self.folder / "best.pt").exists():
+                self.saved["best_loss"] = math.inf
+                print(f"{self.folder}/best.pt is missing: it begins anew", file=sys.stderr)
         else:
             check_free(self.folder, self.overwrite)
         return self
@@ -177,16 +219,33 @@ class Run:
         try:
             lock(self.metrics)
         except BlockingIOError:
-            message = f"{self.folder}: another process is training here; give another --out"
-            raise InputError(message) from None
+            raise InputError(
+                f"{self.folder}: another process is training here; give another --out"
+            ) from None
         except OSError as e:
             print(f"{self.folder}: no lock ({e}); make sure only one run uses it", file=sys.stderr)
         for path in self.folder.glob("*.*.tmp"):  # left by a run that was killed while saving
-            path.unlink()
+            if not path.is_dir():
+                path.unlink()
+
+    def path(self, name):
+        """The path of a file in the folder. Raises InputError if the folder is no longer the one
+        that this run has locked: another run may be using its name by now."""
+        with contextlib.suppress(FileNotFoundError):
+            metrics = os.stat(self.folder / "metrics.jsonl")
+            if not self.metrics or os.path.samestat(os.fstat(self.metrics.fileno()), metrics):
+                return self.folder / name
+        raise InputError(
+            f"{self.folder} was moved, removed or replaced while this run was using it, so "
+            f"{name} was not written; if the folder still exists, resume the run from there"
+        )
 
     def begin(self, model, optimizers, config, text):
-        """Take over the folder: restore what was saved, or remove what an older run left. config: a
-        dataclass; text: a dict with TEXT_KEYS. Raises InputError if that is not possible."""
+        """Take over the folder: restore what was saved, or remove what an older run left.
+
+        config: a dataclass; text: what Prepared.identity returned. Raises InputError if that is
+        not possible.
+        """
         self.model, self.optimizers = model, optimizers
         self.device = next(model.parameters()).device
         cwd = self.saved["cwd"] if self.saved else ""
@@ -201,13 +260,19 @@ class Run:
             self.lock()
             check_free(self.folder, self.overwrite)  # another run may have used it meanwhile
             self.metrics.truncate(0)
-        for name in ("diverged.json",) if self.resuming else RESULTS:
-            (self.folder / name).unlink(missing_ok=True)
-        write_text(self.folder / "config.toml", to_toml(config))
-        if self.metrics.seek(0, os.SEEK_END) < self.metrics_bytes:
-            path = self.metrics.name
-            raise InputError(f"{path} is shorter than it was for last.pt; restore the whole file")
-        self.metrics.truncate(self.metrics_bytes)  # the lines after last.pt will come again
+        for pattern in ("diverged.json",) if self.resuming else RESULTS:
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        write_text(self.folder / "config.toml", MADE + to_toml(config))
+        length = self.metrics.seek(0, os.SEEK_END)
+        if 0 < length < self.metrics_bytes:
+            raise InputError(
+                f"{self.metrics.name} is shorter than it was for last.pt; restore the whole file, "
+                "or delete it to continue without its earlier lines"
+            )
+        if length < self.metrics_bytes:
+            print(f"{self.metrics.name} was missing: a new one begins here", file=sys.stderr)
+        self.metrics.truncate(min(length, self.metrics_bytes))  # the lines after last.pt come again
 
     def restore(self):
         """Restore what was saved, and set self.metrics_bytes, the length of metrics.jsonl then."""
@@ -247,7 +312,7 @@ class Run:
         self.evals_since_best += 1
         if val_loss < self.best_loss:
             self.best_loss, self.evals_since_best = val_loss, 0
-            save(self.checkpoint(), self.folder / "best.pt")
+            save(self.checkpoint(), self.path("best.pt"))
 
     def save_last(self):
         """Write last.pt, from which a run continues as if it had never stopped. Raises Diverged if
@@ -262,7 +327,7 @@ class Run:
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         state["rng"] = torch.get_rng_state()
         state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if cuda else None
-        save(state, self.folder / "last.pt")
+        save(state, self.path("last.pt"))
         self.last_saved = self.step
 
     def checkpoint(self):
@@ -278,7 +343,7 @@ class Run:
 
     def load_best(self):
         """Load the weights of best.pt into the model. Returns its (step, validation loss)."""
-        state = read_checkpoint(self.folder / "best.pt")
+        state = read_checkpoint(self.path("best.pt"))
         self.model.load_state_dict(state["model"])
         return state["step"], state["val_loss"]
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import stat
 from functools import partial
 from pathlib import Path
@@ -36,24 +37,25 @@ JSON = re.compile(  # an object, an array of objects, or at least two strings: p
 TEXT_TYPE = re.compile(r"text/(?!html$).*|(?:application|binary)/(?:octet-stream|binary)")
 
 
-def source_files(source, cwd=""):
+def source_files(source, cwd="", fetch=True):
     """The local text files that a source (a string or a list of strings) names, a list of Paths.
 
-    cwd: where relative paths start. Raises InputError for anything that names no text.
+    cwd: where relative paths start. fetch: whether to download what is not in the cache.
+    Raises InputError for anything that names no text.
     """
     if not isinstance(source, str):
-        return [path for one in source for path in source_files(one, cwd)]
+        return [path for one in source for path in source_files(one, cwd, fetch)]
     if not source or not source.isprintable():
         raise InputError(f"{source!r} does not name a source")
     if match := re.fullmatch("gutenberg:([0-9]{1,9})", source):
         mirror = os.environ.get("GUTENBERG_MIRROR", "https://www.gutenberg.org").rstrip("/")
         url = f"{mirror}/cache/epub/{match[1]}/pg{match[1]}.txt"
-        return [downloaded(source, url, f"gutenberg-{match[1]}.txt")]
+        return [downloaded(source, url, f"gutenberg-{match[1]}.txt", fetch)]
     if source.startswith("gutenberg:"):
         raise InputError(f"{source}: a Gutenberg source is gutenberg:NUMBER, like gutenberg:2529")
     if source.startswith(("http://", "https://")):
         digits = hashlib.sha256(source.encode()).hexdigest()[:16]
-        return [downloaded(source, source, f"{digits}.txt")]
+        return [downloaded(source, source, f"{digits}.txt", fetch)]
     path = Path(cwd, source)
     if path.is_file():
         return [path]
@@ -118,11 +120,18 @@ def outside_of_books(path):
 # the cache
 
 
-def downloaded(source, url, name):
+def downloaded(source, url, name, fetch=True):
     """The path of a text in the cache, as UTF-8, downloaded once. Raises InputError if it is not a
     text, or half a book of Project Gutenberg."""
     path = CACHE / "texts" / name
-    return path if path.exists() else download(url, path, check=partial(check_answer, source))
+    if path.exists():
+        return path
+    if not fetch:
+        raise InputError(
+            f"{source} is not in the cache; to download it, run: python prepare_data.py "
+            f"{shlex.quote(source)}"
+        )
+    return download(url, path, check=partial(check_answer, source))
 
 
 def check_answer(source, path, headers):
@@ -155,6 +164,8 @@ def to_utf8(path, charset):
         if not content.isascii():
             return  # no other text looks like UTF-8 by chance
     try:
+        if codecs.lookup(charset).name in ("idna", "punycode"):
+            raise LookupError  # they are for the names of hosts, and slow
         text = content.decode({"iso-8859-1": "windows-1252"}.get(charset, charset))
         path.write_bytes(text.encode())
     except (LookupError, ValueError):

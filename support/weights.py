@@ -1,22 +1,24 @@
 """Weights files in and out: checked, never executed.
 
 A file is torch's, or, if the package safetensors is installed, in that format. It contains a model
-saved by train.py, or GPT-2 in the published format. The four published sizes are downloaded.
+saved by train.py, or GPT-2 in the published format, in one file or in shards. The four published
+sizes are downloaded. What a file means is the job of published.py.
 """
 
+import importlib.util
 import json
 import os
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from support.download import CACHE, download
-from support.files import InputError, replacing, write_json
+from support.files import InputError, out_of_memory, replacing
 
 # pytorch_model.bin of each: its length in bytes, and its sha256 if we could verify one. For the
 # others, the hub is asked for its record of the file.
@@ -27,23 +29,65 @@ PRETRAINED = {
     "gpt2-xl": (6431878936, None),
 }
 CHECKPOINTS = ("best.pt", "last.pt")  # of a run, in order of preference
-# published weights store these as (in, out); nn.Linear wants (out, in)
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")  # an index lists shards
+TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+UNREADABLE = (".h5", ".msgpack", ".onnx", ".gguf", ".ckpt.index")  # TensorFlow, Flax and others
+# what a weights file may contain besides dicts, lists and tuples
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool}
+DTYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+MOST_VALUES, DEEPEST = 1 << 22, 32
+
+# --------------------------------------------------------------------------------------------------
+# which file
 
 
 def find(name_or_path):
-    """The path of a weights file: of a published size, in a folder or run, or the file itself.
-    Raises InputError if there is none."""
-    if name_or_path in PRETRAINED:
-        return download_gpt2(name_or_path)
+    """The path of a weights file, or of the index of its shards: the file itself, in a folder or
+    run, or of a published size. Raises InputError if there is none."""
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if file := first_file(path, (*CHECKPOINTS, "pytorch_model.bin", "model.safetensors")):
-        return file
     if path.is_dir():
-        raise InputError(f"{path}: no best.pt, pytorch_model.bin or model.safetensors in here")
+        return find_in(path)
+    if name_or_path in PRETRAINED:
+        return download_gpt2(name_or_path)
     raise InputError(f"{path}: no such file or folder, and not one of {', '.join(PRETRAINED)}")
+
+
+def find_in(folder):
+    """`find` in a folder. If it has both formats, the one that transformers reads is preferred, and
+    a message says so."""
+    if path := first_file(folder, CHECKPOINTS):
+        return path
+    safe, pickled = first_file(folder, SAFETENSORS), first_file(folder, TORCH)
+    if safe and pickled and importlib.util.find_spec("safetensors"):
+        print(f"{folder}: using {safe.name}, not {pickled.name}", file=sys.stderr)
+    elif safe and pickled:
+        print(
+            f"{folder}: using {pickled.name}, not {safe.name}, because the package safetensors is "
+            "not installed",
+            file=sys.stderr,
+        )
+        return pickled
+    if path := safe or pickled:
+        return path
+    names = sorted(path.name for path in folder.iterdir())
+    if adapters := [name for name in names if name.startswith("adapter_")]:
+        raise InputError(
+            f"{folder} contains an adapter ({adapters[0]}), not a model; merge it into its base "
+            "model and save that"
+        )
+    if steps := [int(name[11:]) for name in names if re.fullmatch("checkpoint-[1-9][0-9]*", name)]:
+        raise InputError(
+            f"{folder} contains training checkpoints, but no weights; give the newest checkpoint, "
+            f"{folder / f'checkpoint-{max(steps)}'}"
+        )
+    if others := [name for name in names if name.endswith(UNREADABLE)]:
+        raise InputError(
+            f"{folder}: the format of {others[0]} cannot be read; save the model as "
+            "model.safetensors or pytorch_model.bin"
+        )
+    raise InputError(f"{folder}: no best.pt, model.safetensors or pytorch_model.bin in here")
 
 
 def first_file(folder, names):
@@ -74,28 +118,29 @@ def download_gpt2(name):
         raise InputError(message) from None
 
 
+# --------------------------------------------------------------------------------------------------
+# reading a file
+
+
 def load(path):
     """The content of a weights file, a dict of tensors and plain values. Raises InputError.
 
-    Nothing in the file is executed. torch.save writes a checksum for every tensor, which torch.load
+    Nothing in the file is executed, and `check_content` has seen all of it. If `path` is the index
+    of shards, they are all read. torch.save writes a checksum for every tensor, which torch.load
     ignores; here it is checked, at 2 to 3 GB/s. safetensors and torch's old format have none.
     """
     path = Path(path)
+    if path.name.endswith(".index.json"):
+        return load_shards(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                # torch reads an entry with attributes, like a folder, as uninitialized memory
-                odd = [e.filename for e in archive.infolist() if e.external_attr or e.compress_type]
-                if damaged := odd[0] if odd else archive.testzip():
-                    raise InputError(f"{path}: damaged: {damaged} does not match its checksum")
-        with warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+        with open(path, "rb") as f:
+            begin = f.read(40)
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror})") from None
+    if begin.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a git-lfs pointer, not the weights; run git lfs pull")
+    try:
+        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     except ImportError:
         message = f"{path}: run 'pip install safetensors' to read it, or use pytorch_model.bin"
         raise InputError(message) from None
@@ -103,117 +148,119 @@ def load(path):
         message = f"{path}: refused: damaged, or not only plain weights; nothing in it was executed"
         raise InputError(message) from None
     except Exception as e:  # a damaged file can cause any error
+        if isinstance(e, InputError) or out_of_memory(e):
+            raise
         message = f"{path}: not a readable weights file ({type(e).__name__}): damaged or incomplete"
         raise InputError(message) from None
     if not isinstance(state, dict):
         raise InputError(f"{path}: not the weights of a model")
+    check_content(state, path)
     return state
+
+
+def read_safetensors(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def read_torch(path):
+    """torch.load without executing anything, and with the checksums of a zip file checked."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch reads an entry with attributes, like a folder, as uninitialized memory
+            odd = [e.filename for e in archive.infolist() if e.external_attr or e.compress_type]
+            if damaged := odd[0] if odd else archive.testzip():
+                raise InputError(f"{path}: damaged: {damaged!r} does not match its checksum")
+    with warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_content(state, path):
+    """Raises InputError unless this is all plain: dicts, lists and tuples of strings, numbers and
+    dense tensors on the CPU, not too many, not nested too deeply, and not larger than the file."""
+    level, count, size = [state], 0, 0
+    for _ in range(DEEPEST):
+        deeper = []
+        for value in level:
+            if isinstance(value, torch.Tensor):
+                check_tensor(value, path)
+                size += value.numel() * value.element_size()
+            elif is_container(value):
+                count += len(value)
+                if count > MOST_VALUES:
+                    raise InputError(f"{path} contains more than {MOST_VALUES:,} values")
+                deeper.extend(value.values() if isinstance(value, dict) else value)
+            elif not is_plain(value):
+                kind = type(value).__name__
+                raise InputError(f"{path} contains a {kind}, which does not belong in weights")
+        level = deeper
+    if level:
+        raise InputError(f"{path} contains values nested more than {DEEPEST} levels deep")
+    if size > 2 * path.stat().st_size:  # twice: the embedding and the output head may share memory
+        raise InputError(f"{path}: its tensors claim {size:,} bytes, more than are in the file")
+
+
+def is_container(value):
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) for key in value)
+    return isinstance(value, (list, tuple))
+
+
+def is_plain(value):
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**64
+    return value is None or isinstance(value, (str, float))
+
+
+def check_tensor(value, path):
+    """Raises InputError unless a tensor is dense and on the CPU and has one of DTYPES."""
+    dense = value.layout == torch.strided and not value.is_nested
+    if not dense or value.device.type != "cpu" or value.dtype not in DTYPES:
+        kind = f"{value.dtype}, {value.layout}, {value.device}"
+        raise InputError(f"{path} contains a tensor that is not plain numbers on a CPU ({kind})")
+
+
+def load_shards(index):
+    """The tensors of a model in several files. index: the path of a JSON file that names the file
+    of each. Raises InputError."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{index} is not an index of shards: it has no weight_map")
+    for file in files.values():
+        if not re.fullmatch(r"[\w-]+\.(bin|safetensors)", file):
+            raise InputError(f"{index} names {file!r}, which is not the name of a shard beside it")
+    shards = {file: load(index.with_name(file)) for file in sorted(set(files.values()))}
+    for name, file in files.items():
+        if name not in shards[file]:
+            raise InputError(f"{index.with_name(file)}: tensor {name!r} is missing")
+    return {name: shards[file][name] for name, file in files.items()}
+
+
+def read_json(path):
+    """The object in a JSON file, a dict, which is empty if there is no file. Raises InputError."""
+    try:
+        value = json.loads(read_text(path) or "{}")
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not contain a JSON object")
+    return value
+
+
+def read_text(path):
+    """The content of a text file, "" if there is no file. Raises InputError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror})") from None
+    except ValueError:
+        raise InputError(f"{path} is not UTF-8 text") from None
 
 
 def save(state, path):
     """torch.save, whole or not at all: `path` is always the old file or the new one. InputError."""
     with replacing(path) as temporary, open(temporary, "wb") as f:
         torch.save(state, f)
-
-
-def unpack(state, path, block_size=None):
-    """The tensors of a model by their names in nn.Module, and its settings, keys of GPTConfig.
-
-    state: the content of the file `path`: a checkpoint of train.py, or published weights.
-    block_size: how many of its positions to use, by default all of them.
-    Returns two dicts; `fit` checks the first, GPTConfig the second. Raises InputError if the file
-    has no GPT-2, or one with fewer positions.
-    """
-    try:
-        config = state.get("model_config")
-        tensors = state["model"] if config else state
-        tensors = {name.removeprefix("transformer."): v for name, v in tensors.items()}
-        if not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-            raise TypeError
-        wte, wpe = tensors["wte.weight"], tensors["wpe.weight"]
-        (n_rows, n_embd), (n_positions, _) = wte.shape, wpe.shape
-        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-        sizes = {"block_size": n_positions, "n_layer": n_layer, "n_embd": n_embd}
-        if config:  # wte may have more rows, which are padding
-            same = all(config[key] == size for key, size in sizes.items())
-            if not same or config["vocab_size"] > n_rows or config["n_head"] < 1:
-                raise ValueError
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
-        message = f"{path}: no GPT-2 in this file: tensors or sizes are missing or contradictory"
-        raise InputError(message) from None
-    if not config:
-        if not torch.equal(tensors.get("lm_head.weight", wte), wte):
-            raise InputError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 ties the two")
-        for name, v in tensors.items():
-            tensors[name] = v.t() if name.endswith(TRANSPOSED) and v.dim() == 2 else v
-        config = {**sizes, "vocab_size": n_rows, "n_head": read_n_head(path, n_embd)}
-    if block_size and block_size > n_positions:
-        raise InputError(f"{path} has {n_positions} positions, block_size {block_size} needs more")
-    return tensors, {**config, "block_size": block_size or n_positions}
-
-
-def read_n_head(path, n_embd):
-    """The number of heads, which the weights do not show: from the config.json beside them, or, for
-    a published width, of heads of 64. Raises InputError if that is missing or not of a GPT-2."""
-    beside = Path(path).with_name("config.json")
-    if not beside.is_file():
-        if n_embd not in (768, 1024, 1280, 1600):
-            raise InputError(f"{beside} is missing, which gives the number of heads")
-        return n_embd // 64
-    try:
-        config = json.loads(beside.read_text(encoding="utf-8"))
-        n_head = int(config["n_head"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise InputError(f"{beside} lacks n_head") from None
-    gpt2 = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None, 4 * n_embd)}
-    gpt2 |= {"layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,)}
-    gpt2 |= dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (False,))
-    for key, values in gpt2.items():
-        if key in config and config[key] not in values:
-            raise InputError(f"{beside} has {key} = {config[key]}; GPT-2 has {values[0]}")
-    return n_head
-
-
-def fit(tensors, shapes, vocab_size, path):
-    """The tensors of `unpack` as a state_dict for a model of these shapes, {name: shape}.
-
-    If the model has fewer positions, it gets the first rows of wpe.weight. The rows of wte.weight
-    after vocab_size, padding, become zeros. Raises InputError if a tensor is missing, has another
-    shape, or contains anything but finite numbers.
-    """
-    fitted = {}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise InputError(f"{path}: tensor {name} is missing: not a whole GPT-2")
-        v = tensors[name]
-        if name == "wpe.weight":
-            v = v[: shape[0]]
-        if name == "wte.weight" and len(v) in (vocab_size, shape[0]):
-            v = F.pad(v[:vocab_size], (0, 0, 0, shape[0] - vocab_size))
-        if v.shape != shape:
-            shape, actual = tuple(shape), tuple(tensors[name].shape)
-            raise InputError(f"{path}: tensor {name} has shape {actual}, expected {shape}")
-        if not v.is_floating_point() or not v.float().isfinite().all():
-            raise InputError(f"{path}: tensor {name} contains something other than finite numbers")
-        fitted[name] = v
-    return fitted
-
-
-def publish(state, config, folder):
-    """Write pytorch_model.bin and config.json, the published format, to `folder`, or raise
-    InputError. state: the tensors of the model by name, without padding; config: its GPTConfig."""
-    folder, tensors = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, v in state.items():
-        v = v.t() if name.endswith(TRANSPOSED) else v
-        tensors[f"transformer.{name}"] = v.detach().cpu().contiguous()
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    save(tensors, folder / "pytorch_model.bin")
-    shape = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    shape |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
-    shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    shape |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
-    shape |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    shape |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-    shape |= {"initializer_range": 0.02, "tie_word_embeddings": True}
-    write_json(folder / "config.json", shape)

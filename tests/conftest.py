@@ -167,7 +167,7 @@ def script_here(name, *args):
     A run of train.py ends with a figure and a sample of 300 bytes, which take longer than a short
     training. Here there is no figure and the sample is short; the run in `place` has both.
     """
-    on_interrupt = signal.getsignal(signal.SIGINT)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
         if name == "train.py":
@@ -184,7 +184,8 @@ def script_here(name, *args):
         except SystemExit as e:
             return e.code or 0
         finally:
-            signal.signal(signal.SIGINT, on_interrupt)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @pytest.fixture

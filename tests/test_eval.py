@@ -111,7 +111,11 @@ def test_exported_weights_are_measured_on_any_text_with_the_tokenizer_of_their_s
         export, (model, _, _) = folder / "export", load(folder)
         model.save_pretrained(export)
         expected, _, _ = measure(folder, *blocks)
-        results, _, error = measure(export, *source, *blocks, "--schedule", "quintic")
+        options = *source, *blocks, "--schedule", "quintic"
+        whole, _, _ = measure(export, *options)  # no part of the text was for training
+        text = folder.parent.parent / "short.txt"
+        assert whole["split"] == "all" and whole["bytes"] >= len(text.read_bytes()) - 20
+        results, _, error = measure(export, *options, "--split", "test")
         assert results["loss"] == expected["loss"]
         size = model.config.vocab_size
         assert error == f"{export} has {size} tokens; using the tokenizer {tokenizer}\n"
@@ -120,6 +124,30 @@ def test_exported_weights_are_measured_on_any_text_with_the_tokenizer_of_their_s
         (layer,) = results["layers"]
         assert layer["locality"] == locality <= layer["fidelity"] + 1e-6
         assert results["loss"] == pytest.approx(math.log(50257), abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "results.json", "config.toml", "new.txt"])
+def test_results_are_not_written_over_a_file_of_something_else(place, run, name):
+    path = place / "runs" / "tiny" / name
+    before = path.read_bytes() if path.exists() else None
+    status, _, error = run("eval.py", "runs/tiny", "--contexts", 1, "--json", path)
+    assert status == 2 and error.startswith("error: --json ") and error.count("\n") == 1
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_predictions_that_are_not_finite_are_one_line(run, tmp_path):
+    torch.manual_seed(0)
+    model = tiny(256, 32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1e30)
+    model.save_pretrained(tmp_path / "huge")
+    for more in ([], ["--dial-sweep"], ["--json", tmp_path / "r.json"]):
+        source = "--source", "data/sample.txt", "--contexts", 1
+        status, _, error = run("eval.py", tmp_path / "huge", *source, *more)
+        assert status == 2 and "predictions of this model are not finite" in error
+        assert error.count("error: ") == 1 and "Traceback" not in error
+    assert not (tmp_path / "r.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import pytest
 
 from conftest import ROOT
 from forks import started
-from support.files import InputError, alone
-from support.run import check_free
+from support.files import InputError, alone, fits, is_replaceable, visible, write_json
+from support.run import MADE, check_free
 
 PRINTS = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -53,6 +53,43 @@ def test_no_print_ends_a_script(end, tmp_path):
     expected = [] if ">&-" in end else [line]
     assert done.stdout.decode(code).splitlines()[:1] == expected
     assert done.stderr.decode(code).splitlines() == ([] if "2>" in end else expected)
+
+
+HOSTILE = "\x1b]0;title\x07 \x9b31m red \r over \x00 \x1b[A"
+
+
+def test_what_is_printed_never_controls_the_terminal(tmp_path):
+    """A text, a name or a model may contain control characters. tqdm's own still work."""
+    (tmp_path / "shows.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from support.files import InputError, run_script
+from tqdm import tqdm
+
+def main():
+    for stream in (sys.stdout, sys.stderr):
+        print({HOSTILE!r}, file=stream)
+    for i in tqdm(range(2)):
+        for j in tqdm(range(2), leave=False):
+            pass
+    raise InputError({HOSTILE!r} + "\\nanother line")
+
+run_script(main)
+""")
+    done = subprocess.run([sys.executable, "shows.py"], cwd=tmp_path, capture_output=True)
+    shown = rb"\x1b]0;title\x07 \x9b31m red \r over \x00 \x1b[A"
+    assert done.returncode == 2 and done.stdout == shown + b"\n"
+    first, *bars, last = done.stderr.split(b"\n")[:-1]
+    assert first == shown and last == b"error: " + shown + rb"\nanother line"
+    assert re.fullmatch(rb"[^\x00-\x1f\x7f]*", re.sub(rb"\r|\x1b\[A", b"", b"".join(bars)))
+    assert b"\x1b[A\r" in b"".join(bars)
+
+
+def test_visible_leaves_no_character_that_hides_breaks_the_line_or_turns_the_text():
+    every = "".join(map(chr, range(0x3000)))
+    assert visible(every, kept="").isprintable() or not re.search(
+        r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", visible(every, kept="")
+    )
+    assert visible("a\nb\tc é語 \udce9") == "a\nb\tc é語 \\udce9"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
@@ -149,7 +186,8 @@ def test_an_empty_folder_is_removed_with_the_parents_created_for_it(tmp_path):
         pass
 
 
-BEGUN = {"metrics.jsonl": "{}\n", "config.toml": ""}
+BEGUN = {"metrics.jsonl": "{}\n", "config.toml": MADE}
+OTHER = {"metrics.jsonl": '{"epoch": 1}\n', "config.toml": "mine = 1"}
 FOLDERS = [
     (None, True, True),
     ({}, True, True),
@@ -159,6 +197,10 @@ FOLDERS = [
     ({**BEGUN, "best.pt.7.tmp": ""}, True, True),
     ({**BEGUN, "last.pt": ""}, False, True),
     ({**BEGUN, "metrics.jsonl": "{}\n{}\n"}, False, True),
+    ({**BEGUN, "results.json": "{}"}, False, True),
+    (OTHER, False, False),  # the same names, written by another program
+    ({**OTHER, "best.pt": "", "results.json": "{}"}, False, False),
+    ({**BEGUN, "last.pt": None}, False, False),  # a folder
     ({"my.toml": "seed = 2"}, False, False),
     ({"config.toml": "", "model.py": ""}, False, False),
     ({"metrics.jsonl": "{}\n"}, False, False),  # of something else
@@ -174,11 +216,56 @@ def test_a_run_takes_only_a_free_folder_or_that_of_a_run(content, free, replacea
     elif content is not None:
         folder.mkdir()
         for name, text in content.items():
-            (folder / name).write_text(text)
+            (folder / name).mkdir() if text is None else (folder / name).write_text(text)
     refused = pytest.raises(InputError, match="give another --out")
     for allowed, overwrite in ((free, False), (replaceable, True)):
         with contextlib.nullcontext() if allowed else refused:
             check_free(folder, overwrite)
+
+
+def test_a_file_is_not_written_through_a_symlink_of_its_temporary_name(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    os.symlink(precious, tmp_path / f"x.json.{os.getpid()}.tmp")
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert precious.read_text() == "precious" and not (tmp_path / "x.json").is_symlink()
+    assert os.listdir(tmp_path) in (["x.json", "precious"], ["precious", "x.json"])
+
+
+FITS = [
+    (1, int, True),
+    (True, int, False),
+    (True, (bool, None), True),
+    (None, (int, None), True),
+    (1.5, (int, None), False),
+    ([1, 2], [int], True),
+    ([], [int], True),
+    ([1, "2"], [int], False),
+    ((1, 2), [int], False),
+    ({"a": 1, "b": "more"}, {"a": int}, True),
+    ({"b": 1}, {"a": int}, False),
+    ({"x": ["y"]}, {str: (str, [str])}, True),
+    ({1: "y"}, {str: str}, False),
+    ([("a", 1)], {"a": int}, False),
+    ({"a": {"b": [None]}}, {"a": {"b": [None]}}, True),
+]
+
+
+@pytest.mark.parametrize("value, shape, fit", FITS)
+def test_a_value_fits_the_types_of_a_shape(value, shape, fit):
+    assert fits(value, shape) == fit
+
+
+REPLACED = {"free.json": None, "ours.json": '{"run": "x"}'}
+KEPT = {"last.pt": None, "x.json": '{"a": 1}', "list.json": "[1]", "n.json": "3", "no.json": "run"}
+
+
+@pytest.mark.parametrize("name", [*REPLACED, *KEPT])
+def test_results_replace_only_results(name, tmp_path):
+    content = {**REPLACED, **KEPT}[name]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert is_replaceable(tmp_path / name, "run") == (name in REPLACED)
 
 
 def test_without_a_home_the_cache_is_in_the_working_directory(monkeypatch):

@@ -140,6 +140,7 @@ def mutated_object(value, rng):
         return value
     if isinstance(value, torch.Tensor) and rng.random() < 0.7:
         shapes = [value[:0], value.flatten(), value[None], torch.zeros(3, 5)]
+        shapes += [value.to("meta"), value.to_sparse(), value.new_zeros(1).expand(2**40)]
         dtypes = [value.double(), value.long(), value.to(torch.complex64), value.bool()]
         return rng.choice(shapes + dtypes)
     return rng.choice(VALUES)

@@ -9,7 +9,8 @@ import zlib
 
 import numpy as np
 
-from report.page import TURNS, fill, label, pack, pieces_of
+from report.page import fill, label, pack, pieces_of
+from support.files import TURNS
 
 
 def data_of(html):

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from forks import started
 from locality import Partitioner, partition_text
 from prepare_data import TextConfig, default_folder, encode, get_encoding, prepare, token_bytes
 from report import blocks
-from support import sentences, sources
+from support import files, sentences, sources
 from support.files import InputError
 from support.prepared import SPLITS, Prepared, read_meta
 from support.sources import pieces
@@ -409,6 +410,86 @@ def test_a_folder_with_other_files_is_left_unchanged(tmp_path):
     with pytest.raises(InputError, match="diary.txt"):
         prepared(data="mine")
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+@pytest.mark.parametrize("meta", [None, "{}", '{"vocab_size": 65}'])
+def test_train_bin_of_another_tool_is_not_overwritten(meta):
+    content = {"train.bin": "theirs", "val.bin": "theirs"} | ({"meta.json": meta} if meta else {})
+    os.mkdir("mine")
+    for name, text in content.items():
+        write(f"mine/{name}", text)
+    with pytest.raises(InputError, match="not prepared here"):
+        prepared(data="mine")
+    assert {name: Path("mine", name).read_text() for name in os.listdir("mine")} == content
+    prepared(data="ours")
+    for name in ("meta.json", "test.bin", "train.bin"):  # a folder of ours that lacks a file
+        os.unlink(f"ours/{name}")
+        assert text_of(prepared(data="ours")) == TEXT
+
+
+def test_what_was_checked_is_what_is_read(monkeypatch):
+    """Even if the folder is prepared anew from another text between the two."""
+    data, before, digest, opened = prepared(data="out"), read_meta("out"), files.digest, []
+
+    def digest_and_replace(paths):
+        result = digest(paths)
+        opened.extend(f for f in paths if hasattr(f, "read"))
+        if len(opened) == 2:  # the tokens and the lookback
+            monkeypatch.setattr(files, "digest", digest)
+            write("book.txt", TEXT[::-1])
+            prepared(data="out")
+        return result
+
+    monkeypatch.setattr(files, "digest", digest_and_replace)
+    tokens, _ = data.split("train")
+    assert read_meta("out")["files"] != before["files"]
+    assert tokens.astype(np.uint8).tobytes() == TEXT.encode()[: len(tokens)]
+    with pytest.raises(InputError, match="val.bin was changed, damaged or replaced"):
+        data.split("val")
+
+
+def test_a_preparation_in_another_container_keeps_its_working_folder():
+    """The numbers of its processes say nothing here; its lock does."""
+    with ThreadPoolExecutor(1) as pool:
+        with files.alone(Path("out")):
+            os.makedirs("out/.preparing-4194305")  # no process here has this number
+            waiting = pool.submit(prepared, data="out")
+            time.sleep(0.5)
+            assert os.listdir("out") == [".preparing-4194305"] and not waiting.done()
+        assert text_of(waiting.result()) == TEXT
+    assert len(os.listdir("out")) == 7
+
+
+def test_all_is_the_whole_text_in_order():
+    data = prepared()
+    tokens, lookback = data.split("all")
+    parts = [data.split(split) for split in SPLITS]
+    assert all(
+        (whole == np.concatenate(x)).all() for whole, x in zip((tokens, lookback), zip(*parts))
+    )
+    assert tokens.astype(np.uint8).tobytes().decode() == TEXT
+
+
+META = {
+    "files": [[1], {}, {"../x": "0"}, None],
+    "splits": [{}, [], {"train": {}}, {split: {"tokens": 0, "bytes": 0} for split in SPLITS}],
+    "source_sha256": [None, 3],
+    "background": [5, {"a": 1}, {"total": 1, "words": [1], "counts": []}],
+    "source": [[1], None, {}],
+    "tokenizer": [None, 3],
+}
+
+
+@pytest.mark.parametrize("key", META)
+def test_a_crafted_meta_json_is_rebuilt_even_if_it_is_sealed(key):
+    prepared(data="out")
+    for value in META[key]:
+        meta = {**read_meta("out"), key: value}
+        for crafted in (meta, {name: meta[name] for name in meta if name != key}):
+            write("out/meta.json", json.dumps(files.seal(crafted)))
+            with pytest.raises(InputError, match="not what prepare_data.py writes"):
+                Prepared("out")
+            assert text_of(prepared(data="out")) == TEXT
 
 
 def test_a_failure_removes_nothing_that_others_have_written(monkeypatch):

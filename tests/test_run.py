@@ -255,7 +255,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(
     assert status == 2 and "no last.pt to resume from; start the run again" in error
     assert run("train.py", TINY, *few, "--out", folder)[0] == 0
     status, _, error = run("train.py", TINY, *few, "--out", folder)
-    assert status == 2 and "holds a run" in error and one_line(error)
+    assert status == 2 and "contains a run" in error and one_line(error)
 
 
 def test_a_run_that_began_meanwhile_is_not_replaced(place, run, train, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_run_that_began_meanwhile_is_not_replaced(place, run, train, monkeypat
 
     monkeypatch.setattr(prepare_data, "prepare", other_run)
     status, _, error = run("train.py", TINY, "--out", out)
-    assert status == 2 and one_line(error) and "holds a run" in error, error
+    assert status == 2 and one_line(error) and "contains a run" in error, error
     assert_same_run(place / "runs" / "tiny", out)
 
 
@@ -302,6 +302,61 @@ def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made_or_without_its_me
     status, _, error = run("train.py", folder, "--resume", "--max_steps", 4)
     assert status == 2 and one_line(error) and "metrics.jsonl is shorter" in error
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
+    (folder / "metrics.jsonl").unlink()
+    (folder / "a.1.tmp").mkdir()  # nothing of a run
+    options = flags(max_steps=4, eval_interval=2, log_interval=1)
+    status, _, error = run("train.py", folder, "--resume", *options)
+    assert status == 0 and "metrics.jsonl was missing: a new one begins here" in error
+    assert [line["step"] for line in metrics_of(folder)] == [3, 4, 4]
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_whose_folder_was_moved_or_replaced_saves_nothing_there(
+    place, run, monkeypatch, other
+):
+    folder, kept = place / "runs" / f"moved-{other}", place / "runs" / f"kept-{other}"
+    isfinite = math.isfinite
+
+    def move(value):  # called for every step
+        if not kept.exists() and (folder / "last.pt").exists() and last_step(folder) == 20:
+            folder.rename(kept)
+            if other:  # another run has the name now
+                shutil.copytree(place / "runs" / "tiny", folder)
+        return isfinite(value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(math, "isfinite", move)
+        status, _, error = run("train.py", TINY, "--out", folder)
+    assert status == 2 and one_line(error)
+    assert f"{folder} was moved, removed or replaced while this run was using it" in error
+    assert last_step(kept) == 20 and folder.exists() == other
+    if other:
+        assert_same_run(place / "runs" / "tiny", folder)
+    assert run("train.py", kept, "--resume")[0] == 0
+    assert_same_run(place / "runs" / "tiny", kept)
+
+
+def test_a_run_is_resumed_only_with_its_own_best_model(train, run):
+    options = {"max_steps": 4, "eval_interval": 2, "warmup_steps": 30}
+    folder, other = train("mine", **options), train("theirs", **options, seed=2)
+    narrow, best = train("narrow", **options, n_embd=16), folder / "best.pt"
+    whole = best.read_bytes()
+    half = torch.load(best, weights_only=True)
+    torch.save({**half, "val_loss": half["val_loss"] + 1}, half_path := folder.parent / "half.pt")
+    wrong = (other / "best.pt", narrow / "best.pt", half_path)
+    for content in (*(path.read_bytes() for path in wrong), whole[:-100]):
+        best.write_bytes(content)
+        status, _, error = run("train.py", folder, "--resume", "--max_steps", 6)
+        assert status == 2 and one_line(error) and f"{best}" in error, error
+        assert "restore the file, or delete it" in error
+        assert best.read_bytes() == content
+    best.unlink()
+    assert run("train.py", folder, "--resume")[0] == 0  # at its end already
+    assert torch.load(best, weights_only=True)["step"] == 4
+    best.unlink()
+    assert run("train.py", folder, "--resume", *flags(max_steps=6))[0] == 0
+    assert torch.load(best, weights_only=True)["step"] in (4, 6)
+    assert json.loads((folder / "results.json").read_text())["steps"] == 6
 
 
 def test_ctrl_c_that_reaches_the_compiler_stops_the_run_cleanly(place, run, train, monkeypatch):
@@ -406,18 +461,15 @@ def test_any_other_script_for_which_memory_is_too_small_says_so(command, error, 
     )
 
 
-def test_ctrl_c_at_the_end_of_a_run_says_how_to_continue(place, run, train, monkeypatch):
-    whole = train("ended", max_steps=2)
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_the_end_of_a_run_says_how_to_continue(place, run, train, monkeypatch, number):
+    whole, folder = train(f"ended-{number}", max_steps=2), place / "runs" / f"end-{number}"
     with monkeypatch.context() as patch:
-        patch.setattr("report.tables.measures_table", stop)
-        status, _, error = run("train.py", TINY, *flags(max_steps=2, out="runs/end"))
-    assert status == 130 and error.startswith("stopped at step 2; ")
-    assert run("train.py", "runs/end", "--resume")[0] == 0
-    assert_same_run(whole, place / "runs" / "end")
+        patch.setattr("report.tables.measures_table", lambda _: os.kill(os.getpid(), number))
+        status, _, error = run("train.py", TINY, *flags(max_steps=2, out=folder))
+    assert status == 128 + number and error.startswith("stopped at step 2; ")
+    assert run("train.py", folder, "--resume")[0] == 0
+    assert_same_run(whole, folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -517,6 +569,76 @@ def test_a_checkpoint_without_its_config_is_refused(place, run):
         assert status == 2 and one_line(error)
 
 
+CRAFTED = {
+    "config": [
+        *[("source", value) for value in ([], [1, 2], [["x"]], ("a", "b"), torch.zeros(3))],
+        *[("seed", value) for value in (torch.zeros(3), {}, [1])],
+        *[("data", "a\0b"), ("schedule", ["quintic"]), ("floor", "high"), ("partition", 5)],
+        *[("tokenizer", None), ("max_lookback", -1), ("learning_rate", torch.zeros(3))],
+    ],
+    "text": [
+        *[("background", value) for value in (5, {"a": 1})],
+        ("background", {"total": 9, "words": [1, 2], "counts": [1]}),
+        ("background", {"total": 9, "words": [2**40], "counts": [1]}),
+        ("background", {"total": 9, "words": [-1], "counts": [1]}),
+        ("background", {"total": 0, "words": [], "counts": []}),
+        *[("files", value) for value in ([1], "abc", ("a",), torch.zeros(3), {}, {"train.bin": 1})],
+        ("source_sha256", torch.zeros(3)),
+    ],
+}
+
+
+@pytest.mark.parametrize("part", CRAFTED)
+def test_a_crafted_checkpoint_is_refused_by_every_script(place, run, part, tmp_path):
+    folder = shutil.copytree(place / "runs" / "tiny", tmp_path / "crafted")
+    states = {name: torch.load(folder / name, weights_only=True) for name in ("best.pt", "last.pt")}
+    for key, value in CRAFTED[part]:
+        for name, state in states.items():
+            torch.save({**state, part: {**state[part], key: value}}, folder / name)
+        commands = [["eval.py", folder], ["sample.py", folder, "--tokens", 1], ["view.py", folder]]
+        for command in (*commands, ["train.py", folder, "--resume", "--max_steps", 61]):
+            status, _, error = run(*command)
+            assert status == 2 and one_line(error), (key, value, command, error)
+
+
+def test_a_run_from_a_stranger_downloads_nothing_and_writes_only_under_data(
+    place, run, serve, tmp_path, monkeypatch
+):
+    """Even if it names an address, a folder of someone else's data, or a text on this machine."""
+    monkeypatch.setattr("support.sources.CACHE", tmp_path / "cache")
+    asked, text = [], (ROOT / "data" / "sample.txt").read_bytes()
+    base, _ = serve({"/beacon": lambda handler: asked.append(handler.path)})
+    victim, here = tmp_path / "victim", tmp_path / "here"
+    for folder in (victim, here):
+        folder.mkdir()
+    for name in ("train.bin", "val.bin", "meta.json"):
+        (victim / name).write_bytes(b"precious")
+    (tmp_path / "book.txt").write_bytes(text)
+    monkeypatch.chdir(here)
+    evil = shutil.copytree(place / "runs" / "tiny", tmp_path / "evil")
+    states = {name: torch.load(evil / name, weights_only=True) for name in ("best.pt", "last.pt")}
+    trained = ["train.py", evil, "--resume", "--max_steps", 61]
+    commands = [["eval.py", evil], ["sample.py", evil, "--tokens", 1], ["view.py", evil], trained]
+    for source, status in ((f"{base}/beacon", 2), (str(tmp_path / "book.txt"), 0)):
+        for data in (str(victim), str(tmp_path / "fresh"), "../fresh", ""):
+            for name, state in states.items():
+                config = {**state["config"], "source": source, "data": data}
+                torch.save({**state, "config": config, "cwd": "../here"}, evil / name)
+            config = (evil / "config.toml").read_text().splitlines()
+            config = [line for line in config if not line.startswith(("source =", "data ="))]
+            config += [f"source = {json.dumps(source)}", f"data = {json.dumps(data)}"]
+            (evil / "config.toml").write_text("\n".join(config))
+            for command in commands[: 4 if data == str(victim) else 1]:
+                ended, _, error = run(*command)
+                assert ended == (0 if command[0] == "sample.py" else status), error
+                assert "Traceback" not in error
+            if command is trained and status == 0:  # back to where it was
+                shutil.copytree(place / "runs" / "tiny", evil, dirs_exist_ok=True)
+    assert not asked and not (tmp_path / "fresh").exists() and not (tmp_path / "cache").exists()
+    assert {path.read_bytes() for path in victim.iterdir()} == {b"precious"}
+    assert os.listdir(here) == ["data"]
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path
@@ -569,7 +691,8 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     place, run, train, monkeypatch
 ):
     data = place / "data" / "own"
-    folder = train("own", data=data, max_steps=2)
+    shutil.copy(ROOT / "data" / "sample.txt", place / "own.txt")
+    folder = train("own", source="own.txt", data=data, max_steps=2)
     commands = ["eval.py", folder], ["train.py", folder, "--resume", "--max_steps", 4]
     lookback = (data / "test.lookback.bin").read_bytes()
     (data / "test.lookback.bin").write_bytes(lookback[:-2] + b"\0\0")  # as long as it was
@@ -579,12 +702,12 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
         assert "test.lookback.bin was changed, damaged or replaced" in error
     (data / "test.lookback.bin").write_bytes(lookback)
     other = flags(tokenizer="bytes", partition="block:9", data=data)
-    assert run("prepare_data.py", "data/sample.txt", *other)[0] == 0
-    # prepared with other parameters since then: it is rebuilt, and says so
-    status, printed, _ = run(*commands[0])
-    assert status == 0
-    assert "another text" not in printed
-    assert "own: it was prepared with another partition, max_lookback" in printed
+    assert run("prepare_data.py", "own.txt", *other)[0] == 0
+    # prepared with other parameters since then: it is left as it is
+    status, _, error = run(*commands[0])
+    assert status == 0 and error.startswith("using data/own.bytes.")
+    assert error.endswith("is of no use: it was prepared with another partition, max_lookback\n")
+    assert read_meta(data)["partition"] == "block:9"
 
     def other_blocks(tokens, vocabulary, partition, cap, background, out, plain):
         out[:] = 1
@@ -598,11 +721,12 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     ):
         with monkeypatch.context() as patch:  # another version of the code
             patch.setattr(f"prepare_data.{name}", code)
-            shutil.rmtree(data)
             for command in commands:
+                for path in (place / "data").glob("own*"):
+                    shutil.rmtree(path)
                 status, _, error = run(*command)
                 assert status == 2 and one_line(error) and says in error, error
-    shutil.rmtree(data)
+    shutil.rmtree(next((place / "data").glob("own*")))
     assert run(*commands[0])[0] == 0
     for name in ("best.pt", "last.pt"):
         state = torch.load(folder / name, weights_only=True)
@@ -684,4 +808,4 @@ def test_a_run_is_not_measured_on_what_was_prepared_of_another_text(place, run, 
     text.unlink()
     for command in (["eval.py", folder], ["train.py", folder, "--resume", "--max_steps", 2]):
         status, _, error = run(*command)
-        assert status == 2 and "has changed since this run was trained" in error, error
+        assert status == 2 and one_line(error) and "one.txt: no such file" in error, error

@@ -183,6 +183,7 @@ NO_ANSWERS = {
     "text/plain; charset=utf-16": (b"odd,\xff", "neither in 'utf-16'"),
     "text/plain; charset=no-such": ("Café.".encode("cp1252"), "neither in 'no-such'"),
     "text/plain; charset=hex": ("Café.".encode("cp1252"), "neither in 'hex'"),
+    "text/plain; charset=-puny_code": (b"ab" * 10**6, "neither in"),
     "text/csv": (b" \n", "is empty"),
     "text/x-log": (TEXT.encode() + b"\xff", "0xff"),  # not in the first piece
 }

@@ -435,6 +435,10 @@ def test_the_page_is_written_to_the_run_and_named_last(place, run):
     page = place / "runs" / "tiny" / "page.html"
     data, _ = data_of(page.read_text())
     assert data["command"] == "python view.py runs/tiny --tokens 30" and data["commit"]
+    page.write_text("<!doctype html>\n<title>Somebody's own page</title>")
+    status, _, error = run("view.py", "runs/tiny", "--tokens", 30)
+    assert status == 2 and "page.html is not a page of view.py" in error
+    assert "own page" in page.read_text()
     page.unlink()
 
 
