@@ -214,9 +214,7 @@ def decoded(path, update=lambda chunk: None):
     for at, chunk in chunks_of_books(path, update):
         if b"\0" in chunk:
             place = place_of(path, at + chunk.index(b"\0"))
-            raise InputError(
-                f"a NUL at {place}: a binary file, or a damaged text; remove it from a text"
-            )
+            raise InputError(f"a NUL at {place}; remove it, unless this is a binary file")
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as e:
