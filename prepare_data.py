@@ -138,16 +138,22 @@ def token_bytes(encoding):
 
 
 def encode(paths, encoding, out):
-    """Write the token ids of all files to `out`, uint16, with <|endoftext|> between two files."""
+    """Write the token ids of all files to `out`, uint16, with <|endoftext|> between two files.
+
+    Returns the sha256 of what it read, in the form of files.digest.
+    """
     n_bytes = sum(path.stat().st_size for path in paths)
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="encoding", leave=False, disable=None)
+    total = hashlib.sha256()
     with open(out, "wb") as f, bar:
         for number, path in enumerate(paths):
-            between = ["<|endoftext|>"] if number else []
-            for text in chain(between, pieces(path)):
+            between, digest = ["<|endoftext|>"] if number else [], hashlib.sha256()
+            for text in chain(between, pieces(path, digest.update)):
                 ids = encoding.encode_to_numpy(text, allowed_special="all")
                 ids.astype(np.uint16).tofile(f)
                 bar.update(len(text.encode()))
+            total.update(digest.digest())
+    return total.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def build(text, paths, work):
     """
     encoding = get_encoding(text.tokenizer)
     vocabulary = token_bytes(encoding)
-    encode(paths, encoding, work / "all.bin")
+    source_sha256 = encode(paths, encoding, work / "all.bin")
     if not (work / "all.bin").stat().st_size:
         raise InputError(f"{text.source}: the text is empty")
     tokens = np.memmap(work / "all.bin", np.uint16, "r+")
@@ -246,6 +252,7 @@ def build(text, paths, work):
     del tokens, part
     (work / "all.bin").unlink()
     return {
+        "source_sha256": source_sha256,
         "vocab_size": encoding.n_vocab,
         "splits": stats,
         "background": background,

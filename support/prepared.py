@@ -91,9 +91,9 @@ def open_or_build(folder, recipe, cwd, build, fetch=True):
 
     recipe: a dict of what the content depends on, "source" among them; cwd: where relative sources
     start; fetch: whether a source may be downloaded. build(paths, work) writes the arrays of the
-    text files `paths` to the folder `work` and returns what else meta.json says, a dict. If the
-    text is missing, what was prepared from it is enough. If several processes ask for the same
-    folder, one builds it and the others wait.
+    text files `paths` to the folder `work` and returns what else meta.json says, a dict, with the
+    "source_sha256" of what it read. If the text is missing, what was prepared from it is enough. If
+    several processes ask for the same folder, one builds it and the others wait.
     Raises InputError for a source that is not a text or if the folder cannot be written; then
     nothing new is left behind.
     """
@@ -143,6 +143,10 @@ def fill(folder, recipe, reason, build):
         print(f"rebuilding {folder}: {reason}")
     with files.filling(folder, last="meta.json") as work:
         built = build(work)
+        if built["source_sha256"] != recipe["source_sha256"]:
+            raise InputError(
+                f"{recipe['source']} changed while it was being prepared; run the command again"
+            )
         digests = {path.name: files.digest([path]) for path in sorted(work.iterdir())}
         files.write_json(work / "meta.json", files.seal({**recipe, **built, "files": digests}))
 

@@ -1,7 +1,9 @@
 """Whatever a server does, a download ends: with the whole file, or soon and with one line."""
 
+import concurrent.futures
 import contextlib
 import hashlib
+import http.client
 import os
 import re
 import signal
@@ -9,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
 import pytest
 
@@ -86,17 +87,75 @@ def test_a_known_length_and_sha256_are_checked(serve, tmp_path):
     assert path.read_bytes() == b"x" * 1000 and list(tmp_path.iterdir()) == [path]
 
 
-def test_https_is_not_left_for_http(serve, tmp_path, monkeypatch):
+def test_https_is_not_left_for_http_not_even_on_the_way(serve, tmp_path, monkeypatch):
+    base, files = serve({"/x": b"x" * 1000})
+    secure = base.replace("http:", "https:")
+    files |= {f"/{i}": redirect(f"{to}/{i + 1}".encode()) for i, to in enumerate([secure, base])}
+    files["/2"] = redirect(f"{secure}/x".encode())
+
+    def without_tls(host, timeout, **tls):
+        return http.client.HTTPConnection(host, timeout=timeout)
+
+    monkeypatch.setattr(http.client, "HTTPSConnection", without_tls)
+    assert download(f"{base}/2", tmp_path / "x").read_bytes() == b"x" * 1000
+    for start in (f"{secure}/0", f"{base}/0"):  # one more hop would be https again
+        with pytest.raises(InputError, match=f"redirects to {base}/2, which is less safe"):
+            download(start, tmp_path / "y")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_check_sees_the_whole_file_and_the_headers_and_may_change_or_refuse_it(serve, tmp_path):
     base, _ = serve({"/x": b"x" * 1000})
-    urlopen = urllib.request.urlopen
 
-    def redirected(request, timeout):  # like a server that redirects https to http
-        return urlopen(request.full_url.replace("https", "http"), timeout=timeout)
+    def change(path, headers):
+        assert path.read_bytes() == b"x" * 1000 and headers["Content-Length"] == "1000"
+        path.write_bytes(b"y")
 
-    monkeypatch.setattr(urllib.request, "urlopen", redirected)
-    with pytest.raises(InputError, match="redirects to http://.* less safe"):
-        download(f"{base.replace('http', 'https')}/x", tmp_path / "x")
+    def refuse(path, headers):
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        download(f"{base}/x", tmp_path / "x", check=refuse)
     assert not list(tmp_path.iterdir())
+    assert download(f"{base}/x", tmp_path / "x", check=change).read_bytes() == b"y"
+
+
+def test_of_two_downloads_at_the_same_time_the_second_finds_the_file(serve, tmp_path):
+    requests, both = [], threading.Barrier(2)
+
+    def answer(handler):
+        requests.append(handler.path)
+        time.sleep(0.3)
+        drip(OK + b"Content-Length: 5\r\n\r\n", b"whole", 1)(handler)
+
+    def fetch(size):
+        both.wait()
+        assert download(f"{base}/x", tmp_path / "x", size).read_bytes() == b"whole"
+
+    base, _ = serve({"/x": answer})
+    for size in (None, 5):
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(fetch, size) for _ in range(2)]:
+                done.result()
+        assert requests == ["/x"] and [path.name for path in tmp_path.iterdir()] == ["x"]
+        requests.clear()
+        (tmp_path / "x").write_bytes(b"of another length")
+    with pytest.raises(InputError, match="5 bytes where 6"):
+        download(f"{base}/x", tmp_path / "x", 6)
+
+
+def test_a_folder_or_a_thread_that_cannot_be_had_is_one_line(serve, tmp_path, monkeypatch):
+    base, _ = serve({"/x": b"whole"})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="could not be written.*LOCALIST_CACHE"):
+        download(f"{base}/x", tmp_path / "file" / "texts" / "x")
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(InputError, match="could not be downloaded .can't start new thread"):
+        download(f"{base}/x", tmp_path / "x")
 
 
 def test_a_download_removes_what_a_killed_one_left_and_nothing_of_a_live_one(serve, tmp_path):

@@ -274,5 +274,7 @@ def test_without_a_home_the_cache_is_in_the_working_directory(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", {}.__getitem__)  # KeyError
     assert runpy.run_path(path)["CACHE"] == Path(".cache", "localist-gpt")
+    monkeypatch.setenv("HOME", "")
+    assert runpy.run_path(path)["CACHE"] == Path(".cache", "localist-gpt")
     monkeypatch.setenv("HOME", "/home/a~b")
     assert runpy.run_path(path)["CACHE"] == Path("/home/a~b/.cache/localist-gpt")

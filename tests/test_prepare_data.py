@@ -333,11 +333,6 @@ def test_several_sources_are_separated_by_an_end_of_text():
     assert text_of(Prepared("out")) == "<|endoftext|>".join([first, second, first])
 
 
-def test_crlf_and_byte_order_mark_are_read_as_plain_text():
-    write("dos.txt", b"\xef\xbb\xbf" + b"One line.\r\nAnother line.\r\n" * 20)
-    assert "".join(pieces("dos.txt")) == "One line.\nAnother line.\n" * 20
-
-
 def test_what_a_folder_contains_besides_its_texts_is_named(capsys):
     Path("book/part").mkdir(parents=True)
     write("book/a.txt", "One. ")
@@ -356,55 +351,15 @@ def test_what_a_folder_contains_besides_its_texts_is_named(capsys):
     assert capsys.readouterr().err == skipped
 
 
-GUTENBERG = "*** {} OF THE PROJECT GUTENBERG EBOOK NOTHING ***"
-
-
-def test_gutenberg_and_addresses_are_fetched_once_and_stripped(serve, monkeypatch):
-    page = f"The Project Gutenberg eBook of Nothing\n\nLicense.\n{GUTENBERG.format('START')}\n\n"
-    page += f"{TEXT[:5000]}\n{GUTENBERG.format('END')}\nMore license.\n"
-    page = page.replace("\n", "\r\n").encode()
-    base, files = serve({"/cache/epub/7/pg7.txt": page, "/my.txt": TEXT.encode()})
-    monkeypatch.setenv("GUTENBERG_MIRROR", base)
-    for source, text in (("gutenberg:7", TEXT[:5000].strip() + "\n"), (f"{base}/my.txt", TEXT)):
-        assert text_of(prepared(source, partition="sentence")) == text
-    files.clear()
-    for source in ("gutenberg:7", f"{base}/my.txt"):
-        prepared(source, "out", partition="sentence")
-    with pytest.raises(InputError, match="404"):
-        prepared("gutenberg:8")
-
-
-def test_a_page_that_is_no_book_is_refused_and_not_cached(serve, monkeypatch, tmp_path):
-    start, end = (GUTENBERG.format(word) + "\n" for word in ("START", "END"))
-    pages = {
-        "/cache/epub/7/pg7.txt": start + TEXT[:5000],  # cut off
-        "/cache/epub/8/pg8.txt": TEXT[:5000] + end,
-        "/page": "\n<!DOCTYPE html>\n<p>" + TEXT[:5000],
-        "/old": "<HTML>" + TEXT[:5000],
-        "/nothing": " \n",
-    }
-    base, _ = serve({path: page.encode() for path, page in pages.items()})
-    monkeypatch.setenv("GUTENBERG_MIRROR", base)
-    refused = dict.fromkeys(("gutenberg:7", "gutenberg:8"), "no START or END line")
-    refused |= {f"{base}/{page}": "a web page or nothing" for page in ("page", "old", "nothing")}
-    for source, message in refused.items():
-        with pytest.raises(InputError, match=message):
-            prepared(source, "out", partition="sentence")
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["book.txt"]
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
         (None, "no such file"),
         (b"", "empty"),
         (b"Hi.", "too short"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0", "binary|UTF-8"),
-        (b"a\0b" * 100, "binary"),
-        ("Caf\u00e9. ".encode("latin1") * 100, "UTF-8.*iconv -f latin1"),
-        ("Caf\u00e9. ".encode("utf-16") * 100, "UTF-8.*iconv -f utf-16"),
-        ("Caf\u00e9. ".encode("utf-32") * 100, "UTF-8.*iconv -f utf-32"),
-        ("Cafe. ".encode("utf-16-le") * 100, "UTF-16"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b"a text\0" * 100, "a NUL"),
+        ("Caf\u00e9. ".encode("cp1252") * 100, "not UTF-8"),
     ],
 )
 def test_a_bad_source_is_refused_and_leaves_nothing(content, message, tmp_path):
@@ -539,14 +494,27 @@ def test_a_crafted_meta_json_is_rebuilt_even_if_it_is_sealed(key):
 
 def test_a_failure_removes_nothing_that_others_have_written(monkeypatch):
     def encode_beside_others(*args):
-        encode(*args)
         os.mkdir("data/other")
+        return encode(*args)
 
     write("book.txt", "Hi.")
     monkeypatch.setattr(prepare_data, "encode", encode_beside_others)
     with pytest.raises(InputError, match="too short"):
         prepared(data="data/mine")
     assert os.listdir("data") == ["other"]
+
+
+def test_a_text_that_changes_while_it_is_prepared_is_refused(monkeypatch):
+    def encode_another_text(*args):
+        write("book.txt", TEXT.replace("a", "o"))
+        digest = encode(*args)
+        write("book.txt", TEXT)
+        return digest
+
+    monkeypatch.setattr(prepare_data, "encode", encode_another_text)
+    with pytest.raises(InputError, match="book.txt changed while .* run the command again"):
+        prepared(data="out")
+    assert not Path("out").exists() and Path("book.txt").read_text() == TEXT
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(file_size, capsys):
@@ -584,7 +552,7 @@ def test_processes_that_prepare_the_same_data_at_the_same_moment_all_succeed():
         def encode_while_others_wait(*args):
             while n == 0 and not any("waiting" in p.read_text() for p in Path().glob("output*")):
                 time.sleep(0.001)
-            encode(*args)
+            return encode(*args)
         prepare_data.encode = encode_while_others_wait
         os.close(os.open(f"ready{os.getpid()}", os.O_CREAT))
         while not os.path.exists("go"):
