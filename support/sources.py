@@ -285,4 +285,5 @@ def not_utf8(error, place, is_utf8):
 def slug(source):
     """A short name for a source, suitable as the name of a folder."""
     first = source if isinstance(source, str) else source[0]
-    return re.sub(r"\W+", "-", first if ":" in first else Path(first).stem).strip("-")[:60]
+    name = re.sub(r"\W+", "-", first if ":" in first else Path(first).stem).strip("-")
+    return name.encode()[:60].decode(errors="ignore")  # a disk counts bytes
