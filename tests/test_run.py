@@ -25,7 +25,7 @@ from eval import load
 from forks import children, started
 from model import GPT
 from prepare_data import TextConfig, prepare
-from support import prepared
+from support import files, prepared
 from support.ddp import Process
 from support.files import InputError
 from support.prepared import read_meta
@@ -712,8 +712,9 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     def other_blocks(tokens, vocabulary, partition, cap, background, out, plain):
         out[:] = 1
 
-    def other_tokens(files, encoding, path):
-        path.write_bytes(b"a\0b\0" * 50000)
+    def other_tokens(paths, encoding, out):
+        out.write_bytes(b"a\0b\0" * 50000)
+        return files.digest(paths)
 
     for name, code, says in (
         ("partition_text", other_blocks, "the partitioner has changed"),
