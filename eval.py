@@ -48,12 +48,12 @@ from prepare_data import (
 from report import plots
 from report.blocks import liveliest
 from report.tables import dial_table, measures_table
+from support import weights
 from support.files import InputError, check_writable, is_replaceable, run_script, write_json
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
 from support.published import is_export, tokenizer_by_size
 from support.run import find_checkpoint, is_run, read_checkpoint
-from support.weights import find
 
 # --------------------------------------------------------------------------------------------------
 # a model from disk
@@ -93,8 +93,11 @@ def load(name, device="cpu", source=None, plain=False):
 def load_published(name, device, source, plain):
     """`load` for a GPT-2 that train.py has not trained: its tokens are GPT-2's, unless it is an
     export of a run with another tokenizer. Raises InputError."""
-    path = find(name)
-    model = GPT.from_pretrained(path, plain=plain)
+    path = weights.find(name)
+    state = weights.load(path)
+    if "model_config" in state:  # its dial, its blocks and its text would be ignored
+        raise InputError(f"{path} is a checkpoint of a run; give the folder of the run")
+    model = GPT.from_state(state, path, plain=plain)
     size = model.config.vocab_size
     tokenizer = tokenizer_by_size(size)
     if tokenizer != "gpt2" and not is_export(path, size):

@@ -305,7 +305,9 @@ def main():
         return
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     values = settings.read_flags(TextConfig, argv[first_flag:])
-    if sources := argv[:first_flag]:
+    if (sources := argv[:first_flag]) and "source" in values:
+        raise InputError("name the sources before the flags, or with --source, but not both")
+    if sources:
         values["source"] = sources[0] if len(sources) == 1 else sources
     if "source" not in values:
         raise InputError("give a text, for example data/sample.txt; --help lists the flags")

@@ -15,6 +15,7 @@ import support  # first: it sets what torch reads when it is loaded  # noqa: F40
 import argparse
 import codecs
 import math
+import sys
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -40,12 +41,13 @@ def generate(
     model: a GPT in eval mode. prompts: lists of ids, none of them empty, of any lengths.
     partitioners: a fresh Partitioner per prompt, which finds the blocks as the text grows; needed
     unless every lambda is 0. For the other arguments see `sample_token`.
-    When a context has block_size tokens, its last half becomes the new context, as if the text
-    began there. Positions count from the start of the context, so moving on by a single token would
-    change every key and value.
+    At most the last block_size tokens of a prompt are read. When a context has block_size tokens,
+    its last half becomes the new context, as if the text began there. Positions count from the
+    start of the context, so moving on by a single token would change every key and value.
     """
     size, device = model.config.block_size, model.wte.weight.device
-    texts, starts, caches = [list(prompt) for prompt in prompts], [0] * len(prompts), None
+    texts, caches = [list(prompt) for prompt in prompts], None
+    starts = [max(len(text) - size, 0) for text in texts]
     lookbacks = partitioners and [p.push(t).tolist() for p, t in zip(partitioners, texts)]
     longest = min(size, max(map(len, texts)) + n)
     for _ in range(n):
@@ -220,6 +222,10 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = args.temperature, args.top_k, args.top_p, generator
     ids = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
+    if max(map(len, ids)) > model.config.block_size:
+        print(
+            f"only the last {model.config.block_size} tokens of a prompt are read", file=sys.stderr
+        )
     generated = generate(model, ids, args.tokens, partitioners, *choice)
     write(prompts, generated, vocabulary, args.stop)
 

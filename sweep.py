@@ -33,7 +33,7 @@ from locality import partition_text
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.sweep import canonical, read_results, read_runs, write_report
 from support.files import InputError, alone, run_script, write_text
-from support.machine import pick_device, stop_signals
+from support.machine import n_cores, pick_device, stop_signals
 from support.settings import to_toml, usage
 from support.weights import PRETRAINED
 from train import Config, read_config, read_values
@@ -247,7 +247,7 @@ def run(cells, jobs, held):
     if jobs is None:  # a small model leaves a large GPU idle
         memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
         jobs = max(1, memory // 2**35)
-    threads = max(1, os.cpu_count() // jobs) if jobs > 1 and not cuda else None
+    threads = max(1, n_cores() // jobs) if jobs > 1 and not cuda else None
     broken, children = {}, set()
     bar = tqdm(total=len(cells), unit="run", disable=None)
     with stop_signals() as received, ThreadPoolExecutor(jobs) as pool, bar:

@@ -384,6 +384,12 @@ def start(config, resume=False, overwrite=False):
                 finished = is_finished(run, config)
                 advice = console.memory_advice(run, config, process, T, finished)
                 raise InputError(advice) from None
+            if machine.compiler_failed(e):
+                command = shlex.join(["python", "train.py", config.out, "--resume"])
+                raise InputError(
+                    f"torch.compile failed ({' '.join(str(e).split())[:200]}); to continue without "
+                    f"it: {command} --compile false"
+                ) from None
             raise
         except KeyboardInterrupt:
             ddp.shut_down()
@@ -406,6 +412,11 @@ def explain(run, error, config, model, data, process):
 
 def finish(run, config, model, data, process):
     """Measure the best model on text it has never seen: results, table, figure and a sample."""
+    if run.step < config.max_steps:
+        print(
+            f"{run.folder}: training ended at step {run.step} because of patience: "
+            f"{run.evals_since_best} evaluations without a new best model"
+        )
     best_step, val_loss = run.load_best()
     vocabulary, split = token_bytes(get_encoding(config.tokenizer)), data.split("test")
     batch_size = max(1, config.batch_size // process.world_size)
@@ -449,8 +460,8 @@ def write_sample(model, config, data, vocabulary, n_bytes=300):
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-# what a resumed run may change: how long it runs, how often it is evaluated, the compiler
-MAY_CHANGE = {"max_steps", "patience", "eval_interval", "log_interval", "compile", "out"}
+# what a resumed run may change: how long it runs, how often it is evaluated, and on what
+MAY_CHANGE = {"max_steps", "patience", "eval_interval", "log_interval", "device", "compile", "out"}
 
 
 def read_values(argv, more=()):

@@ -84,6 +84,17 @@ def missing_compiler(device):
     return f"a compiler ({' or '.join(names)})"
 
 
+def n_cores():
+    """The number of processors that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(allowed(0))
+
+
+def compiler_failed(error):
+    """Whether an exception comes from torch.compile."""
+    return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
+
+
 def peak_flops(device):
     """The peak flop/s of this device, or None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -93,7 +104,7 @@ def peak_flops(device):
 def in_parallel(function, arguments):
     """Yield everything that function(*a) yields for each a in arguments, a list, in any order. If
     the system can fork, as many processes as there are processors share the work."""
-    n = min(len(arguments), os.cpu_count() or 1)
+    n = min(len(arguments), n_cores())
     if n < 2 or "fork" not in multiprocessing.get_all_start_methods():
         for a in arguments:
             yield from function(*a)
@@ -169,7 +180,7 @@ def provenance(device, seed):
         commit = "unknown"
     module = getattr(sys.modules["__main__"], "__spec__", None)  # python -m
     script = ["-m", module.name] if module else [Path(sys.argv[0]).name]
-    cuda, name = device.type == "cuda", f"{device.type}, {os.cpu_count()} cores"
+    cuda, name = device.type == "cuda", f"{device.type}, {n_cores()} cores"
     return {
         "command": shlex.join(["python", *script, *sys.argv[1:]]),
         "commit": commit.strip(),

@@ -39,8 +39,11 @@ def check(config):
         limit = math.inf if isinstance(value, float) else 2**63
         if isinstance(value, (int, float)) and not abs(value) < limit:
             raise InputError(f"{f.name} must be a finite number of reasonable size, not {value}")
-        if isinstance(value, str) and value and not value.isprintable():
-            raise InputError(f"{f.name} contains characters that cannot be printed: {value!r}")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isprintable():
+                raise InputError(f"{f.name} contains characters that cannot be printed: {text!r}")
+            if isinstance(text, str) and text.startswith("~"):
+                raise InputError(f"{f.name}: write the name of the home folder instead of {text}")
         if f.type is float:
             setattr(config, f.name, float(value))
         low, below, one_of = (f.metadata[rule] for rule in ("at_least", "below", "one_of"))
@@ -86,6 +89,13 @@ def read_flags(kind, words):
         name = flag[2:].replace("-", "_")
         if flag.startswith("--") and name not in types:
             raise InputError(f"unknown key --{name}; the nearest is --{nearest(name, types)}")
+        if name in values:
+            raise InputError(
+                f"--{name} is given twice; several sources are one list, as in "
+                """--source '["a.txt", "b.txt"]'"""
+                if name == "source"
+                else f"--{name} is given twice; give it once"
+            )
         no_value = not words or words[0].startswith("--")
         if flag.startswith("--") and types[name] is bool and no_value:
             values[name] = True  # --plain is short for --plain true

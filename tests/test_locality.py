@@ -186,7 +186,7 @@ def test_chunks_and_processes_agree_with_one_push(partition, monkeypatch):
         monkeypatch.setattr("locality.CHUNK", chunk)
         assert (partition_text(tokens, vocabulary, partition, 100, BACKGROUND) == whole).all()
     monkeypatch.setattr("locality.SHARE", 3000)
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
     assert (partition_text(tokens, vocabulary, partition, 100, BACKGROUND) == whole).all()
     with pytest.raises(InputError):  # an error in a child process is raised here
         partition_text(np.append(tokens, 257), vocabulary, partition, 100, BACKGROUND)

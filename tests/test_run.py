@@ -395,6 +395,26 @@ def test_without_a_compiler_a_run_says_so(place, run, monkeypatch):
     assert status == 0 and "not compiled, so slower (a compiler (" in printed
 
 
+def test_a_compiler_that_fails_is_one_line_and_the_run_continues_without_it(
+    place, run, train, monkeypatch
+):
+    whole, folder = train("no-compiler", max_steps=2), place / "runs" / "failing compiler"
+
+    def fail(model):
+        def forward(*args):
+            raise torch._dynamo.exc.TorchDynamoException("fatal error: Python.h:\nno such file")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr("support.machine.missing_compiler", lambda device: "")
+    options = flags(max_steps=2, compile="true", out=folder)
+    status, _, error = run("train.py", TINY, *options)
+    assert status == 2 and one_line(error) and "(fatal error: Python.h: no such file)" in error
+    assert run(*shlex.split(error.rpartition("continue without it: python ")[2]))[0] == 0
+    assert_same_run(whole, folder)
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")]
 )
@@ -794,7 +814,8 @@ def test_the_paths_of_a_run_start_where_it_was_started(run, train, tmp_path, mon
     shutil.copytree(moved / "runs" / "book", away / "copy")
     monkeypatch.chdir(moved)  # only the run was copied; it is measured near its text
     assert evaluated(away / "copy") == resumed
-    assert run("train.py", TINY, *options, "--out", "../new")[0] == 0
+    options[options.index("runs/book")] = "../new"
+    assert run("train.py", TINY, *options)[0] == 0
     assert evaluated(tmp_path / "new") == at_home
     (away.parent / "book.txt").write_text("Another text of this name. " * 2000)
     assert evaluated(away / "copy") == resumed

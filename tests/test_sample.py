@@ -43,7 +43,7 @@ def uncached_logits(model, tokens, prompt, partition):
 
     The whole context is read again for each. A full context is replaced by its last half.
     """
-    size, start, logits = model.config.block_size, 0, []
+    size, start, logits = model.config.block_size, max(prompt - model.config.block_size, 0), []
     lookback = partition_text(tokens, VOCABULARY, partition, model.config.max_lookback)
     lookback = torch.from_numpy(lookback.astype(int))
     for end in range(prompt, len(tokens)):

@@ -100,7 +100,7 @@ def test_same_config_same_seed_same_bits(train, threads):
     assert a["val_loss"] == b["val_loss"]
 
 
-def test_the_result_of_a_run_is_its_best_model_not_its_last(place, train):
+def test_the_result_of_a_run_is_its_best_model_not_its_last(place, run, train):
     # a learning rate that rises until it destroys what was learned
     rising = {"learning_rate": 1, "warmup_steps": 40, "max_steps": 40, "dropout": 0.1}
     folder = train("rising", **rising, eval_interval=1, patience=3, eval_contexts=2)
@@ -119,6 +119,8 @@ def test_the_result_of_a_run_is_its_best_model_not_its_last(place, train):
     test = Prepared(prepared_folder(place)).split("test")
     loss = evaluate(model, *test, VOCABULARY, measure=False)["loss"]
     assert results["loss"] == pytest.approx(loss, rel=1e-6)
+    _, printed, _ = run("train.py", folder, "--resume", "--max_steps", 50)
+    assert f"training ended at step {results['steps']} because of patience" in printed
 
 
 def test_a_run_can_start_from_another(train):
@@ -495,6 +497,9 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (f"train.py {TINY}", "overwrite"),  # this run exists
         (f"{x} seed 3", "seed: every key needs exactly one value"),
         (f"{x} --source nothing.txt", "nothing.txt"),
+        (f"{x} --source a.txt --source b.txt", "--source is given twice; several sources are"),
+        (f"{x} --floor 0.5 --floor=0.9", "--floor is given twice"),
+        (f"{x} --data '~/x'", "data: write the name of the home folder instead of ~/x"),
         (f"{x} --n_embd 30 --n_head 4", "divisible"),
         (f"{x} --block_size 100000", "block_size"),
         (f"{x} --init_from runs/tiny --block_size 1000", "block_size"),
@@ -507,6 +512,9 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (f"sweep.py {TINY}", "sweep"),
         (f"sweep.py {ROOT}/configs/sweep_smoke.toml --report --out runs/none", "runs/none"),
         ("eval.py data", "checkpoint"),
+        (f"eval.py runs/tiny/best.pt {sample}", "is a checkpoint of a run; give the folder"),
+        ("sample.py runs/tiny/last.pt", "is a checkpoint of a run; give the folder"),
+        ("view.py runs/tiny/best.pt --prompt 'some words'", "is a checkpoint of a run; give"),
         ("eval.py gpt2", "--source"),  # before anything is downloaded
         (f"eval.py nowhere {sample}", "nowhere"),
         (f"eval.py w1000 {sample}", "TIKTOKEN_CACHE_DIR"),
@@ -522,6 +530,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         ("sample.py runs/tiny --top-p 0", "top-p"),
         ("prepare_data.py", "give a text"),
         ("prepare_data.py nothing.txt", "nothing.txt"),
+        ("prepare_data.py data/sample.txt --source b.txt", "but not both"),
         ("prepare_data.py data/sample.txt --tokenizer gpt2", "TIKTOKEN_CACHE_DIR"),
     ]
     for command, message in mistakes:
