@@ -422,6 +422,8 @@ def check_arguments(args):
         raise InputError(
             f"--json {args.json}: give a new name that ends in .json, or a file of eval.py"
         )
+    if "" in (args.source, args.partition, args.schedule):
+        raise InputError("--source, --partition and --schedule need a value that is not empty")
     if args.figure:
         plots.check_suffix(args.figure)
     if args.batch_size < 1 or args.contexts is not None and args.contexts < 1:

@@ -149,7 +149,13 @@ def encode(paths, encoding, out):
         for number, path in enumerate(paths):
             between, digest = ["<|endoftext|>"] if number else [], hashlib.sha256()
             for text in chain(between, pieces(path, digest.update)):
-                ids = encoding.encode_to_numpy(text, allowed_special="all")
+                try:
+                    ids = encoding.encode_to_numpy(text, allowed_special="all")
+                except ValueError:  # tiktoken's expression gives up
+                    raise InputError(
+                        f"{path}: tiktoken cannot split this text; it may contain a million "
+                        "white-space characters in a row"
+                    ) from None
                 ids.astype(np.uint16).tofile(f)
                 bar.update(len(text.encode()))
             total.update(digest.digest())

@@ -32,8 +32,9 @@ from tqdm import tqdm
 from locality import partition_text
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.sweep import canonical, read_results, read_runs, write_report
-from support.files import InputError, alone, run_script, write_text
+from support.files import InputError, alone, open_own, run_script, write_text
 from support.machine import n_cores, pick_device, stop_signals
+from support.run import is_ours
 from support.settings import to_toml, usage
 from support.weights import PRETRAINED
 from train import Config, read_config, read_values
@@ -62,6 +63,8 @@ def read_cells(values):
             if not isinstance(choices, list) or not choices:
                 raise InputError(f"[[sweep]]: {key} must be a list of one or more values")
     cells = {}
+    if sum(math.prod(map(len, table.values())) for table in tables) > 10_000:
+        raise InputError("[[sweep]]: these lists have more than 10,000 combinations")
     for table in tables:
         reference = matching_reference(table.get("partition", ()), values.get("partition"))
         for choice in itertools.product(*table.values()):
@@ -174,8 +177,10 @@ MADE = "# made by sweep.py: one cell of a sweep\n"
 def check_folder(out):
     """Raises InputError for a folder that contains something other than a sweep."""
     try:
-        made = any(path.read_text(errors="replace").startswith(MADE) for path in out.glob("*.toml"))
-        if out.exists() and any(out.iterdir()) and not made and not any(out.glob("*/config.toml")):
+        configs = [path for path in out.glob("*.toml") if path.is_file()]
+        made = any(path.read_text(errors="replace").startswith(MADE) for path in configs)
+        made = made or any(map(is_ours, out.glob("*/config.toml")))
+        if out.exists() and any(out.iterdir()) and not made:
             raise InputError(f"{out} is not empty and contains no sweep; give another --out")
     except OSError as e:
         raise InputError(f"{out}: cannot be read ({e.strerror})") from None
@@ -218,7 +223,7 @@ def run_cell(cell, threads, held, children, received):
             if config.exists() and not config.read_text(errors="replace").startswith(MADE):
                 return f"error: {config} was not made by sweep.py; move it, or give another --out"
             write_text(config, MADE + to_toml(cell))
-        with open(log, "w") as f:
+        with open_own(log, "wb") as f:
             keep = () if held is None else (held,)
             with subprocess.Popen(
                 command, stdout=f, stderr=f, env=environment, pass_fds=keep
@@ -313,8 +318,8 @@ def main():
     jobs = take_jobs(argv)
     values = read_values(argv, more=("sweep",))
     out, broken, cells = Path(values["out"]), {}, {}
+    check_folder(out)
     if not only_report:
-        check_folder(out)
         try:
             cells = read_cells(values)
             # runs that outlived a killed sweep hold the lock, too: wait for them

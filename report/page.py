@@ -9,6 +9,7 @@ import base64
 import codecs
 import hashlib
 import json
+import os
 import re
 import unicodedata
 import zlib
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import visible
+from support.files import open_regular, visible
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -91,7 +92,7 @@ def pack(arrays):
 def is_page(path):
     """Whether a file is a page that `fill` made, as far as its beginning tells."""
     beginning = TEMPLATE.read_text(encoding="utf-8").partition("@HASHES@")[0].encode()
-    with open(path, "rb") as f:
+    with open(open_regular(path, os.O_RDONLY), "rb") as f:
         return f.read(len(beginning)) == beginning
 
 

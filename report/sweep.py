@@ -13,7 +13,7 @@ import torch
 from report.plots import draw_sweep, layer_mean, order
 from report.stats import bootstrap_weights, mean_interval, paired
 from report.tables import between, facts, listed, markdown, number, plus_minus, with_interval
-from support.files import InputError, fits, write_json, write_text
+from support.files import InputError, fits, read_text, write_json, write_text
 from support.machine import provenance
 
 # what the report needs of results.json
@@ -32,7 +32,7 @@ def undamaged(path, remedy):
     """Raises InputError if what is read inside is not what a run writes to the file `path`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError):
         raise InputError(f"{path} is damaged; delete {remedy} and run the sweep again") from None
 
 
@@ -53,7 +53,7 @@ def read_results(path, config_class):
     """results.json of a run as a dict, its `config` as `canonical` returns it, and its `folder`.
     config_class: the dataclass of the config. Raises InputError if the file is damaged."""
     with undamaged(path, path):
-        results = parse(path.read_text(encoding="utf-8"))
+        results = parse(read_text(path))
         if not fits(results, SHAPE) or not fits(results["blocks"].get("forced", 0), NUMBER):
             raise TypeError
         config, layers, contexts = results["config"], results["layers"], results["by_context"]
@@ -69,7 +69,7 @@ def read_curve(path):
     """The validation losses in metrics.jsonl: a list of (step, nats per token). Raises InputError
     if there are none or the file is damaged."""
     with undamaged(path, path.parent):
-        lines = [parse(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [parse(line) for line in read_text(path).splitlines()]
         lines = [line for line in lines if "val_loss" in line]
         if not lines or not fits(lines, [{"step": int, "val_loss": NUMBER}]):
             raise ValueError

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import unicodedata
 from pathlib import Path
@@ -96,20 +97,25 @@ def steady(stream, original):
     raw = Steady(raw.fileno(), "w", closefd=False)
     lines, through = stream.line_buffering, stream.write_through
     buffer = raw if through else io.BufferedWriter(raw)
-    return Terminal(buffer, stream.encoding, "replace", None, lines, through)
+    terminal = Terminal(buffer, stream.encoding, "replace", None, lines, through)
+    terminal.shows_progress = original is sys.__stderr__
+    return terminal
 
 
 class Terminal(io.TextIOWrapper):
     """A text stream that writes control characters as, say, \\x1b: a text, a file name or a model
     cannot set the title of a terminal, move its cursor or erase what it shows.
 
-    Tabs, newlines, and what a progress bar of tqdm begins a write with, are passed on.
+    Tabs and newlines are passed on, and on standard error what tqdm begins a write with.
     """
 
     progress_or_control = re.compile(r"\A\r|\A(?:\x1b\[A)+\Z|([\x00-\x08\x0b-\x1f\x7f-\x9f])")
+    control = re.compile(r"([\x00-\x08\x0b-\x1f\x7f-\x9f])")
+    shows_progress = False
 
     def write(self, text):
-        escaped = self.progress_or_control.sub(lambda m: repr(m[0])[1:-1] if m[1] else m[0], text)
+        pattern = self.progress_or_control if self.shows_progress else self.control
+        escaped = pattern.sub(lambda m: repr(m[0])[1:-1] if m[1] else m[0], text)
         super().write(escaped)
         return len(text)
 
@@ -205,10 +211,37 @@ def is_replaceable(path, key):
     """Whether `path`, a Path that ends in .json, is free, or a file of the script that is about to
     write it: a JSON object with this key."""
     try:
-        known = not path.exists() or key in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        known = not path.exists() or fits(json.loads(read_text(path)), {key: object})
+    except (OSError, ValueError, RecursionError):
         known = False
     return known and path.suffix == ".json"
+
+
+def open_regular(path, flags):
+    """The descriptor of an open regular file: os.open, which neither waits for a pipe nor reads a
+    device. Raises OSError."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def open_own(path, mode):
+    """Open a file in a folder that a stranger may have made, for writing in binary: never through a
+    symlink. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    flags |= os.O_APPEND if mode == "ab" else os.O_TRUNC
+    return open(path, mode, buffering=0, opener=lambda path, _: open_regular(path, flags))
+
+
+def read_text(path, limit=1 << 26):
+    """The content of a UTF-8 file of at most `limit` bytes. Raises OSError or ValueError."""
+    with open(open_regular(path, os.O_RDONLY), "rb") as f:
+        content = f.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"longer than {limit:,} bytes")
+    return content.decode("utf-8-sig")
 
 
 def lock(file, wait=False):

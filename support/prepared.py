@@ -180,7 +180,7 @@ def read_meta(folder):
     """meta.json as a dict. Raises InputError if it is missing or is not what was written."""
     path = Path(folder, "meta.json")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(files.read_text(path))
     except FileNotFoundError:
         raise InputError(
             f"{folder}: there is no prepared data (no meta.json); run prepare_data.py"

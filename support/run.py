@@ -15,6 +15,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -22,12 +23,13 @@ from pathlib import Path
 
 import torch
 
-from support.files import InputError, fits, lock, write_json, write_text, writing
+from support.files import InputError, fits, lock, open_own, write_json, write_text, writing
 from support.prepared import is_identity
 from support.settings import to_toml
 from support.weights import CHECKPOINTS, first_file, load, save
 
-RESULTS = ("results.json", "attention.png", "diverged.json", "page*.html", "best.pt", "last.pt")
+RESULTS = ("results.json", "attention.png", "diverged.json", "page.html", "best.pt", "last.pt")
+TEMPORARY = re.compile(rf"({'|'.join(map(re.escape, ('config.toml', *RESULTS)))})\.[0-9]+\.tmp")
 MADE = "# the config of a run of train.py\n"  # the first line of config.toml
 
 # What a checkpoint contains; last.pt has more. text: what Prepared.identity returned; cwd: where
@@ -90,7 +92,7 @@ def check_free(folder, overwrite=False):
     last.pt may be replaced; with `overwrite`, any run may."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give another --out")
-    names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
+    names = {path.name for path in folder.glob("*") if not TEMPORARY.fullmatch(path.name)}
     metrics = folder / "metrics.jsonl"
     n_lines = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
     begun = {"config.toml", metrics.name} <= names and is_ours(folder / "config.toml")
@@ -156,20 +158,26 @@ def check_best(path, last, may_change):
         raise InputError(f"{path} is not the best model of this run; {advice}")
 
 
+# what each optimizer keeps of a parameter
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
 def restore_optimizer(optimizer, saved, fresh):
     """Give the optimizer its saved moments; everything else follows from the config. Raises
     ValueError if some are missing, unless it is `fresh`: it has made no step yet."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    moments = [(p, optimizer.state[p]) for g in optimizer.param_groups for p in g["params"]]
-    whole = all(
-        isinstance(v, torch.Tensor) and v.is_floating_point() and v.shape in (p.shape, ())
-        for p, state in moments
-        for v in state.values()
-    )
-    kinds = {tuple(state) for _, state in moments}  # the names of the moments
-    if not whole or not fresh and (len(kinds) != 1 or () in kinds):
-        raise ValueError
+    names = MOMENTS[type(optimizer).__name__]
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[p]
+        if fresh and not state:
+            continue
+        if set(state) != names:
+            raise ValueError
+        for name, v in state.items():  # AdamW's kernel trusts their shapes and strides
+            shape = () if name == "step" else p.shape
+            if v.shape != shape or not v.is_floating_point() or not v.is_contiguous():
+                raise ValueError
 
 
 class Run:
@@ -215,7 +223,9 @@ class Run:
         """Open and lock metrics.jsonl, until the process ends: two runs in one folder would ruin
         each other. Raises InputError if another process has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+        path = self.folder / "metrics.jsonl"
+        with writing(path):
+            self.metrics = open_own(path, "ab")
         try:
             lock(self.metrics)
         except BlockingIOError:
@@ -224,8 +234,8 @@ class Run:
             ) from None
         except OSError as e:
             print(f"{self.folder}: no lock ({e}); make sure only one run uses it", file=sys.stderr)
-        for path in self.folder.glob("*.*.tmp"):  # left by a run that was killed while saving
-            if not path.is_dir():
+        for path in self.folder.glob("*.tmp"):  # left by a run that was killed while saving
+            if TEMPORARY.fullmatch(path.name) and not path.is_dir():
                 path.unlink()
 
     def path(self, name):
@@ -260,18 +270,19 @@ class Run:
             self.lock()
             check_free(self.folder, self.overwrite)  # another run may have used it meanwhile
             self.metrics.truncate(0)
-        for pattern in ("diverged.json",) if self.resuming else RESULTS:
-            for path in self.folder.glob(pattern):
-                path.unlink()
+        for name in ("diverged.json",) if self.resuming else RESULTS:
+            (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", MADE + to_toml(config))
         length = self.metrics.seek(0, os.SEEK_END)
         if 0 < length < self.metrics_bytes:
             raise InputError(
-                f"{self.metrics.name} is shorter than it was for last.pt; restore the whole file, "
-                "or delete it to continue without its earlier lines"
+                f"{self.folder}/metrics.jsonl is shorter than it was for last.pt; restore the "
+                "whole file, or delete it to continue without its earlier lines"
             )
         if length < self.metrics_bytes:
-            print(f"{self.metrics.name} was missing: a new one begins here", file=sys.stderr)
+            print(
+                f"{self.folder}/metrics.jsonl was missing: a new one begins here", file=sys.stderr
+            )
         self.metrics.truncate(min(length, self.metrics_bytes))  # the lines after last.pt come again
 
     def restore(self):
@@ -298,7 +309,7 @@ class Run:
             return
         line = json.dumps({"step": self.step, **values}).encode() + b"\n"
         length = self.metrics.seek(0, os.SEEK_END)
-        with writing(self.metrics.name):
+        with writing(self.folder / "metrics.jsonl"):
             if self.metrics.write(line) < len(line):
                 self.metrics.truncate(length)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

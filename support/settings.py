@@ -9,7 +9,7 @@ import tomllib
 from dataclasses import asdict, field, fields
 from pathlib import Path
 
-from support.files import InputError
+from support.files import InputError, read_text
 
 # what a value of each type may be in TOML, and the name of the type in messages
 TYPES = {
@@ -35,7 +35,8 @@ def check(config):
     for f in fields(config):
         value, (types, expected) = getattr(config, f.name), TYPES[f.type]
         if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
-            raise InputError(f"{f.name} must be {expected}, not {json.dumps(value, default=str)}")
+            given = "a table" if isinstance(value, dict) else json.dumps(value, default=str)
+            raise InputError(f"{f.name} must be {expected}, not {given}")
         limit = math.inf if isinstance(value, float) else 2**63
         if isinstance(value, (int, float)) and not abs(value) < limit:
             raise InputError(f"{f.name} must be a finite number of reasonable size, not {value}")
@@ -66,7 +67,7 @@ def read(kind, argv, more=()):
     dataclass. more: further keys that the file may have. Raises InputError for an unknown key."""
     path, known = Path(argv[0]), [f.name for f in fields(kind)]
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = tomllib.loads(read_text(path, limit=100_000))
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:  # not TOML, not UTF-8, or too many open brackets

@@ -6,6 +6,7 @@ sizes are downloaded. What a file means is the job of published.py.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from support import files
 from support.download import CACHE, download
-from support.files import InputError, out_of_memory, replacing
+from support.files import InputError, open_regular, out_of_memory, replacing
 
 # pytorch_model.bin of each: its length in bytes, and its sha256 if we could verify one. For the
 # others, the hub is asked for its record of the file.
@@ -125,15 +127,16 @@ def download_gpt2(name):
 def load(path):
     """The content of a weights file, a dict of tensors and plain values. Raises InputError.
 
-    Nothing in the file is executed, and `check_content` has seen all of it. If `path` is the index
-    of shards, they are all read. torch.save writes a checksum for every tensor, which torch.load
-    ignores; here it is checked, at 2 to 3 GB/s. safetensors and torch's old format have none.
+    Nothing in the file is executed, and all of it has passed through `rebuild`. If `path` is the
+    index of shards, they are all read. torch.save writes a checksum for every tensor, which
+    torch.load ignores; here it is checked, at 2 to 3 GB/s. safetensors and torch's old format have
+    none.
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
         return load_shards(path)
     try:
-        with open(path, "rb") as f:
+        with open(open_regular(path, os.O_RDONLY), "rb") as f:
             begin = f.read(40)
     except OSError as e:
         raise InputError(f"{path} cannot be read ({e.strerror})") from None
@@ -154,7 +157,10 @@ def load(path):
         raise InputError(message) from None
     if not isinstance(state, dict):
         raise InputError(f"{path}: not the weights of a model")
-    check_content(state, path)
+    sizes = []
+    state = rebuild(state, path, sizes, itertools.count())
+    if sum(sizes) > 2 * path.stat().st_size:  # twice: embedding and output head may share memory
+        raise InputError(f"{path}: its tensors claim {sum(sizes):,} bytes, more than the file has")
     return state
 
 
@@ -176,41 +182,34 @@ def read_torch(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_content(state, path):
-    """Raises InputError unless this is all plain: dicts, lists and tuples of strings, numbers and
-    dense tensors on the CPU, not too many, not nested too deeply, and not larger than the file."""
-    level, count, size = [state], 0, 0
-    for _ in range(DEEPEST):
-        deeper = []
-        for value in level:
-            if isinstance(value, torch.Tensor):
-                check_tensor(value, path)
-                size += value.numel() * value.element_size()
-            elif is_container(value):
-                count += len(value)
-                if count > MOST_VALUES:
-                    raise InputError(f"{path} contains more than {MOST_VALUES:,} values")
-                deeper.extend(value.values() if isinstance(value, dict) else value)
-            elif not is_plain(value):
-                kind = type(value).__name__
-                raise InputError(f"{path} contains a {kind}, which does not belong in weights")
-        level = deeper
-    if level:
+def rebuild(value, path, sizes, counter, depth=0):
+    """The same value, made anew of plain dicts, lists, tuples, strings, numbers and dense tensors,
+    without what a crafted file may have attached to them, such as methods.
+
+    sizes: a list, to which the bytes of its tensors and strings are added; counter: counts values.
+    Raises InputError for anything else, too many values, and values nested too deeply.
+    """
+    if next(counter) > MOST_VALUES:
+        raise InputError(f"{path} contains more than {MOST_VALUES:,} values")
+    if depth > DEEPEST:
         raise InputError(f"{path} contains values nested more than {DEEPEST} levels deep")
-    if size > 2 * path.stat().st_size:  # twice: the embedding and the output head may share memory
-        raise InputError(f"{path}: its tensors claim {size:,} bytes, more than are in the file")
-
-
-def is_container(value):
-    if isinstance(value, dict):
-        return all(isinstance(key, (str, int)) for key in value)
-    return isinstance(value, (list, tuple))
-
-
-def is_plain(value):
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**64
-    return value is None or isinstance(value, (str, float))
+    kind, more = type(value), (path, sizes, counter, depth + 1)
+    if issubclass(kind, torch.Tensor):
+        check_tensor(value, path)
+        value = torch.Tensor.detach(value)
+        sizes.append(value.numel() * value.element_size())
+        return value
+    if issubclass(kind, dict) and all(type(key) in (str, int) for key in dict.keys(value)):
+        return {key: rebuild(item, *more) for key, item in dict.items(value)}
+    if issubclass(kind, list):
+        return [rebuild(item, *more) for item in list.__iter__(value)]
+    if issubclass(kind, tuple):
+        return tuple(rebuild(item, *more) for item in tuple.__iter__(value))
+    if kind is str:
+        sizes.append(len(value))
+    if value is None or kind in (bool, str, float) or kind is int and -(2**63) <= value < 2**64:
+        return value
+    raise InputError(f"{path} contains a {kind.__name__}, which does not belong in weights")
 
 
 def check_tensor(value, path):
@@ -251,13 +250,13 @@ def read_json(path):
 def read_text(path):
     """The content of a text file, "" if there is no file. Raises InputError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return files.read_text(path)
     except FileNotFoundError:
         return ""
     except OSError as e:
         raise InputError(f"{path} cannot be read ({e.strerror})") from None
     except ValueError:
-        raise InputError(f"{path} is not UTF-8 text") from None
+        raise InputError(f"{path} is not UTF-8 text, or too long") from None
 
 
 def save(state, path):

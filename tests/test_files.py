@@ -14,7 +14,16 @@ import pytest
 
 from conftest import ROOT
 from forks import started
-from support.files import InputError, alone, fits, is_replaceable, visible, write_json
+from support.files import (
+    InputError,
+    alone,
+    fits,
+    is_replaceable,
+    open_own,
+    read_text,
+    visible,
+    write_json,
+)
 from support.run import MADE, check_free
 
 PRINTS = f"""import sys
@@ -68,6 +77,7 @@ from tqdm import tqdm
 def main():
     for stream in (sys.stdout, sys.stderr):
         print({HOSTILE!r}, file=stream)
+    print("\\r")  # also at the beginning of a write
     for i in tqdm(range(2)):
         for j in tqdm(range(2), leave=False):
             pass
@@ -77,7 +87,7 @@ run_script(main)
 """)
     done = subprocess.run([sys.executable, "shows.py"], cwd=tmp_path, capture_output=True)
     shown = rb"\x1b]0;title\x07 \x9b31m red \r over \x00 \x1b[A"
-    assert done.returncode == 2 and done.stdout == shown + b"\n"
+    assert done.returncode == 2 and done.stdout == shown + b"\n\\r\n"
     first, *bars, last = done.stderr.split(b"\n")[:-1]
     assert first == shown and last == b"error: " + shown + rb"\nanother line"
     assert re.fullmatch(rb"[^\x00-\x1f\x7f]*", re.sub(rb"\r|\x1b\[A", b"", b"".join(bars)))
@@ -195,6 +205,7 @@ FOLDERS = [
     ({"metrics.jsonl": "", "config.toml.7.tmp": "se"}, True, True),  # or it was killed
     ({**BEGUN, "best.pt": ""}, True, True),
     ({**BEGUN, "best.pt.7.tmp": ""}, True, True),
+    ({"notes.2024.tmp": ""}, False, False),  # not a temporary file of ours
     ({**BEGUN, "last.pt": ""}, False, True),
     ({**BEGUN, "metrics.jsonl": "{}\n{}\n"}, False, True),
     ({**BEGUN, "results.json": "{}"}, False, True),
@@ -221,6 +232,23 @@ def test_a_run_takes_only_a_free_folder_or_that_of_a_run(content, free, replacea
     for allowed, overwrite in ((free, False), (replaceable, True)):
         with contextlib.nullcontext() if allowed else refused:
             check_free(folder, overwrite)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+def test_only_regular_files_are_read_and_written(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(tmp_path / "victim", tmp_path / "link")
+    (tmp_path / "victim").write_text("precious")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError):
+            read_text(path)
+    for mode in ("ab", "wb"):
+        for name in ("pipe", "link"):
+            with pytest.raises(OSError):
+                open_own(tmp_path / name, mode)
+    assert read_text(tmp_path / "link") == "precious"
+    with pytest.raises(ValueError, match="longer than 3 bytes"):
+        read_text(tmp_path / "victim", limit=3)
 
 
 def test_a_file_is_not_written_through_a_symlink_of_its_temporary_name(tmp_path):
@@ -257,7 +285,13 @@ def test_a_value_fits_the_types_of_a_shape(value, shape, fit):
 
 
 REPLACED = {"free.json": None, "ours.json": '{"run": "x"}'}
-KEPT = {"last.pt": None, "x.json": '{"a": 1}', "list.json": "[1]", "n.json": "3", "no.json": "run"}
+KEPT = {
+    "last.pt": None,
+    "x.json": '{"a": 1}',
+    "list.json": '["walk", "run"]',
+    "n.json": "3",
+    "no.json": "run",
+}
 
 
 @pytest.mark.parametrize("name", [*REPLACED, *KEPT])

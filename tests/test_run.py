@@ -621,6 +621,41 @@ def test_a_crafted_checkpoint_is_refused_by_every_script(place, run, part, tmp_p
             assert status == 2 and one_line(error), (key, value, command, error)
 
 
+MOMENTS = {
+    "a number": lambda v: torch.tensor(0.0),
+    "one number for all": lambda v: torch.zeros(1).expand(v.shape),
+    "other strides": lambda v: v.t().contiguous().t() if v.dim() == 2 else v,
+    "missing": lambda v: None,
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_that_an_optimizer_would_not_have_saved_are_refused(place, run, tmp_path, name):
+    """The kernel of AdamW trusts their shapes and strides: it would write out of bounds."""
+    folder = shutil.copytree(place / "runs" / "tiny", tmp_path / "crafted")
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        if key == "step" and name != "missing":
+            continue
+        state = torch.load(place / "runs" / "tiny" / "last.pt", weights_only=True)
+        for moments in state["optimizers"][0]["state"].values():
+            moments[key] = MOMENTS[name](moments[key])
+            if moments[key] is None:
+                del moments[key]
+        torch.save(state, folder / "last.pt")
+        status, _, error = run("train.py", folder, "--resume", "--max_steps", 61)
+        assert status == 2 and one_line(error) and "last.pt" in error, error
+
+
+def test_a_run_from_a_stranger_writes_through_no_symlink(place, run, tmp_path):
+    folder, victim = shutil.copytree(place / "runs" / "tiny", tmp_path / "evil"), tmp_path / "mine"
+    victim.write_text("precious")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").symlink_to(victim)
+    status, _, error = run("train.py", folder, "--resume", "--max_steps", 61)
+    assert status == 2 and one_line(error) and "metrics.jsonl" in error
+    assert victim.read_text() == "precious"
+
+
 def test_a_run_from_a_stranger_downloads_nothing_and_writes_only_under_data(
     place, run, serve, tmp_path, monkeypatch
 ):

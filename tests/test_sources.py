@@ -337,6 +337,13 @@ def test_a_gutenberg_answer_that_is_no_book_is_refused_and_not_kept(
     assert not list(cache.iterdir())
 
 
+def test_white_space_that_tiktoken_cannot_split_is_one_line(gpt2_tokenizer, capsys):
+    Path("gap.txt").write_text(TEXT + " " * 2_000_000 + TEXT)
+    assert script_here("prepare_data.py", "gap.txt", "--tokenizer", "gpt2:300") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: gap.txt: tiktoken cannot split") and error.count("\n") == 1
+
+
 def test_what_is_left_out_of_books_is_said_once_per_source(capsys):
     os.mkdir("shelf")
     n = len(book_page().encode()) - len(TEXT.encode())

@@ -480,6 +480,8 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
     for name, text in (
         ("broken", "schedule = quintic"),
         ("3", "out = 3"),
+        ("deep", "seed.a" + ".a" * 3000 + " = 1"),
+        ("long", "seed = 1" + " " * 100_000),
         ("false", "out = false"),
     ):
         (place / f"{name}.toml").write_text(text)
@@ -493,6 +495,8 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         ("train.py nothing.toml", "nothing.toml"),
         ("train.py broken.toml", "TOML"),
         ("train.py 3.toml", "out must be"),
+        ("train.py deep.toml", "seed must be a whole number, not a table"),
+        ("train.py long.toml", "longer than 100,000 bytes"),
         ("train.py false.toml", "out must be"),
         (f"train.py {TINY}", "overwrite"),  # this run exists
         (f"{x} seed 3", "seed: every key needs exactly one value"),
@@ -512,6 +516,8 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (f"sweep.py {TINY}", "sweep"),
         (f"sweep.py {ROOT}/configs/sweep_smoke.toml --report --out runs/none", "runs/none"),
         ("eval.py data", "checkpoint"),
+        ("eval.py runs/tiny --source ''", "need a value that is not empty"),
+        ("eval.py runs/tiny --schedule ''", "need a value that is not empty"),
         (f"eval.py runs/tiny/best.pt {sample}", "is a checkpoint of a run; give the folder"),
         ("sample.py runs/tiny/last.pt", "is a checkpoint of a run; give the folder"),
         ("view.py runs/tiny/best.pt --prompt 'some words'", "is a checkpoint of a run; give"),

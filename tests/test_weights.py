@@ -1,5 +1,6 @@
 """Weights come and go whole, or not at all."""
 
+import collections
 import hashlib
 import importlib
 import io
@@ -81,6 +82,29 @@ HOSTILE = {
     "a key": ({"a": {(1, 2): 3}}, "which does not belong"),
     "a long integer": ({"a": 2**65}, "which does not belong"),
 }
+
+
+class Odd:
+    """Unpickled as an OrderedDict whose method `values` is a class: it returns nothing."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __reduce__(self):
+        state = {"values": collections.OrderedDict}
+        return collections.OrderedDict, (), state, None, iter(self.content.items())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_in_a_file_is_hidden_from_the_check(tmp_path, name):
+    content, message = HOSTILE[name]
+    for wrapped in (Odd(content), {"model": Odd(content)}):
+        torch.save(wrapped, tmp_path / "pytorch_model.bin")
+        with pytest.raises(InputError, match=f"^[^\n]*pytorch_model.bin.*{message}"):
+            GPT.from_pretrained(tmp_path)
+    torch.save({"a": ["x" * 10**6] * 100}, tmp_path / "pytorch_model.bin")  # stored once
+    with pytest.raises(InputError, match="claim 100,000,000 bytes"):
+        GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
