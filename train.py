@@ -486,7 +486,7 @@ def read_values(argv, more=()):
 
 
 def check_config_name(path, script):
-    """Raises InputError for a checkpoint or a text in place of a config: an empty text, for one,
+    """Raises InputError for a checkpoint or a text instead of a config: an empty text, for one,
     would be a config without a key. script: the one that was started."""
     if path.suffix == ".pt":
         command = shlex.join(["python", "train.py", str(path.parent), "--resume"])

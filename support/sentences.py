@@ -127,7 +127,7 @@ NOT_AN_END = [  # the last word with its stop, the first character after the gap
     (r"(?:[Ａ-Ｚ]．)+", r"\S", "Ｊ．Ｋ．ローリング"),
     (r"\[(?:\.\.\.|…)\]\W*", r"\S", "He came [...] The sea"),  # an omission
     (r".*[．॥]", r"[\da-zａ-ｚ]", "円周率は３．１４"),
-    # : ends a sentence only in Armenian, in place of ։; and ; only in Greek, as a question mark
+    # : ends a sentence only in Armenian, instead of ։; and ; only in Greek, as a question mark
     (r"(?!.*[Ա-֏][\W_]*:).*:[\W_]*", r"\S", "They need (“now”): Eggs"),
     (r"(?!.*[Ͱ-Ͽἀ-῿][\W_]*;).*;[\W_]*", r"\S", "He came (late); Tom left"),
 ]
