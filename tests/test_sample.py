@@ -237,7 +237,9 @@ def test_a_text_can_end_at_a_word(run):
     assert run(*words, "--stop", stop)[:2] == (0, f"The mind {written.partition(stop)[0]}\n")
 
 
-def test_weights_that_predict_no_numbers_are_refused_by_sampling(exported, run, tmp_path):
+def test_weights_that_predict_no_numbers_are_refused_by_sampling(
+    exported, run, tmp_path, gpt2_tokenizer
+):
     model = GPT.from_pretrained(exported)
     with torch.no_grad():
         for p in model.parameters():
