@@ -217,7 +217,7 @@ def prepare(text, trained_on=None):
     if trained_on:
         prepared.check_identity(data, trained_on)
     if reason and own.exists() and own != folder:
-        print(f"using {folder}, because {own} is of no use: {reason}", file=sys.stderr)
+        print(f"using {folder}, because {own} cannot be used: {reason}", file=sys.stderr)
     return data
 
 

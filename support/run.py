@@ -210,7 +210,10 @@ class Run:
             self.last_saved = self.saved["step"]
             if not (self.folder / "best.pt").exists():
                 self.saved["best_loss"] = math.inf
-                print(f"{self.folder}/best.pt is missing: it begins anew", file=sys.stderr)
+                print(
+                    f"{self.folder}/best.pt is missing; the next best model replaces it",
+                    file=sys.stderr,
+                )
         else:
             check_free(self.folder, self.overwrite)
         return self

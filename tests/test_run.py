@@ -761,7 +761,7 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     # prepared with other parameters since then: it is left as it is
     status, _, error = run(*commands[0])
     assert status == 0 and error.startswith("using data/own.bytes.")
-    assert error.endswith("is of no use: it was prepared with another partition, max_lookback\n")
+    assert error.endswith("cannot be used: it was prepared with another partition, max_lookback\n")
     assert read_meta(data)["partition"] == "block:9"
 
     def other_blocks(tokens, vocabulary, partition, cap, background, out, plain):
