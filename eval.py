@@ -4,6 +4,7 @@
     python eval.py runs/quickstart --schedule localist --figure localist.png  # turn the dial
     python eval.py runs/quickstart --partition block:64 --json block64.json   # with other blocks
     python eval.py runs/quickstart --dial-sweep --figure dials.png            # what each dial costs
+    python eval.py runs/quickstart --dial-sweep --floor 1                     # at one floor only
     python eval.py runs/quickstart --source my_book.txt --split all           # on another text
     python eval.py gpt2 --source my_book.txt --dial-sweep --contexts 32       # GPT-2 as published
 
@@ -13,6 +14,7 @@ Nothing is retrained: the weights stay as they are.
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import argparse
+import itertools
 import math
 import sys
 from dataclasses import asdict
@@ -46,7 +48,8 @@ from prepare_data import (
     vocabulary_size,
 )
 from report import plots
-from report.blocks import liveliest
+from report.blocks import choose_stretch
+from report.stats import paired, resampled_losses
 from report.tables import dial_table, measures_table
 from support import weights
 from support.files import InputError, check_writable, is_replaceable, run_script, write_json
@@ -307,65 +310,80 @@ def attention_maps(model, idx, lookback):
         yield attention_weights(q, k, block, locality)
 
 
-def dial_sweep(model, split, vocabulary, **options):
-    """Turn the dial of one model through every schedule at four floors; nothing is retrained.
+FLOORS = 0.25, 0.5, 0.75, 1.0
 
-    split: token ids and lookbacks, as in `evaluate`, which takes the options. Returns a list of
-    dicts, distributed first: what `evaluate` returns, the schedule, the floor, and the ratio of the
-    perplexity to that of distributed.
+
+def dial_sweep(model, split, vocabulary, names=None, floors=None, **options):
+    """Turn the dial of one model; nothing is retrained.
+
+    split: token ids and lookbacks, as in `evaluate`, which takes the options. names: of schedules,
+    by default all; distributed is always the first. floors: by default FLOORS. Returns a list of
+    dicts: the schedule, the floor, what `evaluate` returns, and the `ratio` of the perplexity to
+    that of distributed with its interval over the text, `text` (see report.stats).
+    Raises InputError if a loss is not a finite number.
     """
-    local = [name for name in SCHEDULES if name != "distributed"]
-    dials = [("distributed", 1.0), *((name, f) for name in local for f in (0.25, 0.5, 0.75, 1.0))]
+    local = dict.fromkeys(name for name in names or SCHEDULES if name != "distributed")
+    dials = [("distributed", 1.0), *itertools.product(local, dict.fromkeys(floors or FLOORS))]
     rows = []
     for name, floor in tqdm(dials, desc="dials", unit="dial", disable=None):
         model.set_locality(schedule(name, model.config.n_layer, floor))
         results = evaluate(model, *split, vocabulary, **options)
-        ratio = math.exp(results["loss"] - (rows or [results])[0]["loss"])
-        rows.append({"schedule": name, "floor": floor, "ratio": ratio, **results})
+        check_predictions(results)
+        first = (rows or [results])[0]
+        runs = [[{"seed": 0, "by_context": r["by_context"]}] for r in (results, first)]
+        losses = {0: results["loss"]}, {0: first["loss"]}
+        compared = paired(*losses, resampled_losses(*runs), ratio=True)
+        ratio = {key: compared[key] for key in ("ratio", "text")}
+        rows.append({"schedule": name, "floor": floor, **ratio, **results})
     return rows
 
 
 def figure(model, tokens, lookback, vocabulary, results, path, title):
-    """Draw the attention of the first and the last layer over a stretch of text, and the measures
-    of all layers.
+    """Draw the attention of the last layer in a stretch of text, with its dial at 0 and at 1, and
+    the fidelity and the entropy of all layers.
 
-    vocabulary: the bytes of each token, to name blocks by their first words. results: what
-    `evaluate` returned. path: of the figure, .png, .svg or .pdf.
+    vocabulary: the bytes of each token. results: what `evaluate` returned. path: of the figure,
+    .png, .svg or .pdf.
     """
     model.eval()
-    T = min(model.config.block_size, len(tokens), 1024)
-    at = liveliest(lookback, T)
-    idx, back = read_contexts((tokens, lookback), [at], T, model.wte.weight.device)  # (1, T) each
-    maps = {}
-    for layer, a in enumerate(attention_maps(model, idx, back)):
-        if layer in (0, model.config.n_layer - 1):
-            maps[layer] = a[0].mean(0).cpu().numpy()  # (T, T)
-    back = clamp_lookback(back, model.config.max_lookback)[0].cpu().numpy()
-    start, words = np.arange(T) - back, {}
-    for token in np.unique(start).tolist():
-        text = b"".join(vocabulary[t] for t in tokens[at + token : at + token + 40].tolist())
-        words[token] = " ".join(text.decode(errors="replace").split()[:4])[:40]
-    plots.draw_attention(maps, start, words, results["layers"], path, title)
+    cap, own, device = model.config.max_lookback, model.locality, model.wte.weight.device
+    at, T = choose_stretch(tokens, lookback, vocabulary, cap, min(model.config.block_size, 1024))
+    idx, back = read_contexts((tokens, lookback), [at], T, device)  # (1, T) each
+    block, maps, measures = model.in_block(back), [], []
+    for locality in ([*own[:-1], 0.0], [*own[:-1], 1.0], [0.0] * len(own), own):
+        model.set_locality(locality)
+        layers = []
+        for a in attention_maps(model, idx, back):  # (1, H, T, T)
+            values = zip(("fidelity", "entropy"), (fidelity_of(a, block), entropy_of(a)))
+            layers.append({name: value.mean().item() for name, value in values})
+        maps.append(a[0].mean(0).cpu().numpy())  # (T, T), of the last layer
+        measures.append(layers)
+    pieces, back = [vocabulary[t] for t in idx[0].tolist()], clamp_lookback(back, cap)
+    stretch = plots.Stretch(pieces, back[0].cpu().numpy(), block[0, 0].cpu().numpy(), maps[:2])
+    plots.draw_attention(stretch, *measures[2:], results["layers"], path, title)
 
 
 # --------------------------------------------------------------------------------------------------
 # the command line
 
 
-def add_model_arguments(parser, action="store"):
-    """What eval.py, sample.py and view.py share. action: of --schedule and --floor."""
+def add_model_arguments(parser, action="store", several="; give it twice to compare two"):
+    """What eval.py, sample.py and view.py share. action: of --schedule and --floor; with "append",
+    `several` says what happens if they are given several times."""
     add = parser.add_argument
     add("run", help="a run of train.py; or weights: gpt2, gpt2-medium ... or a path")
-    twice = "; give it twice to compare two" if action == "append" else ""
-    add("--schedule", action=action, help=f"another schedule than that of the run{twice}")
-    add("--floor", type=float, action=action, help=f"another floor, above 0 and at most 1{twice}")
+    several = several if action == "append" else ""
+    names = ", ".join(SCHEDULES)
+    add("--schedule", action=action, help=f"instead of that of the run: {names}{several}")
+    add("--floor", type=float, action=action, help=f"another floor, above 0 and at most 1{several}")
     add("--plain", action="store_true", help="run the code of the lesson, without fast/")
     add("--device", default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, mps")
 
 
 def main():
     parser = argparse.ArgumentParser(description="measure a run, at its own dial or another")
-    add_model_arguments(parser)
+    several = "; with --dial-sweep, it can be given several times"
+    add_model_arguments(parser, "append", several)
     add = parser.add_argument
     add("--source", help="another text, named as for prepare_data.py; weights need one")
     add(
@@ -374,7 +392,11 @@ def main():
         help="default: test; for weights that were never trained on a part of a text, all of it",
     )
     add("--partition", help=f"other blocks: {partition_names()}")
-    add("--dial-sweep", action="store_true", help="every schedule at four floors")
+    add(
+        "--dial-sweep",
+        action="store_true",
+        help="compare dials: these schedules, or all, at these floors, or four",
+    )
     add("--contexts", type=int, help="at most this many contexts, evenly spread (default: all)")
     add("--stride", type=int, help="tokens between two contexts (default: half a context)")
     add("--batch-size", type=int, default=8)
@@ -385,7 +407,6 @@ def main():
 
     device = pick_device(args.device)
     model, config, trained_on = load(args.run, device, args.source, args.plain)
-    name, floor = turn(model, config, args.schedule, args.floor)
     partition = args.partition or config["partition"]
     split = args.split or ("test" if is_run(args.run) else "all")
     arrays, vocabulary = read_text(config, trained_on, split, partition)
@@ -396,14 +417,16 @@ def main():
     which = "whole text" if split == "all" else f"{split} split"
     title = f"{args.run}, {which}{of}, {partition} blocks"
     if args.dial_sweep:
-        results["dials"] = rows = dial_sweep(model, arrays, vocabulary, **options)
-        check_predictions(rows)
+        dials = args.schedule, args.floor
+        results["dials"] = rows = dial_sweep(model, arrays, vocabulary, *dials, **options)
         print(f"{title}: the dial turned, nothing retrained ({rows[0]['tokens']:,} tokens)")
         print(dial_table(rows))
     else:
+        given = [(values or [None])[0] for values in (args.schedule, args.floor)]
+        name, floor = turn(model, config, *given)
         results |= {"schedule": name, "floor": floor}
         results |= evaluate(model, *arrays, vocabulary, **options)
-        check_predictions([results])
+        check_predictions(results)
         title = f"{title}: {name}, floor {floor:g}"
         print(f"{title}\n{measures_table(results)}")
     if args.json:
@@ -422,16 +445,17 @@ def check_arguments(args):
         raise InputError(
             f"--json {args.json}: give a new name that ends in .json, or a file of eval.py"
         )
-    if "" in (args.source, args.partition, args.schedule):
+    schedules, floors = args.schedule or [], args.floor or []
+    if "" in (args.source, args.partition, *schedules):
         raise InputError("--source, --partition and --schedule need a value that is not empty")
     if args.figure:
         plots.check_suffix(args.figure)
     if args.batch_size < 1 or args.contexts is not None and args.contexts < 1:
         raise InputError("--batch-size and --contexts must be at least 1")
-    if args.dial_sweep and (args.schedule or args.floor is not None):
-        raise InputError(
-            "--dial-sweep goes through all schedules and floors; leave out --schedule and --floor"
-        )
+    if not args.dial_sweep and max(len(schedules), len(floors)) > 1:
+        raise InputError("only --dial-sweep compares several schedules or floors; add it")
+    for name, floor in itertools.product(schedules or ["quintic"], floors or [1.0]):
+        schedule(name, 1, floor)
     if not args.source and not is_run(args.run):
         raise InputError(
             f"{args.run} contains no checkpoint of a run; to measure other weights, name a text: "
@@ -439,9 +463,9 @@ def check_arguments(args):
         )
 
 
-def check_predictions(rows):
-    """Raises InputError if a loss is not a finite number. rows: what `evaluate` returned."""
-    if not all(math.isfinite(row["loss"]) for row in rows):
+def check_predictions(results):
+    """Raises InputError if the loss is not a finite number. results: what `evaluate` returned."""
+    if not math.isfinite(results["loss"]):
         raise InputError("the predictions of this model are not finite numbers")
 
 

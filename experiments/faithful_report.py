@@ -384,6 +384,7 @@ def draw_distance(results, path):
 def draw_pointers(results, path):
     """Draw influence, relative to its usual value at that distance, by the last layer's mass."""
     fig, axes = panels(1, 2, 11, 5.2, sharex=True, sharey=True)
+    study = results["study"]
     at, shown = [MASSES[0] / 2, *MASSES[:-1] * 2**0.5], []  # the middle of each bin
     titles = "all sentences before a token", "sentences of its block"
     ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
@@ -391,9 +392,12 @@ def draw_pointers(results, path):
         for i, model in enumerate(results["models"]):
             y = 2 ** mean_of(model["mass"][panel])[: len(at)]
             shown.append(y)
-            look = {"color": COLORS[i % 8], "marker": "os^vDP*X"[i % 8], "ms": 5}
-            ax.plot(at[1:], y[1:], lw=1.2, label=model["name"], **look)
-            ax.plot(at[0], y[0], **look)
+            # the two that are tested are highlighted
+            color = {study["first"]: COLORS[1], study["second"]: COLORS[0]}.get(model["name"])
+            lines = {"lw": 2, "zorder": 3} if color else {"lw": 1, "zorder": 1}
+            lines |= {"color": color or "#a0a0a0", "marker": "os^vDP*X"[i % 8], "ms": 5}
+            ax.plot(at[1:], y[1:], label=model["name"], **lines)
+            ax.plot(at[0], y[0], **lines)
         ax.axhline(1, color="#888888", lw=1, zorder=0)
         ax.set(xscale="log", yscale="log", title=title)
         ax.set_xlabel("attention of the last layer to a sentence (mass)")

@@ -34,6 +34,66 @@ def liveliest(lookback, T):
     return int(places[np.argmax(seen)])
 
 
+def most_hidden(lookback, T):
+    """The T tokens in which the blocks hide most: (their first one, the share that is hidden).
+
+    Of all pairs of a query and an earlier token, the share is that of those whose token is not in
+    the query's block. lookback: (n,) integers.
+    """
+    n, T = len(lookback), min(T, len(lookback))
+    at, start = np.arange(n - T + 1), np.arange(n) - lookback  # start never decreases
+    first = np.searchsorted(start, at, side="right").clip(at, at + T)  # its block begins after at
+    sums = np.append(0, np.cumsum(start))
+    hidden = sums[at + T] - sums[first] - at * (at + T - first)
+    best = int(hidden.argmax())
+    return best, float(hidden[best]) / max(T * (T - 1) / 2, 1)
+
+
+def choose_stretch(tokens, lookback, vocabulary, max_lookback, T):
+    """A stretch of text that shows its blocks well: (its first token, its length, at most T).
+
+    It has about 40 words or more, and is the shortest in which blocks hide more than half (it then
+    has at least two changes of the block), or the one in which they hide most.
+    """
+    tokens, T = tokens[:STRETCH], min(T, len(tokens))
+    lookback = np.minimum(lookback[:STRETCH].astype(np.int64), max_lookback)
+    per_token = np.mean([len(vocabulary[t]) for t in tokens[:1000].tolist()])
+    size = round(240 / max(per_token, 1))  # of 40 words
+    sizes = [n for n in (size, 2 * size, 4 * size) if n < T] + [T]
+    found = [(*most_hidden(lookback, n), n) for n in sizes]
+    at, _, n = next((x for x in found if x[1] > 0.5), max(found, key=lambda x: x[1]))
+    pieces = [vocabulary[t] for t in tokens[max(at - 40, 0) : at + 1].tolist()]
+    back = next((i for i in range(len(pieces) - 1) if begins_word(*pieces[::-1][i : i + 2])), 0)
+    return at - back, n
+
+
+def begins_word(piece, before):
+    """Whether a word, with the white space before it, begins at a token. piece: its bytes; before:
+    those of the token before it."""
+    return piece[:1].isspace() and not before.isspace()
+
+
+def join_words(pieces, most=40):
+    """Join tokens to words, and short words to groups: the first token of each group, (n,)
+    integers. There are hardly more than `most`. pieces: the bytes of each token."""
+    least, first = len(pieces) / most, [0]
+    for i in range(1, len(pieces)):
+        size = i - first[-1]
+        if begins_word(pieces[i], pieces[i - 1]) and size >= least or size >= 4 * least:
+            first.append(i)
+    return np.array(first)
+
+
+def join_attention(a, first):
+    """The attention from group to group of tokens, (n, n): the sum over the tokens of a group as
+    keys, the mean over its tokens as queries. Rows sum to 1 if those of a do.
+
+    a: (T, T) weights from token to token; first: the first token of each group, (n,) integers.
+    """
+    sizes = np.diff(first, append=len(a))
+    return np.add.reduceat(np.add.reduceat(a, first, 1), first, 0) / sizes[:, None]
+
+
 def block_stats(tokens, lookback, vocabulary, partition, max_lookback):
     """Statistics of a split, a dict: tokens, bytes, the mean lookback.
 

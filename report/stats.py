@@ -1,4 +1,4 @@
-"""Statistics that the sweep and the faithfulness study share.
+"""Statistics that the sweep, the dial sweep and the faithfulness study share.
 
 A comparison of two models is a dict:
     seeds            how many seeds both models have; everything is paired by seed
@@ -54,6 +54,21 @@ def bootstrap_weights(n):
     """How often each of n contexts is drawn in each bootstrap sample: (RESAMPLES, n) integers, the
     same in every call. The contexts are drawn as if they were independent."""
     return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+
+
+def resampled_losses(first, second):
+    """The losses of two lists of runs with the contexts of the test text resampled: {seed:
+    (RESAMPLES,) nats per token} for each, of the seeds that both have. None for fewer than 20
+    contexts or if the contexts are not the same."""
+    sides = [{r["seed"]: np.array(r["by_context"]) for r in runs} for runs in (first, second)]
+    seeds = sides[0].keys() & sides[1].keys()
+    counts = [side[seed][:, 1] for side in sides for seed in seeds]  # tokens, (contexts,) each
+    same = all(np.array_equal(n, counts[0]) for n in counts)
+    if not seeds or len(counts[0]) < 20 or not same:
+        return None
+    drawn = bootstrap_weights(len(counts[0]))  # (RESAMPLES, contexts)
+    total = drawn @ counts[0]  # (RESAMPLES,)
+    return [{seed: drawn @ side[seed][:, 0] / total for seed in seeds} for side in sides]
 
 
 def paired(first, second, resampled=None, ratio=False):

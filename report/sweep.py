@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from report.plots import draw_sweep, layer_mean, order
-from report.stats import bootstrap_weights, mean_interval, paired
+from report.stats import mean_interval, paired, resampled_losses
 from report.tables import between, facts, listed, markdown, number, plus_minus, with_interval
 from support.files import InputError, fits, read_text, write_json, write_text
 from support.machine import provenance
@@ -242,21 +242,6 @@ def compare(groups, keys, key, first, second):
         names = {"first": f"{first}, mean of {len(pairs)}", "second": f"{second}, the same"}
         rows += [{**names, **paired(*means, ratio=True)}] if seeds else []
     return rows
-
-
-def resampled_losses(first, second):
-    """The losses of two lists of runs with the contexts of the test text resampled: {seed:
-    (RESAMPLES,) nats per token} for each, of the seeds that both have. None for fewer than 20
-    contexts or if the contexts are not the same."""
-    sides = [{r["seed"]: np.array(r["by_context"]) for r in runs} for runs in (first, second)]
-    seeds = sides[0].keys() & sides[1].keys()
-    counts = [side[seed][:, 1] for side in sides for seed in seeds]  # tokens, (contexts,) each
-    same = all(np.array_equal(n, counts[0]) for n in counts)
-    if not seeds or len(counts[0]) < 20 or not same:
-        return None
-    drawn = bootstrap_weights(len(counts[0]))  # (RESAMPLES, contexts)
-    total = drawn @ counts[0]  # (RESAMPLES,)
-    return [{seed: drawn @ side[seed][:, 0] / total for seed in seeds} for side in sides]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -86,15 +86,24 @@ def measures_table(results):
     )
 
 
+def percent(ratio):
+    """How far a ratio is from 1, in percent: "+1.49"."""
+    return f"{100 * (ratio - 1):+.2f}"
+
+
 def dial_table(rows):
-    """What `dial_sweep` returned, as lines of text. The last three columns: means over layers."""
-    header = ["schedule", "floor", "perplexity", "ratio to distributed", "accuracy"]
-    header += ["locality", "fidelity", "entropy (bits)"]
+    """What `dial_sweep` returned, as lines of text."""
+    header = "schedule", "floor", "perplexity", "change, %", "95 % interval", "locality", "fidelity"
     lines = []
     for row in rows:
-        floor = "–" if row["schedule"] == "distributed" else f"{row['floor']:.2f}"
-        lines.append([row["schedule"], floor, f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}"])
-        lines[-1].append(f"{100 * row['accuracy']:.2f}%")
-        digits = {"locality": 3, "fidelity": 3, "entropy": 2}
-        lines[-1] += [f"{layer_mean(row, key):.{n}f}" for key, n in digits.items()]
-    return aligned(header, lines) + "locality, fidelity and entropy are means over layers"
+        local = row["schedule"] != "distributed"
+        ends = local and row["text"] and map(percent, row["text"])
+        lines.append([row["schedule"], f"{row['floor']:.2f}" if local else "–"])
+        lines[-1] += [f"{row['perplexity']:.3f}", percent(row["ratio"]) if local else "–"]
+        lines[-1] += [f"[{', '.join(ends)}]" if ends else "–"]
+        lines[-1] += [f"{layer_mean(row, key):.3f}" for key in ("locality", "fidelity")]
+    return (
+        f"{aligned(header, lines)}"
+        "change: of the perplexity, relative to distributed. Its interval resamples the contexts\n"
+        "of this text; it takes at least 20 of them. locality, fidelity: means over layers"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from report.plots import draw_attention, draw_dials, look
-from report.stats import holm, mean_interval, paired, sign_flip_p
+from report.stats import holm, mean_interval, paired, resampled_losses, sign_flip_p
 from report.sweep import (
     canonical,
     collect,
@@ -19,7 +19,6 @@ from report.sweep import (
     read_results,
     read_runs,
     report_text,
-    resampled_losses,
 )
 from report.tables import aligned, markdown, plus_minus, with_interval
 from support.files import InputError
