@@ -113,8 +113,10 @@ def ratio_axis(ax, axis, values):
     margin = max(0.06 * span, (math.log(LEAST_SPAN) - span) / 2)
     low, high = np.exp([logs.min() - margin, logs.max() + margin])
     plt = pyplot()
-    near = plt.MaxNLocator(6, steps=[1, 2, 5, 10])
-    locator = near if high < 3 * low else plt.LogLocator(subs=(1, 2, 5))
+    if high < 3 * low:
+        locator = plt.MaxNLocator(6, steps=[1, 2, 5, 10])
+    else:
+        locator = plt.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,), numticks=8)
     ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
     ax.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high)})
     ax.minorticks_off()
@@ -382,7 +384,7 @@ def interval_of(row):
 
 def draw_tradeoff(groups, names, series):
     """Draw perplexity against fidelity, one point per group."""
-    fig, ax = panels(1, 1, 8, 5)
+    fig, ax = panels(1, 1, 8, max(5, 1.2 + 0.22 * len(names + series)))  # two legends, one above
     by_schedule = len(names) > 2  # colors show the schedule; if there is only one, the blocks
     for g in groups:
         marker, color = look(series, g["blocks"])
@@ -401,20 +403,20 @@ def draw_tradeoff(groups, names, series):
         fill = {"mfc": "white", "mec": "black"} if by_schedule else {"color": color}
         point = Line2D([], [], marker=marker, ls="", label=blocks, **fill)
         keys["marker: blocks"].append(point)
-    for (title, handles), corner in zip(keys.items(), ("upper left", "lower left")):
+    for (title, handles), place in zip(keys.items(), ("upper", "lower")):
         if handles:
-            place = {**SIDE_LEGEND, "loc": corner, "bbox_to_anchor": (1, corner == "upper left")}
-            ax.add_artist(ax.legend(handles=handles, title=title, alignment="left", **place))
+            more = {"loc": f"outside right {place}", "alignment": "left", "frameon": False}
+            fig.legend(handles=handles, title=title, **more)
     return fig
 
 
 def draw_layers(groups, label):
     """Draw fidelity and entropy of every layer, a line for each group, but at most four: those that
     are most unlike each other. label: a key of a group."""
-    first = [*MOST_UNLIKE, *{g["schedule"] for g in groups} - {*MOST_UNLIKE}]
-    chosen = sorted(groups, key=lambda g: first.index(g["schedule"]))[:4]
+    unlike = {name: i for i, name in enumerate(MOST_UNLIKE)}
+    groups = sorted(groups, key=lambda g: unlike.get(g["schedule"], len(unlike)))[:4]
     fig, axes = panels(1, 2, 10, 4.4)
-    for g in (g for g in groups if any(g is other for other in chosen)):
+    for g in groups:
         color, marker = style(g["schedule"])
         layers = range(1, len(g["runs"][0]["layers"]) + 1)
         line = "--" if g["schedule"] == "reversed" else "-"

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from conftest import ROOT
-from eval import attention_maps, evaluate, figure, load, windows
+from eval import FLOORS, attention_maps, entropy_of, evaluate, fidelity_of, figure, load, windows
 from locality import SCHEDULES, partition_text, schedule
 from model import GPT, GPTConfig
+from report import plots
 from report.plots import layer_mean
 
 
@@ -98,6 +99,26 @@ def test_a_dial_sweep_goes_through_every_schedule(place, measure):
     for name, floor in (("quintic", 1.0), ("reversed", 0.5), ("localist", 0.25)):
         results, _, _ = measure(*few, "--schedule", name, "--floor", floor)
         assert results["loss"] == pytest.approx(losses[name, floor], abs=1e-9)
+
+
+def test_a_dial_sweep_of_chosen_dials_has_intervals_over_the_text(measure):
+    many = "runs/tiny", "--partition", "window:8", "--stride", 64  # enough contexts
+    dials = "--schedule", "reversed", "--schedule", "quintic", "--schedule", "reversed"
+    dials += "--floor", 1, "--floor", 0.5
+    results, printed, _ = measure(*many, "--dial-sweep", *dials)
+    rows = results["dials"]
+    assert [(row["schedule"], row["floor"]) for row in rows] == [
+        ("distributed", 1.0),
+        *((name, floor) for name in ("reversed", "quintic") for floor in (1.0, 0.5)),
+    ]
+    assert rows[0]["text"] == [1, 1]
+    for row in rows[1:]:
+        low, high = row["text"]
+        assert low < row["ratio"] < high
+        assert f"{100 * (row['ratio'] - 1):+.2f}  [{100 * (low - 1):+.2f}, " in printed
+    results, printed, _ = measure("runs/tiny", "--dial-sweep", "--contexts", 2, *dials[:2])
+    assert [row["floor"] for row in results["dials"]] == [1.0, *FLOORS]
+    assert all(row["text"] is None for row in results["dials"])  # too few contexts
 
 
 def test_exported_weights_are_measured_on_any_text_with_the_tokenizer_of_their_size(
@@ -259,26 +280,28 @@ def test_the_reach_of_a_local_model_equals_counting_by_hand():
 def test_a_figure_is_drawn_without_dropout_and_warns_of_nothing(
     tmp_path, monkeypatch, n_layer, block_size, words, title
 ):
-    model, tokens, drawn = (
-        tiny(256, block_size, n_layer).train(),
-        np.arange(60, dtype=np.uint16),
-        [],
-    )
-
-    def record(*args):
-        drawn.append((args, list(attention_maps(*args))))
-        return drawn[-1][1]
-
-    monkeypatch.setattr("eval.attention_maps", record)
-    layer = {"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": n_layer - 1}
-    results = {"layers": [layer] * n_layer}
-    figure(model, tokens, tokens % 8, [words] * 256, results, tmp_path / "f.png", title)
+    model, T, drawn, draw = tiny(256, block_size, n_layer), block_size, [], plots.draw_attention
+    tokens, own, zero = np.arange(60, dtype=np.uint16), [0.25] * n_layer, [0.0] * n_layer
+    model.train().set_locality(own)
+    monkeypatch.setattr("eval.choose_stretch", lambda *args: (3, T))
+    monkeypatch.setattr(plots, "draw_attention", lambda *args: drawn.append(args) or draw(*args))
+    layers = [{"locality": 0, "fidelity": 1, "entropy": n_layer - 1}] * n_layer
+    figure(model, tokens, tokens % 8, [words] * 256, {"layers": layers}, tmp_path / "f.png", title)
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    ((args, maps),) = drawn
-    assert all(map(torch.equal, maps, attention_maps(*args)))
-    if block_size > 1:  # otherwise the only weight is 1
-        model.train()
-        assert not all(map(torch.equal, maps, attention_maps(*args)))
+    ((stretch, at_zero, at_own, *_),) = drawn
+    idx, back = torch.arange(3, 3 + T)[None], torch.arange(3, 3 + T)[None] % 8
+    block = model.in_block(back)
+    assert model.locality == own  # as before
+    assert (stretch.block == block[0, 0].numpy()).all() and stretch.pieces == [words] * T
+    for locality, measured in ((zero, at_zero), (own, at_own)):
+        model.eval().set_locality(locality)
+        for a, row in zip(attention_maps(model, idx, back), measured, strict=True):
+            assert row["fidelity"] == pytest.approx(fidelity_of(a, block).mean().item())
+            assert row["entropy"] == pytest.approx(entropy_of(a).mean().item())
+    for dial, weights in enumerate(stretch.maps):
+        model.set_locality([*own[:-1], dial])
+        expected = [a[0].mean(0) for a in attention_maps(model, idx, back)][-1]
+        np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
 def test_a_figure_needs_no_home():

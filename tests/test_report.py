@@ -10,7 +10,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from report.plots import draw_attention, draw_dials, look
+from experiments import faithful_report
+from experiments.schedules import draw_schedules
+from locality import SCHEDULES
+from report import plots
+from report.blocks import choose_stretch, join_attention, join_words, most_hidden
 from report.stats import holm, mean_interval, paired, resampled_losses, sign_flip_p
 from report.sweep import (
     canonical,
@@ -20,7 +24,7 @@ from report.sweep import (
     read_runs,
     report_text,
 )
-from report.tables import aligned, markdown, plus_minus, with_interval
+from report.tables import aligned, dial_table, markdown, plus_minus, with_interval
 from support.files import InputError
 from train import Config
 
@@ -110,34 +114,278 @@ def test_tables():
     assert plus_minus([1, 3], 1, interval=True) == "2.0 ± 12.7"
     row = paired({1: 1.0, 2: 3.0}, {1: 0.0, 2: 0.0})
     assert with_interval(row, 1) == "2.0 [-10.7, 14.7]" and with_interval(None, 1) == "–"
+    rows = [dial("distributed", 1, [1, 1]), dial("quintic", 1.015, [1.01, 1.0205], 0.5)]
+    lines = dial_table([*rows, dial("localist", 0.9, None)]).splitlines()
+    assert lines[1].split() == ["distributed", "–", "9.000", "–", "–", "0.000", "1.000"]
+    assert "  0.50       9.135      +1.50  [+1.00, +2.05]" in lines[2]
+    assert lines[3].split()[3:5] == ["-10.00", "–"]
     many = paired(dict.fromkeys(range(21), 1.0), {seed: seed for seed in range(21)}, ratio=True)
     assert "| – |" in report_text([], [{"first": "a", "second": "b", **many}], {})
 
 
 def test_every_series_has_a_marker_of_its_own():
     series = [f"block:{n}" for n in range(14)]
-    assert len({look(series, blocks)[0] for blocks in series}) == 14
+    assert len({plots.look(series, blocks)[0] for blocks in series}) == 14
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_a_figure_on_a_full_disk_is_one_line(tmp_path, file_size, suffix):
     path = tmp_path / f"f.{suffix}"
-    row = {"schedule": "distributed", "ratio": 1, "layers": results_of()["layers"]}
     file_size(1000)
     with pytest.raises(InputError, match=f"f.{suffix}: could not be written"):
-        draw_dials([row], path, "title")
+        plots.draw_dials([dial("distributed", 1)], path, "title")
     file_size(None)
     assert not list(tmp_path.iterdir())
 
 
+LAYER = {"locality": 0, "fidelity": 1, "entropy": 1}
+
+
+def dial(name, ratio, text=None, floor=1.0, **layer):
+    """A row of a dial sweep, as far as a figure shows it."""
+    return {
+        **{"schedule": name, "floor": floor, "ratio": ratio, "text": text},
+        **{"perplexity": 9 * ratio, "layers": [LAYER | layer]},
+    }
+
+
+def group(name, ratio, partition="semantic", schedule="quintic", half=0.001):
+    """A group of a sweep, as far as a figure shows it."""
+    row = {"ratio": ratio, "low": ratio - half, "high": ratio + half}
+    shown = {"name": name, "schedule": schedule, "blocks": partition, "vs_distributed": row}
+    curves, runs = [[(0, 2.0), (1, 1.0)]], [{"layers": [LAYER, LAYER]}]
+    return {**shown, "config": {"partition": partition}, "runs": runs, "curves": curves}
+
+
 @pytest.mark.parametrize("name", ["caf\udce9", "$\\x$", "a\x00b\x1b\u202e", "語🧠"])
 def test_any_name_can_be_part_of_a_figure(tmp_path, name):
-    layer = {"locality": 0, "fidelity": 1, "pointer_accuracy": 1, "entropy": 1}
-    maps, start = {0: np.eye(9)}, np.array([0, 0, 0, 3, 3, 3, 3, 3, 3])
-    draw_attention(maps, start, {3: name}, [layer], tmp_path / "f.svg", name)
-    draw_dials([{"schedule": name, "ratio": 1, "layers": [layer]}], tmp_path / "g.svg", name)
-    for path in tmp_path.iterdir():
+    pieces, back = [name.encode(errors="surrogateescape"), b" $\\y$", b"\x00 "], np.arange(3)
+    maps = [np.tri(3) / [[1], [2], [3]]] * 2
+    stretch = plots.Stretch(pieces, back, np.tri(3, dtype=bool), maps)
+    plots.draw_attention(stretch, *[[LAYER]] * 3, tmp_path / "a.svg", name)
+    for floors in ([1], [0.5, 1]):
+        rows = [dial(name, 1, floor=f) for f in floors]
+        plots.draw_dials(rows, tmp_path / f"{len(floors)}.svg", name)
+    plots.draw_loss([{"step": 1, "loss": 1, "lr": 1}], tmp_path / "l.svg", name)
+    groups = [group(name, x, blocks, name) for x, blocks in ((1, name), (2, "block:8"), (3, "x"))]
+    plots.draw_sweep(groups, tmp_path)
+    paths = list(tmp_path.glob("*.svg"))
+    assert len(paths) == 8
+    for path in paths:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+@pytest.mark.parametrize(
+    "ratios", [[], [1], [1.0001, 1.0002], [0.993], [1.18, 0.99], [7.5], [1e4], [0, math.exp(700)]]
+)
+def test_an_axis_of_ratios_is_logarithmic_holds_them_all_and_spans_2_percent(ratios, axis):
+    fig, ax = plots.panels(1, 1, 4, 4)
+    plots.ratio_axis(ax, axis, ratios)
+    low, high = getattr(ax, f"get_{axis}lim")()
+    assert getattr(ax, f"get_{axis}scale")() == "log" and high / low > 1.01999
+    assert all(low < x < high for x in np.clip([1, *ratios], 1e-90, 1e90))
+    ticks = getattr(ax, f"get_{axis}ticks")()
+    labels = [label.get_text() for label in getattr(ax, f"get_{axis}ticklabels")()]
+    assert 2 <= len(ticks) < 12 and len(set(labels)) == len(ticks)
+    assert [float(label) for label in labels] == pytest.approx(ticks, rel=1e-5)
+    plots.pyplot().close(fig)
+
+
+def rows_of_figure(fig):
+    """{title of a panel: the names on its rows, from the top}, of a figure that is closed."""
+    panels = [ax for ax in fig.axes if ax.get_yticklabels()]
+    names = {ax.get_title("left"): [x.get_text() for x in ax.get_yticklabels()] for ax in panels}
+    assert all(ax.get_ylim()[0] > ax.get_ylim()[1] for ax in fig.axes)
+    plots.pyplot().close(fig)
+    return names
+
+
+def test_every_dial_is_a_row_with_its_interval_the_cheapest_at_the_top():
+    rows = [dial("distributed", 1, [1, 1]), dial("localist", 1.2, [1.1, 1.3], locality=1)]
+    rows += [dial("$\\new$", 1.1, None, locality=0.3), dial("reversed", 0.99, [0.98, 1.0])]
+    fig = plots.draw_floor(rows)
+    left, right = fig.axes
+    drawn = [sorted(set(line.get_xdata())) for line in left.lines if len(line.get_xdata()) == 2]
+    assert drawn[:4] == [[0.98, 1.0], [1], [1.1], [1.1, 1.3]]
+    assert [text.get_text() for text in right.texts] == ["0.00", "0.00", "0.30", "1.00"]
+    assert [bar.get_width() for bar in right.patches] == [0, 0, 0.3, 1]
+    assert rows_of_figure(fig)[""] == ["reversed", "distributed", "$\\new$", "localist"]
+
+
+def test_several_floors_are_curves_with_their_floors_and_intervals():
+    rows = [dial("distributed", 1, [1, 1])]
+    rows += [dial("localist", 1 + f, [1, 1 + 2 * f], f, locality=f) for f in (0.25, 0.5, 1)]
+    rows += [dial("quintic", 1, None, f, locality=f / 4) for f in (0.25, 0.5, 1)]
+    fig = plots.draw_floors(rows)
+    for ax in fig.axes:
+        assert ax.get_yscale() == "log" and [len(line.get_xdata()) for line in ax.lines] == [
+            1,
+            4,
+            4,
+        ]
+        bars = [bar.tolist() for bar in ax.collections[1].get_segments()]
+        assert [[y for _, y in bar] for bar in bars] == [[1, 1], [1, 1.5], [1, 2], [1, 3]]
+    texts = [(text.get_text(), text.xy) for text in fig.axes[0].texts]
+    assert texts == [(f"floor {f:g}", (f, 1 + f)) for f in (0.25, 0.5, 1)]
+    plots.pyplot().close(fig)
+
+
+def test_every_group_of_a_sweep_is_a_row_and_open_and_closed_blocks_are_apart():
+    kinds = ["semantic", "window:9", "semantic+window:9", "shifted:9", "semantic:closed"]
+    kinds += ["sentence", "block:9", "aligned:9", "document"]
+    groups = [group(f"localist, {x}", 2 - i / 10, x) for i, x in enumerate(kinds)]
+    names = rows_of_figure(plots.draw_ratios([*groups, group("base", 1, schedule="distributed")]))
+    expected = [f"localist, {x}" for x in kinds[::-1]]  # the last is the cheapest
+    assert names == {"open blocks": expected[5:], "closed blocks": expected[:5]}
+    assert list(rows_of_figure(plots.draw_ratios(groups[:2]))) == ["open blocks"]
+
+
+@pytest.mark.parametrize(
+    "schedules, shown",
+    [
+        (SCHEDULES, ["distributed", "quintic", "localist", "reversed"]),
+        (["linear", "cubic"], ["linear", "cubic"]),
+        (
+            ["linear", "cubic", "quartic", "new", "quintic"],
+            ["quintic", "linear", "cubic", "quartic"],
+        ),
+    ],
+)
+def test_at_most_four_schedules_are_compared_layer_by_layer(schedules, shown):
+    fig = plots.draw_layers([group(x, 1, schedule=x) for x in schedules], "name")
+    for ax in fig.axes:
+        assert [line.get_label() for line in ax.lines] == shown
+    plots.pyplot().close(fig)
+
+
+def test_the_tradeoff_explains_its_colors_and_its_markers(tmp_path):
+    names, series = ["distributed", "quintic", "localist"], ["semantic", "block:8"]
+    groups = [group("x", 1.1, blocks, name) for name in names for blocks in series]
+    fig = plots.draw_tradeoff(groups, names, series)
+    keys = {x.get_title().get_text(): [y.get_text() for y in x.get_texts()] for x in fig.legends}
+    assert keys == {"color: schedule": names, "marker: blocks": series}
+    plots.pyplot().close(fig)
+
+
+METRICS_ROWS = [{"step": 0, "val_loss": 5.0}]
+METRICS_ROWS += [{"step": step, "loss": 4 - step / 10, "lr": 1e-3} for step in (10, 20, 30)]
+METRICS_ROWS += [{"step": 20, "val_loss": 2.0}, {"step": 30, "val_loss": 2.5}]
+
+
+@pytest.mark.parametrize(
+    "rows, loss, val_loss, best",
+    [
+        ([], [], [], None),
+        (METRICS_ROWS[:1], [], [(0, 5)], "best: 5.000 at step 0"),
+        (METRICS_ROWS[1:2], [(10, 3)], [], None),
+        (METRICS_ROWS, [(10, 3), (20, 2), (30, 1)], [(0, 5), (20, 2), (30, 2.5)], "at step 20"),
+        # steps 20 and 30 were repeated
+        ([*METRICS_ROWS, {"step": 20, "loss": 9, "lr": 1}], [(10, 3), (20, 9), (30, 1)], ..., ""),
+    ],
+)
+def test_the_losses_of_a_run_are_drawn(monkeypatch, rows, loss, val_loss, best):
+    figures = []
+    monkeypatch.setattr(plots, "finish", lambda fig, *_: figures.append(fig))
+    plots.draw_loss(rows, Path("loss.png"), "a run")
+    (fig,) = figures
+    drawn = [[*zip(*line.get_data())] for line in fig.axes[0].lines]
+    assert drawn[0] == loss and (val_loss is ... or drawn[1] == val_loss)
+    labels = [line.get_label() for line in fig.axes[0].lines]
+    assert len(labels) == 2 if best is None else best in labels[2]
+    assert [*fig.axes[1].lines[0].get_xdata()] == [step for step, _ in loss]
+    plots.pyplot().close(fig)
+
+
+def test_every_schedule_is_drawn_also_one_that_was_added(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "septic", 7)
+    figures = []
+    monkeypatch.setattr("experiments.schedules.finish", lambda fig, *_: figures.append(fig))
+    draw_schedules(Path("schedules.png"))
+    (ax,) = figures[0].axes
+    assert [text.get_text() for text in ax.texts] == [*SCHEDULES]
+    for text, line in zip(ax.texts, ax.lines):  # each at its own curve
+        assert text.xy in zip(*line.get_data()) and text.get_color() == line.get_color()
+    assert ax.lines[-1].get_ydata()[5] == pytest.approx((5 / 11) ** 7)
+    plots.pyplot().close(figures[0])
+
+
+def test_the_two_models_that_are_tested_are_highlighted(monkeypatch):
+    figures, names = [], ["distributed", "quintic semantic", "x", "y"]
+    monkeypatch.setattr(faithful_report, "finish", lambda fig, *_: figures.append(fig))
+    models = [{"name": name, "mass": np.ones((2, 14, 2)) * 500} for name in names]
+    study = {"first": "quintic semantic", "second": "distributed"}
+    faithful_report.draw_pointers({"models": models, "study": study}, Path("p.png"))
+    for ax in figures[0].axes:
+        lines = {x.get_label(): x for x in ax.lines if x.get_label() in names}
+        colors = [lines[name].get_color() for name in names]
+        assert len(set(colors)) == 3 and colors[2] == colors[3] == "#a0a0a0"
+        assert len({line.get_marker() for line in lines.values()}) == 4
+    plots.pyplot().close(figures[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# attention between words
+
+
+def test_attention_between_words_is_a_mean_over_queries_of_sums_over_keys():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        T = int(rng.integers(1, 30))
+        first = np.array([0, *np.flatnonzero(rng.random(T - 1) < 0.4) + 1])
+        a = rng.random((T, T)) * np.tri(T)
+        a /= a.sum(1, keepdims=True)
+        joined, edges = join_attention(a, first), [*first, T]
+        assert joined.shape == (len(first), len(first))
+        assert joined.sum(1) == pytest.approx(1)
+        for i, query in enumerate(itertools.pairwise(edges)):
+            for j, key in enumerate(itertools.pairwise(edges)):
+                rows = [sum(a[x, y] for y in range(*key)) for x in range(*query)]
+                assert joined[i, j] == pytest.approx(np.mean(rows))
+
+
+TEXT = "It was  late.\n\nNobody had come, and extraordinarily long words were said. " * 3
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("text, spaces", [(TEXT, True), ("語" * 60, False), (" " * 70, False)])
+def test_groups_of_words_hold_whole_words_if_there_are_any(text, spaces, size):
+    text = text.encode()
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    first = join_words(pieces, most=20)
+    assert first[0] == 0 and (np.diff(first) > 0).all() and len(first) <= 21
+    assert (
+        len(first) > 5 - 1 and np.diff(first, append=len(pieces)).max() <= 4 * len(pieces) / 20 + 1
+    )
+    if spaces and size == 1:
+        for i in first[1:]:
+            assert pieces[i].isspace() and not pieces[i - 1].isspace()
+
+
+def test_the_stretch_in_which_blocks_hide_most_is_found():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        n, T = int(rng.integers(1, 60)), int(rng.integers(1, 40))
+        start = np.maximum.accumulate(np.where(rng.random(n) < 0.1, np.arange(n), 0))
+        start = np.maximum.accumulate(start - rng.integers(0, 3, n)).clip(0)
+        T, shares = min(T, n), []
+        for at in range(n - T + 1):
+            pairs = [(i, j) for i in range(at, at + T) for j in range(at, i)]
+            shares.append(np.mean([j < start[i] for i, j in pairs] or [0]))
+        at, share = most_hidden(np.arange(n) - start, T)
+        assert share == pytest.approx(max(shares)) and shares[at] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("T", [1, 40, 100, 512, 10**4])
+@pytest.mark.parametrize("n", [2, 60, 700])
+def test_a_stretch_begins_with_a_word_and_shows_a_change_of_the_block(n, T):
+    letters = (TEXT * 3).encode()[:n]
+    tokens, vocabulary = np.frombuffer(letters, np.uint8), [bytes([i]) for i in range(256)]
+    lookback = (np.arange(n) % 30).astype(np.uint16)
+    at, size = choose_stretch(tokens, lookback, vocabulary, 1000, T)
+    assert 0 <= at <= n - size and size <= T and (size == min(n, T) or 100 < size < 500)
+    assert at == 0 or letters[at : at + 1].isspace() and not letters[at - 1 : at].isspace()
+    assert size < 100 or most_hidden(lookback, size)[1] > 0.5
 
 
 def results_of(**changes):
