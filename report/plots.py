@@ -256,23 +256,27 @@ def draw_floors(rows):
     """Draw the cost of each schedule at several floors, against its mean locality and against the
     fidelity it gives."""
     fig, axes = panels(1, 2, 11, 5, sharey=True)
+    rows = sorted(rows, key=lambda row: row["floor"])
     labels = {"locality": "locality, mean over layers: the dial that is set", "fidelity": FIDELITY}
     for ax, key in zip(axes, labels):
-        for name in dict.fromkeys(row["schedule"] for row in rows):
+        for name in sorted(dict.fromkeys(row["schedule"] for row in rows), key=order):
             (color, marker), line = style(name), "--" if name == "reversed" else "-"
             # every curve begins at dial 0
-            curve = [row for row in rows if row["schedule"] in (name, "distributed")]
+            curve = [row for row in rows if row["schedule"] == "distributed"]
+            curve += [row for row in rows if row["schedule"] == name != "distributed"]
             x, y = [layer_mean(row, key) for row in curve], [row["ratio"] for row in curve]
             ends = [row["text"] or (row["ratio"], row["ratio"]) for row in curve]
             ax.vlines(x, *zip(*ends), color=color, alpha=0.6)
             ax.plot(x, y, color=color, marker=marker, label=name, lw=1.5, ls=line, ms=5)
         ax.set_xlabel(labels[key])
     ratio_axis(axes[0], "y", spread(*([row[key] for row in rows] for key in ("ratio", "text"))))
-    dearest = max(rows, key=lambda row: row["ratio"])["schedule"]
-    for row in (row for row in rows if row["schedule"] == dearest):  # on one curve: it would be
-        at = layer_mean(row, "locality"), row["ratio"]  # the same on the others
+    # the floors are written beside the curve that rises most; on the others they are the same
+    local = [row for row in rows if row["schedule"] != "distributed"]
+    steepest = max(local, key=lambda row: row["ratio"])["schedule"]
+    for row in (row for row in local if row["schedule"] == steepest):
+        at = layer_mean(row, "locality"), row["ratio"]
         place = {"xytext": (7, -4), "textcoords": "offset points", "va": "top", "size": 9}
-        axes[0].annotate(f"floor {row['floor']:g}", at, **place, color=style(dearest)[0])
+        axes[0].annotate(f"floor {row['floor']:g}", at, **place, color=style(steepest)[0])
     axes[0].set_ylabel(f"{RATIO}\n(bars: 95 % interval over the text)")
     axes[0].margins(x=0.16)
     axes[1].legend(**SIDE_LEGEND)

@@ -215,7 +215,7 @@ def test_every_dial_is_a_row_with_its_interval_the_cheapest_at_the_top():
 
 def test_several_floors_are_curves_with_their_floors_and_intervals():
     rows = [dial("distributed", 1, [1, 1])]
-    rows += [dial("localist", 1 + f, [1, 1 + 2 * f], f, locality=f) for f in (0.25, 0.5, 1)]
+    rows += [dial("localist", 1 + f, [1, 1 + 2 * f], f, locality=f) for f in (1, 0.25, 0.5)]
     rows += [dial("quintic", 1, None, f, locality=f / 4) for f in (0.25, 0.5, 1)]
     fig = plots.draw_floors(rows)
     for ax in fig.axes:
