@@ -163,7 +163,7 @@ def read_tokens(file):
 
 def tokenizer_by_size(vocab_size):
     """The name of our tokenizer with so many tokens."""
-    return {50257: "gpt2", 256: "bytes"}.get(vocab_size, f"gpt2:{vocab_size}")
+    return {50257: "gpt2", 1001: "sample", 256: "bytes"}.get(vocab_size, f"gpt2:{vocab_size}")
 
 
 def is_export(path, vocab_size):

@@ -13,6 +13,7 @@ import torch
 
 import eval
 from model import GPT, GPTConfig
+from prepare_data import check_tokenizer, vocabulary_size
 from support import weights
 from support.files import InputError
 from support.published import BYTES
@@ -425,6 +426,15 @@ def test_weights_without_a_vocabulary_are_read_only_if_their_tokenizer_is_known(
         with pytest.raises(InputError, match="300 tokens and no vocabulary beside it"):
             eval.load(tmp_path)
         assert GPT.from_pretrained(tmp_path).config.vocab_size == 300
+
+
+@pytest.mark.parametrize("name", ["sample", "bytes", "gpt2:257"])
+def test_an_export_is_read_with_the_tokenizer_of_the_run(tmp_path, gpt2_tokenizer, name):
+    published(tmp_path, vocab_size=vocabulary_size(name), **WIDE)
+    assert eval.load(tmp_path)[1]["tokenizer"] == name
+    n = vocabulary_size("sample")  # one size, one tokenizer
+    with pytest.raises(InputError, match=f"except {n}"):
+        check_tokenizer(f"gpt2:{n}")
 
 
 # ---- the export
