@@ -1,11 +1,13 @@
-# make quickstart: install into .venv; train a small localized GPT-2 on the sample text, measure it,
-#                  draw it, and make a page to look at
+# make quickstart: install into .venv; train a small localized GPT-2 on the sample text, make a page
+#                  to look at, and measure what locality costs in which layers
 # make test:       install what the tests need as well; check the format; run the tests
 PYTHON ?= python3
 
 quickstart: .venv/run-time
 	.venv/bin/python train.py configs/quickstart.toml --overwrite
 	.venv/bin/python view.py runs/quickstart
+	.venv/bin/python eval.py runs/quickstart --partition window:8 --dial-sweep --floor 1 \
+		--figure runs/quickstart/dials.png
 
 test: .venv/tests
 	.venv/bin/ruff format --check .

@@ -6,8 +6,9 @@
     torchrun --nproc_per_node=4 train.py configs/gpt2_quintic.toml    # the same run, on four GPUs
 
 Every key of the config can be overridden on the command line; --overwrite replaces an older run.
-The run folder contains config.toml, metrics.jsonl, best.pt and last.pt, and at the end results.json
-and attention.png.
+The run folder contains config.toml, metrics.jsonl, best.pt and last.pt; page.html (the text in its
+blocks) and loss.png, which are renewed during training; and at the end results.json and
+attention.png.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from eval import evaluate, figure
-from locality import Partitioner, schedule
+from locality import SCHEDULES, Partitioner, schedule
 from model import GPT, GPTConfig
 from prepare_data import (
     TextConfig,
@@ -36,6 +37,7 @@ from prepare_data import (
     token_bytes,
     vocabulary_size,
 )
+from report import plots
 from report.blocks import mark_blocks
 from report.tables import measures_table
 from sample import generate
@@ -45,6 +47,7 @@ from support.machine import precision
 from support.prepared import SPLITS
 from support.run import Diverged, Run, check_finite, check_resumable, check_same_run, diagnose
 from support.settings import key
+from view import quick_page
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Config(TextConfig):
     # locality
     schedule: str = key(
         "quintic",
-        "distributed, localist, linear, quadratic, cubic, quartic, quintic or reversed",
+        ", ".join(SCHEDULES),
     )
     floor: float = key(1.0, "locality of the last layer, above 0 and at most 1")
     anchor: bool = key(False, "the first token of a context belongs to every block")
@@ -307,6 +310,8 @@ def train(run, config, model, compiled, optimizers, data, process):
             if is_eval_step or run.step == config.max_steps:
                 validate(run, config, model, data, process)
                 run.save_last()
+                if progress.is_time_to_draw():
+                    draw(run, config, model, data, run.step)
             if is_log_step:
                 progress.show(loss, lr, speed)
             if is_log_step or is_eval_step or run.step == first_step:
@@ -342,6 +347,20 @@ def validate(run, config, model, data, process):
     run.val_loss, run.best_loss, run.evals_since_best = ddp.broadcast(state, process)
 
 
+def draw(run, config, model, data, step):
+    """Renew the pictures of a run: a page of the validation split, and the losses so far.
+
+    step: of the model. A picture that cannot be drawn does not stop the training.
+    """
+    if run.writes:
+        try:
+            quick_page(run.path("page.html"), model, asdict(config), data, step)
+            if rows := run.rows():
+                plots.draw_loss(rows, run.path("loss.png"), run.folder.name)
+        except InputError as e:
+            print(f"{e}; the run continues without this picture", file=sys.stderr)
+
+
 def start(config, resume=False, overwrite=False):
     """One run, from its config to its results. Raises InputError."""
     process = ddp.init(config.device, config.batch_size)
@@ -373,6 +392,9 @@ def start(config, resume=False, overwrite=False):
         else:  # each process draws its own dropout
             torch.manual_seed(config.seed + 1000 * run.step + process.rank)
         try:
+            draw(run, config, model, data, run.step)
+            if first:
+                print(f"page: {run.folder}/page.html shows the blocks now, and how training goes")
             train(run, config, model, compiled, optimizers, data, process)
             ddp.shut_down()
             if first:
@@ -418,6 +440,7 @@ def finish(run, config, model, data, process):
             f"{run.evals_since_best} evaluations without a new best model"
         )
     best_step, val_loss = run.load_best()
+    draw(run, config, model, data, best_step)
     vocabulary, split = token_bytes(get_encoding(config.tokenizer)), data.split("test")
     batch_size = max(1, config.batch_size // process.world_size)
     results = {name: getattr(config, name) for name in ("schedule", "floor", "partition")}

@@ -1,5 +1,6 @@
 """What training shows: a first line, progress, and advice if it runs out of memory."""
 
+import math
 import shlex
 import time
 
@@ -52,6 +53,7 @@ class Progress:
             unit="step",
             disable=True if process.rank else None,
         )
+        self.val_loss, self.drawn = None, -math.inf
         self.restart_clock()
 
     def __enter__(self):
@@ -73,17 +75,36 @@ class Progress:
         return self.steps * self.tokens_per_step / max(time.perf_counter() - self.since, 1e-9)
 
     def show(self, loss, lr, tokens_per_s):
-        """Show how training is going."""
-        line = (
-            f"loss {loss:.3f}, val {self.run.val_loss:.3f}, lr {lr:.1e}, {tokens_per_s:,.0f} tok/s"
-        )
+        """Show how training is going: the validation loss if it is new or on a terminal, and off a
+        terminal, where the bar would show it, the time left."""
+        line = f"loss {loss:.3f}"
+        if self.run.val_loss != self.val_loss or not self.bar.disable:
+            self.val_loss = self.run.val_loss
+            line += f", val {self.val_loss:.3f}"
+        line += f", lr {lr:.1e}, {tokens_per_s:,.0f} tok/s"
         if peak := machine.peak_flops(self.process.device):
             flops = flops_per_token(self.model, self.model.config.block_size)
             mfu = tokens_per_s / self.process.world_size * flops / peak
             line += f", MFU {100 * mfu:.0f}%"
         self.bar.set_postfix_str(line)
         if self.bar.disable and self.run.writes:
+            if steps := self.config.max_steps - self.run.step:
+                line += f", about {duration(steps * self.tokens_per_step / tokens_per_s)} left"
             print(f"step {self.run.step}/{self.config.max_steps}: {line}", flush=True)
+
+    def is_time_to_draw(self, seconds=10):
+        """Whether the pictures of the run should be drawn again: at most every few seconds."""
+        if time.perf_counter() - self.drawn < seconds:
+            return False
+        self.drawn = time.perf_counter()
+        return True
+
+
+def duration(seconds):
+    """A time in words, in the largest unit that fits: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def memory_advice(run, config, process, T, finished):

@@ -7,6 +7,8 @@ A run folder contains
     best.pt last.pt  checkpoints: the model with the best validation loss; all the next step needs
     results.json     the scores of the best model on the test split, written at the end
     attention.png    a figure of its attention
+    loss.png         the losses and the learning rate so far
+    page.html        a page of the validation split, renewed during training
     diverged.json    only if the run diverged: the step, and which numbers were not finite
 """
 
@@ -28,7 +30,8 @@ from support.prepared import is_identity
 from support.settings import to_toml
 from support.weights import CHECKPOINTS, first_file, load, save
 
-RESULTS = ("results.json", "attention.png", "diverged.json", "page.html", "best.pt", "last.pt")
+PICTURES = "attention.png", "loss.png", "page.html"
+RESULTS = ("results.json", *PICTURES, "diverged.json", "best.pt", "last.pt")
 TEMPORARY = re.compile(rf"({'|'.join(map(re.escape, ('config.toml', *RESULTS)))})\.[0-9]+\.tmp")
 MADE = "# the config of a run of train.py\n"  # the first line of config.toml
 
@@ -316,6 +319,16 @@ class Run:
             if self.metrics.write(line) < len(line):
                 self.metrics.truncate(length)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def rows(self):
+        """The lines of metrics.jsonl, a list of dicts of numbers; damaged lines are left out."""
+        rows = []
+        for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+        numbers = {"step": int}, {str: (int, float)}
+        rows = [row for row in rows if all(fits(row, shape) for shape in numbers)]
+        return [row for row in rows if all(abs(value) < 1e30 for value in row.values())]
 
     def save_if_best(self, val_loss):
         """Log the validation loss, in nats per token; write best.pt if it is the best so far.
