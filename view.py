@@ -45,7 +45,7 @@ from support.files import InputError, run_script, visible, write_text
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
 from support.run import is_run
-from support.sources import pieces, slug
+from support.sources import pieces
 
 TOKENS, MOST = 512, 4096  # tokens on a page: the default, the maximum
 LIKELIEST = 10  # next tokens that are shown
@@ -279,14 +279,15 @@ def facts(run, pairs, partition, config, device):
 
 
 def page_name(given, pairs, partition):
-    """A file name for a page, another one for other arguments of `page`, a dict."""
-    run, text = given["run"], given.get("text")
+    """A file name for a page. given: arguments of `page`, a dict; others have another name."""
+    run, text, split = given["run"], given.get("text"), given.get("split", "test")
+    weights = "" if is_run(run) else Path(run).name[:40]
     dials = [name if floor == 1 else f"{name}_{floor:g}" for name, floor in pairs]
-    which = slug(text) if isinstance(text, Path) else "prompt" if text else given.get("split", "")
+    which = "" if split == "test" else split
+    if text is not None:
+        which = text.stem[:40] if isinstance(text, Path) else "prompt"
     rest = [f"{key}={given[key]}" for key in ("text", "words", "tokens", "draws") if key in given]
     digits = hashlib.sha256("\n".join(rest).encode(errors="surrogateescape")).hexdigest()[:6]
-    which = "" if which == "test" else which
-    weights = "" if is_run(run) else slug(str(run))
     return file_name("view", weights, *dials, partition, which, digits if rest else "")
 
 
