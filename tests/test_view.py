@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 from prepare_data import TextConfig, prepare
 from report.blocks import block_moves, block_starts, liveliest
 from report.excerpt import Excerpt, draw_foreign, find_words, join_short, sentence_starts
-from report.page import fill, label
+from report.page import Page, fill, label
 from support.files import TURNS, InputError
 from test_page import data_of
 from view import Text, cut, given_text, influence, measure, own_text, quick_page, turns
@@ -416,7 +416,7 @@ def test_the_size_of_a_page(layers, heads, most, monkeypatch):
     monkeypatch.setattr(view, "influence", numbers)
     data = measure(model, excerpt, BYTES, foreign, dials, 1)
     n_keys = data_of(fill(data))[1]["n_keys4"]
-    assert n_keys[4:].min() >= 4 or layers == 12
+    assert n_keys.mean() > 3.9
     assert most / 2 < len(fill(data | FACTS)) < most
 
 
@@ -696,7 +696,7 @@ def open_page(browser):
 
 @pytest.fixture
 def open_data(open_page, tmp_path):
-    """open_data(data, width): a tab with the page that shows these data."""
+    """open_data(data, width, link): a tab with the page that shows these data."""
 
     def open_data(data, *options):
         path = tmp_path / "page.html"
@@ -753,7 +753,7 @@ def test_clicks_and_keys_move_and_a_link_comes_back(hostile, open_page):
     visible(tab, ".text span").nth(180).click()
     tab.select_option("#layer", index=0)
     tab.select_option("#head", index=1)
-    share = arrays["fidelity0"].reshape(L, H, T)[0, 1, 180]
+    share = arrays["fidelity4"].reshape(L, H, T)[0, 1, 180]
     title = visible(tab, ".cell.on").get_attribute("title")
     assert title == f"layer 1, head 2: {share:.3f} in the block, floor 0.000"
     # a sentence
@@ -764,34 +764,74 @@ def test_clicks_and_keys_move_and_a_link_comes_back(hostile, open_page):
     link = tab.url
     tab.keyboard.press("Escape")
     assert likely.text_content() == before
-    # side by side, and the link
-    tab.locator("#dials input").nth(2).check()
-    assert visible(tab).count() == 2
+    # the link
     other = open_page(hostile, link="#" + link.partition("#")[2])
-    assert other.evaluate("[state.t, state.layer, state.head, state.dial]") == [180, 0, 1, 0]
+    assert other.evaluate("[state.t, state.layer, state.head, state.position]") == [180, 0, 1, 4]
     assert other.evaluate("state.sentence") >= 0
     other.evaluate("location.hash = '#t=7'")
     other.wait_for_function("state.t === 7")
-    odd = open_page(hostile, link="#t=99999&d=x&l=-1&h=%00&s=1e9")
+    odd = open_page(hostile, link="#t=99999&d=x&l=-1&h=%00&s=1e9&k=1&w=-1&c=x")
     assert odd.evaluate("state.layer") == L - 1 and 0 <= odd.evaluate("state.t") < T
+    assert odd.evaluate("[state.position, state.schedule, state.word]") == [4, 0, -1]
+
+
+def test_the_dial_is_a_slider(measured, open_data):
+    """With a mouse, the keyboard and a link; everything on the page moves with it."""
+    *_, dials, data = measured
+    tab = open_data(data)
+    slider = tab.locator("#dial")
+    assert slider.get_attribute("max") == "4" and slider.input_value() == "4"
+
+    def locality(n=0):
+        column = visible(tab).nth(n).locator("tbody td.number:nth-child(2)")
+        return [float(x) for x in column.all_text_contents()]
+
+    def seen():
+        return [visible(tab, part).first.inner_html() for part in (".text", ".heads", ".owed")]
+
+    tab.evaluate("pick({ t: 55, layer: 1 })")
+    views = {4: seen()}
+    slider.focus()
+    for position in (3, 2, 1, 0):
+        tab.keyboard.press("ArrowLeft")
+        assert tab.evaluate("[state.position, state.t]") == [position, 55]  # not another token
+        assert locality() == [round(x, 3) for x in dials[position]]
+        assert f"d={data['positions'][position]}" in tab.url
+        perplexity = data["dials"][position]["perplexity"]
+        words = f"perplexity {float(f'{perplexity:.4g}'):,.10g}"
+        assert words in visible(tab, ".reading p").text_content()
+        views[position] = seen()
+    for part in range(3):
+        assert len({view[part] for view in views.values()}) == 5
+    assert "over dial 0" not in visible(tab, ".reading p").text_content()
+    # the other schedule: the same at 0, and its own dials above that
+    tab.locator("#schedules input").nth(1).check()
+    assert seen() == [
+        part.replace("-0-", "-1-").replace("0-", "1-") if i else part
+        for i, part in enumerate(views[0])
+    ] or locality() == [0, 0, 0]
+    box = slider.bounding_box()
+    tab.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + box["height"] / 2)
+    assert tab.evaluate("state.position") == 2 and locality() == [0.15] * 3
+    tab.locator("#schedules input").nth(2).check()  # side by side
+    assert visible(tab).count() == 2
+    assert [locality(0), locality(1)] == [[round(x, 3) for x in dials[i]] for i in (2, 6)]
+    link = "#" + tab.url.partition("#")[2]
+    names = ["quintic: late layers local, at most 0.8", "localist: every layer local, at most 0.3"]
+    assert visible(tab, "h2").all_text_contents() == names
+    again = open_data(data, 1280, link)
+    assert again.evaluate("[state.position, state.schedule]") == [2, 2]
+    assert visible(again).count() == 2 and again.locator("#dial").input_value() == "2"
 
 
 def test_what_a_browser_reads_is_what_was_measured(measured, open_data):
     """Every number that the page can show, of every token, layer, head, sentence and dial."""
     _, excerpt, _, dials, data = measured
     tab, (_, arrays) = open_data(data), data_of(fill(data))
-    T, L, H, K, N = 60, 3, 3, data["keys"], data["likeliest"]
+    T, L, H, N = 60, 3, 3, data["likeliest"]
     ends = [end for _, end in excerpt.sentences[:-1]]
     first = np.cumsum([0, *(T - end for end in ends)]).tolist()  # values before each sentence's
-    depends = {t: max(x for _, x in tab.evaluate(f"influences(0, {t})")) for t in range(29, 59)}
-    assert depends[tab.evaluate("state.t")] == max(
-        depends.values()
-    )  # the page opens at a telling token
-    for dial, (schedule_name, floor, locality) in enumerate(dials):
-        tab.locator("#dials input").nth(dial).check()
-        assert visible(tab, "h2").text_content() == f"{schedule_name}, floor {floor}"
-        floors = [x.split(" ≥ ")[1] for x in visible(tab, "td.mean").all_text_contents()]
-        assert floors == [f"{x:.3f}" for x in locality]
+    for dial in range(len(dials)):
         stored = at_dial(arrays, dial)
         for name in ("fidelity", "entropy"):
             shaped = stored[name].reshape(L, H, T)
@@ -799,42 +839,61 @@ def test_what_a_browser_reads_is_what_was_measured(measured, open_data):
             every = f"[...Array({L * (H + 1) * T}).keys()].map(i => measure('{name}', {dial}, "
             every += f"Math.floor(i / {(H + 1) * T}), Math.floor(i / {T}) % {H + 1}, i % {T}))"
             np.testing.assert_allclose(tab.evaluate(every), shaped.flatten())
-        keys, roots = (stored[name].reshape(L, H + 1, T, K) for name in ("keys", "roots"))
+        keys, weights, drawn = keys_of(stored, (L, H + 1, T))
         for layer, head, t in ((0, 0, 0), (1, 2, 30), (2, 3, 59)):
             pairs = tab.evaluate(f"strongest({dial}, {layer}, {head}, {t})")
-            expected = zip(keys[layer, head, t], roots[layer, head, t] ** 2)
-            np.testing.assert_allclose(pairs, [pair for pair in expected if pair[1]])
-        for t in range(T):
+            expected = zip(*(values[layer, head, t] for values in (keys, weights, drawn)))
+            np.testing.assert_allclose(pairs, [pair for *pair, there in expected if there])
+        losses = stored["bits"].reshape(T, N + 1)[:-1, -1]
+        read = tab.evaluate(f"[...Array({T}).keys()].map(t => loss({dial}, t))")
+        assert read == [0, *losses.tolist()]
+        for t in range(0, T, 1 + dial):
             slots = [(s, first[s] + t - end) for s, end in enumerate(ends) if end <= t]
             pairs = tab.evaluate(f"influences({dial}, {t})")
-            assert pairs == [[s, stored["influence"][at]] for s, at in slots]
+            assert pairs == [[s, stored["influence"][at] ** 2] for s, at in slots]
             for s, at in [(-1, None), *slots][-2:]:
                 rows = tab.evaluate(f"nextTokens({dial}, {t}, {s})")
                 ids = stored["likely"][t * N : (t + 1) * N].astype(int).tolist()
                 assert [row["id"] for row in rows[:N]] == ids
                 actual = [row["id"] for row in rows if row["isActual"]]
                 assert actual == data["tokens"][t + 1 : t + 2]
-                p = 2 ** -stored["bits"].reshape(T, N + 1)[t]
-                assert [row["p"] for row in rows[:N]] == pytest.approx(p[:N].tolist())
+                bits = stored["bits"].reshape(T, N + 1)[t]
+                assert [row["p"] for row in rows[:N]] == pytest.approx((2 ** -bits[:N]).tolist())
                 after = [row["after"] for row in rows]
                 if at is None:
                     assert set(after) == {None}
                 else:
-                    expected = 2 ** -stored["after"].reshape(-1, N + 1)[at]
+                    change = stored["change"].reshape(-1, N + 1)[at]
+                    expected = 2 ** -(bits + change)
                     assert after[:N] == pytest.approx(expected[:N].tolist())
                     assert stored["new"][at] in [row["id"] for row in rows]
+                    read = [tab.evaluate(f"change({dial}, {s}, {t}, {n})") for n in (0, N)]
+                    assert read == change[[0, N]].tolist()
         assert tab.evaluate(f"[...numbers.rank{dial}]") == stored["rank"].tolist()
         assert not tab.evaluate(f"[...Array({T}).keys()].some(t => reach({dial}, t))")  # an anchor
-    # what the words say
-    tab.evaluate("pick({ t: 55, dial: 0, sentence: -1 })")
+
+
+def test_what_the_words_of_a_page_say(measured, open_data):
+    _, excerpt, _, dials, data = measured
+    tab, (_, arrays) = open_data(data), data_of(fill(data))
+    assert 2 * tab.evaluate("state.t") >= 58
+    assert tab.locator("#lead").text_content() == (
+        "Each color is a block, one sentence. At dial 1, in the last layer, a token spends at "
+        "least 80 % of its attention inside its own color."
+    )
+    tab.evaluate("pick({ t: 55 })")
     panel = visible(tab, ".panel").text_content()
-    assert "token 55 of this page. Its block: " in panel and "and the first token" in panel
-    assert f"rank {arrays['rank0'][55]:.0f}" in panel
+    assert "is token 55. Its block: " in panel and "and the first token" in panel
+    assert f"rank {arrays['rank4'][55]:.0f}" in panel
     start = 55 - excerpt.lookback[55]
-    ranked = sorted(tab.evaluate("influences(0, 55)"), key=lambda pair: -pair[1])
-    shown = visible(tab, ".owed button > :nth-child(2)").all_text_contents()
-    assert shown == [f"{x:.{2 if x < 9.995 else 1}f} bits" for _, x in ranked]
-    for (s, _), words in zip(ranked, visible(tab, ".owed .words").all_text_contents()):
+    rows = visible(tab, ".heads tbody tr").count()
+    names = visible(tab, ".heads th").all_text_contents()
+    assert rows == 3 and names == (
+        [*("", "locality", "head 1", "head 2", "head 3", "mean", "fidelity")]
+        + [f"layer {n}" for n in (1, 2, 3)]
+    )
+    ranked = sorted(tab.evaluate("influences(4, 55)"), key=lambda pair: -pair[1])
+    for (s, _), words in zip(ranked, visible(tab, ".owed .words").all_text_contents(), strict=True):
         begin, end = excerpt.sentences[s]
         where = "outside" if end <= start else "partly in" if begin < start else "in"
         assert words.startswith(f"{where} the block: ")
@@ -846,27 +905,165 @@ def test_what_a_browser_reads_is_what_was_measured(measured, open_data):
     assert bars == block_starts(excerpt.lookback)[1:].tolist()
 
 
+def test_a_sentence_shows_what_it_adds_to_a_word_that_is_picked(measured, open_data):
+    _, excerpt, _, dials, data = measured
+    tab, (_, arrays) = open_data(data), data_of(fill(data))
+    tab.evaluate("pick({ t: 55 })")
+    rows = tab.evaluate("nextTokens(4, 55, -1)")
+    n = next(i for i, row in enumerate(rows) if not row["isActual"] and i > 0)
+    tab.locator(".view:not([hidden]) .likely button").nth(n).click()
+    assert tab.evaluate("state.word") == rows[n]["id"] and f"w={rows[n]['id']}" in tab.url
+    heads = visible(tab, ".owed li:first-child .token").all_text_contents()
+    came = data["labels"][data["tokens"][56]]
+    assert heads == [came, data["labels"][rows[n]["id"]]]
+    ranked = sorted(tab.evaluate("influences(4, 55)"), key=lambda pair: -pair[1])
+    ends = [end for _, end in excerpt.sentences[:-1]]
+    first = np.cumsum([0, *(60 - end for end in ends)])
+    change = arrays["change4"].reshape(-1, data["likeliest"] + 1)
+    buttons = visible(tab, ".owed button")
+    for i, (s, _) in enumerate(ranked):
+        for column, k in ((3, data["likeliest"]), (4, n)):
+            x = change[first[s] + 55 - ends[s], k]
+            words = buttons.nth(i).locator(f":nth-child({column})").first.text_content()
+            sign = "−" if x < 0 else "+"
+            assert words == ("±< 0.01" if abs(x) < 0.005 else f"{sign}{abs(x):.2f}")
+    link = "#" + tab.url.partition("#")[2]
+    assert open_data(data, 1280, link).evaluate("state.word") == rows[n]["id"]
+    tab.keyboard.press("Escape")
+    assert tab.evaluate("state.word") == -1
+    tab.locator(".view:not([hidden]) .likely button").nth(n).press("Enter")
+    assert tab.evaluate("state.word") == rows[n]["id"]
+    tab.evaluate("pick({ t: 56 })")
+    assert tab.evaluate("state.word") == -1  # it belongs to the token
+
+
+def test_zero_is_certified_or_not_shown(measured, open_data):
+    """A small number keeps its first digits, and one that could be 0 by chance is not called 0."""
+    tab = open_data(measured[-1])
+    for x, words in (
+        *((0, "< 0.001"), (1e-9, "< 0.001"), (0.00099, "< 0.001"), (0.0011, "0.001")),
+        *((0.0042, "0.004"), (0.0123, "0.012"), (0.0949, "0.095"), (0.31, "0.31"), (12.3, "12.3")),
+    ):
+        assert tab.evaluate(f"small({x})") == words
+    for x, words in ((0, "±< 0.01"), (-0.0049, "±< 0.01"), (0.306, "+0.31"), (-1.2, "−1.20")):
+        assert tab.evaluate(f"signed({x})") == words
+
+
 def test_the_page_tells_the_reach(open_data):
-    """The first token that can change a prediction, if every layer is at 1."""
+    """The first token that can change a prediction, and the sentences that cannot."""
     model, tokens = small_model(max_lookback=300), np.frombuffer(SAMPLE, np.uint8).astype(int)
     background = count_background(tokens, BYTES)
-    dials = two_dials(["localist", "quintic"], [1.0], {"floor": 1.0}, 3)
+    pairs, dials = turns(["localist", "quintic"], [1.0], {}, 3)
     for partition, window in (("semantic:closed", False), ("semantic", False), ("window:9", True)):
-        config = FACTS | {"partition": partition, "max_lookback": 300}
+        config = FACTS | {"partition": partition, "max_lookback": 300} | schedules(pairs)
         excerpt = cut(Text("it", tokens, 4000, background, None), 60, BYTES, config)
+        excerpt = excerpt._replace(sentences=[(at, at + 6) for at in range(0, 60, 6)])
         lookback = np.arange(60) - np.maximum.accumulate(np.array([0, 7, 19, 33, 50]).repeat(12))
         excerpt = excerpt if window else excerpt._replace(lookback=lookback, marks=[])
         tab = open_data(measure(model, excerpt, BYTES, tokens, dials, 1) | config)
-        first = tab.evaluate("[...Array(60).keys()].map(t => reach(0, t))")
+        first = tab.evaluate("[...Array(60).keys()].map(t => reach(4, t))")
         assert first == reach(excerpt.lookback, [1.0] * 3).tolist() and max(first) > 30
-        tab.evaluate("pick({ t: 55, dial: 0 })")
-        panel = visible(tab, ".panel")
+        tab.evaluate("pick({ t: 55 })")
+        panel, sizes = visible(tab, ".panel"), visible(tab, ".owed button > :nth-child(2)")
         certified = f"nothing before token {first[55]}, {55 - first[55]} tokens back, can change it"
         assert certified in panel.text_content()
-        tab.evaluate("pick({ t: 55, dial: 1 })")
-        assert "the whole text before it can change it" in panel.text_content()
+        ranked = sorted(tab.evaluate("influences(4, 55)"), key=lambda pair: -pair[1])[:8]
+        for (s, x), words in zip(ranked, sizes.all_text_contents(), strict=True):
+            assert (words == "0, certified") == (6 * (s + 1) <= first[55])
+            assert words != "0, certified" or x == 0
+        assert "0, certified" in sizes.all_text_contents()
+        for changes in ("{ position: 3 }", "{ position: 4, schedule: 1 }"):
+            tab.evaluate(f"pick({changes})")
+            assert "the whole text before it can change it" in panel.text_content()
+            assert not set(sizes.all_text_contents()) & {"0", "0.00", "0, certified"}
         kind = tab.locator("#kind").text_content()
         assert ("was noticed" in kind) == (partition == "semantic:closed")
+        lead = tab.locator("#lead").text_content()
+        assert "At dial 1 a token may look only inside " in lead and ("the blue" in lead) == window
+
+
+def test_pointing_shows_sources_and_what_depends_on_a_sentence(measured, open_data):
+    """Of the token or the sentence under the mouse, without a click."""
+    _, excerpt, _, _, data = measured
+    tab = open_data(data)
+    tab.evaluate("pick({ t: 55 })")
+    chosen = visible(tab, ".panel").inner_html()
+
+    def classes(name):
+        all_names = tab.evaluate("views[0].tokens.map(node => node.className.split(' '))")
+        return [i for i, names in enumerate(all_names) if name in names]
+
+    def lines():
+        line = "node => +node.style.getPropertyValue('--u')"
+        return tab.evaluate(f"views[0].tokens.map({line})")
+
+    def thick(x):
+        return 0 if x < 0.001 else max(1, min(5, 3 * x**0.5))
+
+    visible(tab, ".text span").nth(27).hover()
+    assert classes("on") == [27] and classes("later") == list(range(28, 60))
+    keys = [key for key, _ in tab.evaluate("strongest(4, 2, MEAN, 27)")]
+    assert classes("look") == sorted(keys)
+    begin, end = next(pair for pair in excerpt.sentences if pair[1] > 27)
+    s = excerpt.sentences.index((begin, end))
+    assert classes("then") == list(range(end, 60))
+    depends = dict(tab.evaluate("influences(4, 27)"))
+    for i, line in enumerate(lines()):
+        source = next(n for n, pair in enumerate(excerpt.sentences) if pair[1] > i)
+        x = tab.evaluate(f"influence(4, {s}, {i})") if i >= end else depends.get(source, 0)
+        assert line == pytest.approx(thick(x), abs=0.006)
+    assert visible(tab, ".panel").inner_html() == chosen and tab.evaluate("state.t") == 55
+    assert tab.locator("#over").text_content().startswith("token 27: ")
+    tab.mouse.move(1, 1)
+    assert classes("on") == [55] and not classes("then")
+    visible(tab, ".owed button").last.hover()
+    ranked = sorted(tab.evaluate("influences(4, 55)"), key=lambda pair: -pair[1])
+    assert classes("then") == list(range(excerpt.sentences[ranked[-1][0]][1], 60))
+    tab.mouse.move(1, 1)
+    assert not classes("then")
+
+
+def test_the_text_can_be_colored_by_its_loss(measured, open_data):
+    tab = open_data(measured[-1])
+    assert tab.locator("#scale").is_hidden() and visible(tab, ".text.loss").count() == 0
+    tab.select_option("#color", value="loss")
+    assert tab.locator("#scale").is_visible() and visible(tab, ".text.loss").count() == 1
+    shares = tab.evaluate("views[0].tokens.map(node => +node.style.getPropertyValue('--l'))")
+    losses = tab.evaluate("[...Array(60).keys()].map(t => loss(4, t))")
+    assert shares == pytest.approx([min(1, x / 8) for x in losses], abs=6e-4)
+    colors = tab.evaluate("views[0].tokens.map(n => getComputedStyle(n).backgroundColor)")
+    assert len(set(colors)) == len(set(shares)) > 3
+    again = open_data(measured[-1], 1280, "#" + tab.url.partition("#")[2])
+    assert again.locator("#color").input_value() == "loss"
+
+
+def test_a_quick_page_says_what_would_add_the_rest(place, open_page, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    model, config, trained_on = load("runs/tiny")
+    data = prepare(TextConfig.of(config), trained_on)
+    quick_page(tmp_path / "quick.html", model, config, data, 0)
+    tab = open_page(tmp_path / "quick.html")
+    assert tab.title() == "A text, read by runs/tiny, before training"
+    assert "python view.py runs/tiny adds what" in visible(tab, ".panel").text_content()
+    assert visible(tab, ".owed").count() == 0 and not tab.locator(".depends").first.is_visible()
+    for t in (0, 100, 191):
+        tab.evaluate(f"pick({{ t: {t}, position: 2 }})")
+        assert visible(tab, ".likely tr").count() >= 10
+
+
+def test_the_frame_of_a_notebook_shows_the_page(measured, browser):
+    context = browser.new_context()
+    tab, faults = context.new_page(), []
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.set_content(f"<body>{Page(measured[-1], 'x.html')._repr_html_()}</body>")
+    frame = tab.frame_locator("iframe")
+    frame.locator("body[data-ready]").wait_for(timeout=20000)
+    frame.locator(".view:not([hidden]) .text span").nth(30).click()
+    assert "is token 30." in frame.locator(".view:not([hidden]) .panel").text_content()
+    frame.locator("#dial").press("ArrowLeft")
+    assert "dial 0.75" in frame.locator(".view:not([hidden]) .reading p").text_content()
+    assert not faults
+    context.close()
 
 
 def test_the_marks_name_the_blocks_where_they_were_noticed(make_page, open_data):
@@ -893,16 +1090,14 @@ def test_a_long_page_begins_with_its_token_in_sight_and_does_not_jump(measured, 
             const at = views[0].tokens[state.t].getBoundingClientRect();
             const end = innerWidth < 400 ? box.bottom : innerHeight;  // of what scrolls
             return at.top >= box.top && at.bottom <= end }""")
-        # the line about the hovered token is up to date and keeps its height
+        # the line about the token under the mouse is up to date and keeps its height
         tab.evaluate("pick({ t: 10 })")
         visible(tab, ".text span").nth(12).hover()
         line = tab.locator("#over")
-        assert line.text_content().endswith("not read yet")
+        assert line.text_content().startswith("token 12: ")
         height = line.bounding_box()["height"]
         tab.keyboard.press("ArrowRight")
         assert line.text_content().startswith("token 11: ")
-        tab.evaluate("(hovered = { dial: 0, t: 12 }, describe(), pick({ t: 13 }), 0)")
-        assert "not read yet" not in line.text_content()
         assert line.bounding_box()["height"] == height
     visible(tab, ".text").focus()
     tab.keyboard.press("End")
@@ -927,9 +1122,33 @@ def test_nothing_is_wider_than_the_screen(hostile, open_page, make_page, tmp_pat
         tab = open_page(path, width, has_touch=True)
         visible(tab, ".text span").nth(20).tap()
         assert tab.evaluate("state.t") == 20
-        for dial in range(3):
-            tab.locator("#dials input").nth(dial).check()
+        for position in range(5):
+            tab.evaluate(f"pick({{ position: {position}, color: 'loss' }})")
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_two_schedules_fit_side_by_side_and_the_text_comes_first(measured, open_data, width):
+    tab = open_data(measured[-1], width, "#k=2")
+    assert visible(tab).count() == 2
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    text, tools = visible(tab, ".text").first.bounding_box(), tab.locator("#tools").bounding_box()
+    assert (text["y"] < tools["y"]) == (width == 390)
+
+
+def test_blank_lines_leave_no_gaps(measured, open_data):
+    """A run of newlines, in one token or several, is a single break; the text stays as it is."""
+    text = ["word "] * 60
+    text[20], text[30], text[31], text[32], text[40] = "\n", "\n\n", "\n", "\n\n \n", ".\n"
+    tab = open_data({**measured[-1], "text": text})
+    assert visible(tab, ".text span").all_text_contents() == text
+    tops = tab.evaluate("views[0].tokens.map(node => node.getClientRects()[0].top)")
+    steps = {t: tops[t + 1] - tops[t] for t in (20, 32, 40)}
+    line = min(b - a for a, b in zip(tops, tops[1:]) if b > a + 6)
+    assert steps[20] == pytest.approx(line, abs=2) == pytest.approx(steps[40], abs=2)
+    assert line + 2 < steps[32] < 1.6 * line
+    tab.evaluate("pick({ t: 31 })")
+    assert visible(tab, ".text .on i").count() == 1
 
 
 def test_it_prints_without_its_tools(hostile, open_page):
@@ -937,4 +1156,4 @@ def test_it_prints_without_its_tools(hostile, open_page):
     tab.emulate_media(media="print", color_scheme="dark")
     assert not tab.locator("#tools").is_visible() and visible(tab, ".panel").is_visible()
     paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert paper == "rgb(252, 251, 248)"
+    assert paper == "rgb(253, 252, 250)"
