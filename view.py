@@ -16,11 +16,9 @@ run, with the same weights. In a notebook, `view.page("runs/quickstart")` shows 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
 
 import argparse
-import hashlib
 import math
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,9 +36,8 @@ from locality import (
 )
 from prepare_data import TextConfig, check_partition, get_encoding, prepare, token_bytes
 from report.blocks import liveliest
-from report.excerpt import Excerpt, bits_in_words, draw_foreign, find_words, join_short
-from report.excerpt import sentence_starts
-from report.page import Page, check_page, file_name, fill, store
+from report.excerpt import Text, cut, draw_foreign, find_words
+from report.page import Page, check_page, fill, page_name, store
 from support.files import InputError, run_script, visible, write_text
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
@@ -170,12 +167,14 @@ def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
     }
 
 
-def turns(schedules, floors, config, n_layer):
-    """What the slider of a page turns: ((schedule, floor), one or two; the locality at each dial).
+def turns(schedules, floors, config, n_layer, positions=POSITIONS):
+    """What the slider of a page turns: its schedules, its positions, and the locality at each dial.
 
-    Dial 0 is GPT-2, for both. Then come the other POSITIONS with the first schedule, and those with
-    the second. schedules, floors: lists; if one is None or empty, the config, a dict, has it. At
-    `distributed`, every dial would be 0; quintic takes its place. Raises InputError.
+    schedules, floors: lists; if one is None or empty, the config, a dict, has it. At `distributed`
+    every dial would be 0, so that quintic takes its place. positions: of the slider, from 0 on.
+    Returns one or two (schedule, floor); positions; a list of localities, n_layer floats each:
+    GPT-2, which is position 0 of both schedules, then the other positions of the first schedule,
+    then those of the second. Raises InputError.
     """
     names, floors = schedules or [config["schedule"]], floors or [config["floor"]]
     n = max(len(names), len(floors))
@@ -184,11 +183,9 @@ def turns(schedules, floors, config, n_layer):
     pairs = [(names[min(i, len(names) - 1)], floors[min(i, len(floors) - 1)]) for i in range(n)]
     pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] != "distributed"]
     pairs = pairs or [("quintic", floors[0])]
-    dials = [[0.0] * n_layer]
-    for name, floor in pairs:
-        full = schedule(name, n_layer, floor)
-        dials += [[position * x for x in full] for position in POSITIONS[1:]]
-    return pairs, dials
+    full = [schedule(name, n_layer, floor) for name, floor in pairs]
+    dials = [[position * x for x in locality] for locality in full for position in positions[1:]]
+    return pairs, positions, [[0.0] * n_layer, *dials]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,15 +214,16 @@ def page(
     Raises InputError.
     """
     given = {**locals()}
-    check_arguments(run, text, split, tokens, draws)
+    check_arguments(run, text, split, draws)
     device = pick_device(device)
     model, config, trained_on = load(run, device, plain=plain)
     schedules = [schedule] if isinstance(schedule, str) else schedule
     floors = [floor] if isinstance(floor, (int, float)) else floor
-    pairs, dials = turns(schedules, floors, config, model.config.n_layer)
-    T = tokens or min(TOKENS, model.config.block_size)
-    if not 2 <= T <= model.config.block_size:
-        raise InputError(f"this model reads at most {model.config.block_size} tokens, not {T}")
+    turned = turns(schedules, floors, config, model.config.n_layer)
+    most = min(MOST, model.config.block_size)
+    T = min(TOKENS, most) if tokens is None else tokens
+    if not 2 <= T <= most:
+        raise InputError(f"a page of this model has 2 ... {most} tokens, not {T}")
     partition = partition or config["partition"]
     if text is None:
         whole = own_text(prepare(TextConfig.of(config), trained_on), split or "test", T)
@@ -233,84 +231,68 @@ def page(
         whole = given_text(config, trained_on, text)
     if partition != config["partition"]:
         whole = with_blocks(whole, partition, config, trained_on, split)
-    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     if words is not None:
+        vocabulary = token_bytes(get_encoding(config["tokenizer"]))
         whole = whole._replace(start=find_words(whole.tokens, vocabulary, words))
         if whole.start is None:
             raise InputError(f"{whole.name} does not contain the words {words!r}; see --split")
-    excerpt = cut(whole, T, vocabulary, config | {"partition": partition})
-    data = measure(model, excerpt, vocabulary, whole.foreign, dials, draws)
-    data |= facts(run, pairs, partition, config, device)
+    data = everything(run, model, whole, T, config | {"partition": partition}, turned, draws)
     usual = {name: p.default for name, p in signature(page).parameters.items()}
     given = {name: value for name, value in given.items() if value != usual[name]}
-    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    data["command"] = visible(f"view.page({words})")
-    return Page(data, page_name(given, pairs, partition))
+    call = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    data["command"] = visible(f"view.page({call})")
+    weights = "" if is_run(run) else Path(run).name
+    return Page(data, page_name(given, weights, turned[0], partition))
 
 
 def quick_page(path, model, config, data, step):
-    """Write a page of the validation split to `path` while a model trains, in a pass per dial.
+    """Write a page of the validation split to `path` while a model trains, at dial 0 and dial 1.
 
     config: the keys of train.Config, a dict; data: Prepared; step: how many have been made. No
     sentence is replaced, so the page does not say what predictions depend on. The model, its dial
     and all random number generators are left as they are. Raises InputError.
     """
     T, was_training = min(TOKENS, model.config.block_size), model.training
-    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
-    pairs, dials = turns(None, None, config, model.config.n_layer)
-    text = own_text(data, "val", T)
+    turned = turns(None, None, config, model.config.n_layer, positions=(0, 1))
+    text = own_text(data, "val", T, within=CHUNK)
     model.eval()
     try:
-        shown = measure(model, cut(text, T, vocabulary, config), vocabulary, text.foreign, dials, 0)
+        shown = everything(config["out"], model, text, T, config, turned, n_draws=0)
     finally:
         model.train(was_training)
-    shown |= facts(config["out"], pairs, config["partition"], config, model.wte.weight.device)
     shown["when"] = f"step {step} of {config['max_steps']}" if step else "before training"
     write_text(path, fill(shown))
 
 
-def facts(run, pairs, partition, config, device):
-    """What a page says of its making, a dict. pairs: what `turns` returned."""
-    schedules = [{"name": name, "floor": floor} for name, floor in pairs]
-    facts = {"run": visible(str(run)), "when": "", "positions": POSITIONS, "schedules": schedules}
-    facts |= {"partition": partition, "max_lookback": config["max_lookback"]}
-    facts |= provenance(device, config["seed"])
-    return facts | {"command": visible(facts["command"])}
+def everything(run, model, text, T, config, turned, n_draws):
+    """All that a page shows, a dict: T tokens of a Text, and where they come from.
 
-
-def page_name(given, pairs, partition):
-    """A file name for a page. given: arguments of `page`, a dict; others have another name."""
-    run, text, split = given["run"], given.get("text"), given.get("split", "test")
-    weights = "" if is_run(run) else Path(run).name[:40]
-    dials = [name if floor == 1 else f"{name}_{floor:g}" for name, floor in pairs]
-    which = "" if split == "test" else split
-    if text is not None:
-        which = text.stem[:40] if isinstance(text, Path) else "prompt"
-    rest = [f"{key}={given[key]}" for key in ("text", "words", "tokens", "draws") if key in given]
-    digits = hashlib.sha256("\n".join(rest).encode(errors="surrogateescape")).hexdigest()[:6]
-    return file_name("view", weights, *dials, partition, which, digits if rest else "")
+    config: with the partition of the page, a dict; turned: what `turns` returned; for the rest see
+    `measure`. Raises InputError.
+    """
+    (pairs, positions, dials), partition = turned, config["partition"]
+    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+    rules = partition, config["max_lookback"], text.background, config["plain"]
+    marked = partition in ("semantic", "semantic:closed")
+    excerpt = cut(text, T, vocabulary, Partitioner(vocabulary, *rules), marked)
+    data = measure(model, excerpt, vocabulary, text.foreign, dials, n_draws)
+    data |= {"run": visible(str(run)), "when": "", "positions": positions}
+    data |= {"schedules": [{"name": name, "floor": floor} for name, floor in pairs]}
+    data |= {"partition": partition, "max_lookback": config["max_lookback"]}
+    data |= provenance(model.wte.weight.device, config["seed"])
+    return data | {"command": visible(data["command"])}
 
 
 # --------------------------------------------------------------------------------------------------
 # the text
 
 
-class Text(NamedTuple):
-    """A whole text, and what belongs to it."""
-
-    name: str
-    tokens: np.ndarray  # (n,) ids
-    start: int  # the first token to show
-    background: dict | None  # of the partition
-    foreign: np.ndarray  # ids of another text, to replace sentences with
-    lookback: np.ndarray | None = None  # (n,), if it was prepared
-
-
-def own_text(data, split, T):
-    """A split of a run's Prepared text; the foreign text is another split. T: tokens to show."""
+def own_text(data, split, T, within=None):
+    """A split of a run's Prepared text; the foreign text is another split. T: tokens to show, of
+    the first `within` of the split."""
     tokens, lookback = data.split(split)
     foreign, _ = data.split("val" if split == "test" else "test")
-    start = liveliest(lookback, T)
+    start = liveliest(lookback[:within], T)
     return Text(f"{split} split", tokens, start, data.meta["background"], foreign, lookback)
 
 
@@ -320,9 +302,8 @@ def given_text(config, trained_on, text):
     The foreign text is the run's test split; for weights, the sample text. Raises InputError.
     """
     encoding = get_encoding(config["tokenizer"])
-    name, text = (
-        (text.name, "".join(pieces(text))) if isinstance(text, Path) else ("a prompt", text)
-    )
+    name = text.name if isinstance(text, Path) else "a prompt"
+    text = "".join(pieces(text)) if isinstance(text, Path) else text
     tokens = np.array(encoding.encode(text, allowed_special="all"), np.int64)
     if config["source"]:
         own = own_text(prepare(TextConfig.of(config), trained_on), "val", 2)
@@ -344,45 +325,6 @@ def with_blocks(text, partition, config, trained_on, split):
         train, _ = prepare(TextConfig.of(config), trained_on).split("train")
         text = text._replace(background=count_background(train, vocabulary))
     return text._replace(lookback=None if text.lookback is None else lookback)
-
-
-def cut(text, T, vocabulary, config):
-    """The Excerpt of T tokens of a Text, or of as many as there are from its start on.
-
-    config: a dict with the partition, which reads the text from its beginning. Raises InputError if
-    there are fewer than 2 tokens.
-    """
-    start, n = text.start, len(text.tokens)
-    end = min(start + T, n)
-    if end - start < 2:
-        raise InputError(f"{text.name}: a page needs at least 2 tokens, not {end - start}")
-    partition, cap = config["partition"], config["max_lookback"]
-    partitioner = Partitioner(vocabulary, partition, cap, text.background, config["plain"])
-    lookback, moves = walk(text.tokens[:end], partitioner)
-    if text.lookback is not None:  # a joined text no longer says where a document ends
-        lookback = text.lookback[:end].astype(np.int64)
-    marks = [
-        (token - start, block - start, bits_in_words(bits))
-        for token, block, bits in moves
-        if partition in ("semantic", "semantic:closed") and block > start and bits != math.inf
-    ]
-    which = f"tokens {start:,} … {end - 1:,} of {n:,}" if end - start < n else f"all {n:,} tokens"
-    return Excerpt(
-        f"{text.name}, {which}",
-        text.tokens[start:end].astype(np.int64),
-        np.minimum(lookback[start:], np.arange(end - start)),
-        marks,
-        join_short(sentence_starts(text.tokens[start:end], vocabulary), end - start),
-    )
-
-
-def walk(tokens, partitioner):
-    """What a fresh Partitioner finds in a text: the lookback, (n,) int64, and all moves."""
-    lookback, moves = [], []
-    for i in range(0, len(tokens), CHUNK):
-        lookback.append(partitioner.push(tokens[i : i + CHUNK]))
-        moves += partitioner.moves[1:]
-    return np.concatenate(lookback).astype(np.int64), moves
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,7 +358,7 @@ def main():
     print(f"page: {out} ({out.stat().st_size / 1e6:.1f} MB), for any browser")
 
 
-def check_arguments(run, text, split, tokens, draws):
+def check_arguments(run, text, split, draws):
     """Raises InputError for what would otherwise fail only later. For the arguments see `page`."""
     if text is not None and split:
         raise InputError(
@@ -429,8 +371,6 @@ def check_arguments(run, text, split, tokens, draws):
             f"{run} contains no checkpoint of a run; to look at other weights, give a text: "
             "--text my_page.txt, or --prompt"
         )
-    if tokens is not None and not 2 <= tokens <= MOST:
-        raise InputError(f"--tokens must be in 2 ... {MOST}, not {tokens}")
     if not 1 <= draws <= 100:
         raise InputError(f"--draws must be in 1 ... 100, not {draws}")
 

@@ -1,13 +1,26 @@
-"""What a page needs from a text: where some words are, its sentences, and foreign text."""
+"""What a page needs from a text: a stretch of it, its blocks and sentences, and foreign text."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from support.files import InputError
 from support.sentences import first_bytes
 
 CHUNK = 1 << 16  # tokens at a time
+
+
+class Text(NamedTuple):
+    """A whole text, and what belongs to it."""
+
+    name: str
+    tokens: np.ndarray  # (n,) ids
+    start: int  # the first token to show
+    background: dict | None  # of the partition
+    foreign: np.ndarray  # ids of another text, to replace sentences with
+    lookback: np.ndarray | None = None  # (n,), if it was prepared
 
 
 class Excerpt(NamedTuple):
@@ -18,6 +31,43 @@ class Excerpt(NamedTuple):
     lookback: np.ndarray  # (T,) int64
     marks: list  # (token, block, words): where it was recognized that a block began at `block`
     sentences: list  # (begin, end), at least one
+
+
+def cut(text, T, vocabulary, partitioner, marked):
+    """The Excerpt of T tokens of a Text, or of as many as there are from its start on.
+
+    partitioner: a fresh locality.Partitioner, which reads the text from its beginning; marked:
+    whether to mark where it recognized blocks. Raises InputError if there are fewer than 2 tokens.
+    """
+    start, n = text.start, len(text.tokens)
+    end = min(start + T, n)
+    if end - start < 2:
+        raise InputError(f"{text.name}: a page needs at least 2 tokens, not {end - start}")
+    lookback, moves = walk(text.tokens[:end], partitioner)
+    if text.lookback is not None:  # a joined text no longer says where a document ends
+        lookback = text.lookback[:end].astype(np.int64)
+    marks = [
+        (token - start, block - start, bits_in_words(bits))
+        for token, block, bits in moves
+        if marked and block > start and bits != math.inf
+    ]
+    which = f"tokens {start:,} … {end - 1:,} of {n:,}" if end - start < n else f"all {n:,} tokens"
+    return Excerpt(
+        f"{text.name}, {which}",
+        text.tokens[start:end].astype(np.int64),
+        np.minimum(lookback[start:], np.arange(end - start)),
+        marks,
+        join_short(sentence_starts(text.tokens[start:end], vocabulary), end - start),
+    )
+
+
+def walk(tokens, partitioner):
+    """What a fresh Partitioner finds in a text: the lookback, (n,) int64, and all moves."""
+    lookback, moves = [], []
+    for i in range(0, len(tokens), CHUNK):
+        lookback.append(partitioner.push(tokens[i : i + CHUNK]))
+        moves += partitioner.moves[1:]
+    return np.concatenate(lookback).astype(np.int64), moves
 
 
 def find_words(tokens, vocabulary, words):

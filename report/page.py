@@ -95,7 +95,7 @@ def pack(arrays):
         places[name] = {"at": at, "n": len(values), "bytes": n_bytes}
         places[name] |= {"scale": scale, "added": added}
         at += len(stored[-1])
-    numbers = base64.b64encode(zlib.compress(b"".join(stored), 9)).decode()
+    numbers = base64.b64encode(zlib.compress(b"".join(stored))).decode()
     return {"arrays": places, "numbers": numbers}
 
 
@@ -192,10 +192,22 @@ def check_page(path):
         raise InputError(f"{path} is not a page of view.py; give another --out")
 
 
-def file_name(*parts):
-    """A name for a page, with what is on it: parts that are empty are left out."""
-    names = (re.sub(r"[^\w.+]+", "_", part).strip("_") for part in parts if part)
-    return f"{'-'.join(names).encode()[:200].decode(errors='ignore')}.html"
+def page_name(given, weights, pairs, partition):
+    """A file name that says what is on a page: pages with other arguments have another name.
+
+    given: arguments of view.page that are not the defaults, a dict; weights: their name, "" for a
+    run; pairs: of schedule and floor.
+    """
+    text, split = given.get("text"), given.get("split", "test")
+    dials = [name if floor == 1 else f"{name}_{floor:g}" for name, floor in pairs]
+    which = "" if split == "test" else split
+    if text is not None:
+        which = text.stem if isinstance(text, Path) else "prompt"
+    rest = [f"{key}={given[key]}" for key in ("text", "words", "tokens", "draws") if key in given]
+    digits = hashlib.sha256("\n".join(rest).encode(errors="surrogateescape")).hexdigest()[:6]
+    parts = ["view", weights[:40], *dials, partition, which[:40], digits if rest else ""]
+    names = (re.sub(r"[^\w.+]+", "_", part).strip("_") for part in parts)
+    return f"{'-'.join(filter(None, names))}.html"
 
 
 def is_page(path):

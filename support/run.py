@@ -7,6 +7,8 @@ A run folder contains
     best.pt last.pt  checkpoints: the model with the best validation loss; all the next step needs
     results.json     the scores of the best model on the test split, written at the end
     attention.png    a figure of its attention
+    page.html        a page of the validation split, as the model was at the last evaluation
+    view-*.html      pages that view.py has written
     diverged.json    only if the run diverged: the step, and which numbers were not finite
 """
 
@@ -29,7 +31,8 @@ from support.settings import to_toml
 from support.weights import CHECKPOINTS, first_file, load, save
 
 RESULTS = ("results.json", "attention.png", "diverged.json", "page.html", "best.pt", "last.pt")
-TEMPORARY = re.compile(rf"({'|'.join(map(re.escape, ('config.toml', *RESULTS)))})\.[0-9]+\.tmp")
+OURS = "|".join(map(re.escape, ("config.toml", *RESULTS)))
+TEMPORARY = re.compile(rf"({OURS}|view-.*\.html)\.[0-9]+\.tmp")
 MADE = "# the config of a run of train.py\n"  # the first line of config.toml
 
 # What a checkpoint contains; last.pt has more. text: what Prepared.identity returned; cwd: where
@@ -253,6 +256,10 @@ class Run:
             f"{name} was not written; if the folder still exists, resume the run from there"
         )
 
+    def pages(self):
+        """The names of the pages of this folder that view.py has written."""
+        return [path.name for path in self.folder.glob("view-*.html") if not path.is_dir()]
+
     def begin(self, model, optimizers, config, text):
         """Take over the folder: restore what was saved, or remove what an older run left.
 
@@ -273,7 +280,7 @@ class Run:
             self.lock()
             check_free(self.folder, self.overwrite)  # another run may have used it meanwhile
             self.metrics.truncate(0)
-        for name in ("diverged.json",) if self.resuming else RESULTS:
+        for name in ("diverged.json",) if self.resuming else (*RESULTS, *self.pages()):
             (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", MADE + to_toml(config))
         length = self.metrics.seek(0, os.SEEK_END)

@@ -6,11 +6,12 @@ import random
 import re
 import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from report.page import SCALES, file_name, fill, keep_strongest, label, pack, pieces_of
+from report.page import SCALES, fill, keep_strongest, label, pack, page_name, pieces_of
 from support.files import TURNS
 
 
@@ -133,8 +134,8 @@ def test_the_strongest_keys_of_all_dials_are_kept(most):
 
 
 def test_a_file_name_fits_every_disk():
-    assert file_name("view", "", "quintic", "semantic+window:8") == (
-        "view-quintic-semantic+window_8.html"
-    )
-    assert file_name("view", 'a/b\\c:d*e?"<f>|\x00') == "view-a_b_c_d_e_f.html"
-    assert len(file_name("view", "é" * 300).encode()) < 230
+    pairs = [("quintic", 1.0), ("a/b", 0.25)]
+    name = page_name({}, 'c\\c:d*e?"<f>|\x00', pairs, "semantic+window:8")
+    assert name == "view-c_c_d_e_f-quintic-a_b_0.25-semantic+window_8.html"
+    for text in (Path("é" * 300), "é" * 300):
+        assert len(page_name({"text": text}, "é" * 300, pairs, "sentence").encode()) < 230

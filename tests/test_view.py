@@ -28,11 +28,20 @@ from locality import (
 from model import GPT, GPTConfig
 from prepare_data import TextConfig, prepare
 from report.blocks import block_moves, block_starts, liveliest
-from report.excerpt import Excerpt, draw_foreign, find_words, join_short, sentence_starts
+from report.excerpt import (
+    Excerpt,
+    Text,
+    cut,
+    draw_foreign,
+    find_words,
+    join_short,
+    sentence_starts,
+    walk,
+)
 from report.page import Page, fill, label
 from support.files import TURNS, InputError
 from test_page import data_of
-from view import Text, cut, given_text, influence, measure, own_text, quick_page, turns
+from view import given_text, influence, measure, own_text, quick_page, turns
 
 BYTES = [bytes([i]) for i in range(256)]
 SAMPLE = (ROOT / "data" / "sample.txt").read_bytes()
@@ -59,6 +68,13 @@ def keys_of(shown, shape):
     stored = np.arange(n.max()) < n[:, None]
     keys[stored], weights[stored] = shown["keys"], shown["roots"] ** 2
     return [values.reshape(*shape, -1) for values in (keys.astype(int), weights, stored)]
+
+
+def excerpt_of(text, T, vocabulary, config):
+    """What a page shows of a text, with the partition of a config."""
+    partition, cap = config["partition"], config["max_lookback"]
+    partitioner = Partitioner(vocabulary, partition, cap, text.background)
+    return cut(text, T, vocabulary, partitioner, partition.startswith("semantic"))
 
 
 def schedules(pairs):
@@ -194,9 +210,9 @@ def measured():
     tokens = np.random.default_rng(4).integers(97, 103, 60)
     tokens[[9, 10, 23, 24, 35, 36, 48, 49]] = list(b". " * 4)
     tokens[[11, 25, 37, 50]] = list(b"ABCD")
-    excerpt = cut(Text("it", tokens, 0, None, None), 60, BYTES, FACTS)
+    excerpt = excerpt_of(Text("it", tokens, 0, None, None), 60, BYTES, FACTS)
     assert len(excerpt.sentences) == 5
-    pairs, dials = turns(["quintic", "localist"], [0.8, 0.3], {}, 3)
+    pairs, _, dials = turns(["quintic", "localist"], [0.8, 0.3], {}, 3)
     foreign = np.array(list(b"One. And another, longer. More. And so on and on it goes. " * 5))
     drawn = draw_foreign(foreign, BYTES, excerpt.sentences[:-1], 3)
     before = model.locality
@@ -239,7 +255,7 @@ def test_a_small_influence_is_stored_and_only_a_certified_one_is_exactly_zero(mo
     model, tokens = small_model(), np.arange(60) % 50 + 60
     lookback = np.arange(60) - np.array([0, 20, 40]).repeat(20)
     excerpt = Excerpt("", tokens, lookback, [], [(at, at + 10) for at in range(0, 60, 10)])
-    _, dials = turns(["localist"], None, {"floor": 1.0}, 3)
+    *_, dials = turns(["localist"], None, {"floor": 1.0}, 3)
     data = measure(model, excerpt, BYTES, 255 - tokens, dials, 2)
     first = reach(lookback, [1.0] * 3)
     for dial in range(5):
@@ -272,7 +288,7 @@ def test_evidence_is_the_odds_of_the_change_point_model_and_the_cap_has_none(mon
     monkeypatch.setattr(ChangePoints, "chance_later", recorded)
     for partition, cap in (("semantic", 65535), ("semantic", 190), ("sentence", 65535)):
         chances.clear()
-        lookback, moves = view.walk(tokens, Partitioner(BYTES, partition, cap, background))
+        lookback, moves = walk(tokens, Partitioner(BYTES, partition, cap, background))
         walked = np.array(chances)
         stream, streamed = Partitioner(BYTES, partition, cap, background), []
         for token in tokens:
@@ -303,10 +319,10 @@ def test_an_excerpt_has_the_blocks_that_were_prepared(partition):
     background = count_background(tokens, vocabulary)
     config = FACTS | {"partition": partition, "max_lookback": 300}
     lookback = partition_text(tokens, vocabulary, partition, 300, background)
-    _, moves = view.walk(tokens, Partitioner(vocabulary, partition, 300, background))
+    _, moves = walk(tokens, Partitioner(vocabulary, partition, 300, background))
     moves = {move[:2]: move[2] for move in moves}
     for start in (0, 4900, 7000, len(tokens) - 400, *block_starts(lookback)[:20].tolist()):
-        excerpt = cut(Text("it", tokens, start, background, None), 300, vocabulary, config)
+        excerpt = excerpt_of(Text("it", tokens, start, background, None), 300, vocabulary, config)
         assert excerpt.tokens.tolist() == tokens[start : start + 300].tolist()
         expected = np.minimum(lookback[start : start + 300], np.arange(300))
         assert excerpt.lookback.tolist() == expected.tolist()
@@ -320,7 +336,7 @@ def test_an_excerpt_has_the_blocks_that_were_prepared(partition):
     # a joined text no longer says where a document ends: the prepared lookback counts
     prepared = (np.arange(len(tokens)) % 77).astype(np.uint16)
     text = Text("it", tokens, 4900, background, None, prepared)
-    excerpt = cut(text, 300, vocabulary, config)
+    excerpt = excerpt_of(text, 300, vocabulary, config)
     assert excerpt.lookback.tolist() == np.minimum(prepared[4900:5200], np.arange(300)).tolist()
 
 
@@ -364,7 +380,7 @@ def test_what_the_slider_turns():
     config = {"schedule": "quintic", "floor": 0.5}
 
     def pairs(names=None, floors=None, config=config):
-        shown, dials = turns(names, floors, config, 3)
+        shown, _, dials = turns(names, floors, config, 3)
         full = [schedule(name, 3, floor) for name, floor in shown]
         expected = [[f * x for x in locality] for locality in full for f in (0.25, 0.5, 0.75, 1)]
         assert dials == [[0.0] * 3, *expected]  # 0 is the same for both
@@ -406,7 +422,7 @@ def test_the_size_of_a_page(layers, heads, most, monkeypatch):
     tokens, foreign = np.random.default_rng(0).integers(97, 123, (2, 512))
     lookback = np.minimum(np.arange(512), np.arange(512) % 100)
     excerpt = Excerpt("", tokens, lookback, [], join_short(range(0, 512, 16), 512))
-    _, dials = turns(["quintic"], [1.0], {}, layers)
+    *_, dials = turns(["quintic"], [1.0], {}, layers)
     generator = torch.Generator().manual_seed(0)
 
     def numbers(model, idx, lookback, log_p, sentence, foreign):  # as many, without the passes
@@ -590,14 +606,15 @@ def test_a_quick_page_leaves_a_training_as_it_was(place, tmp_path, monkeypatch):
     assert shown["shown"].startswith("val split, ") and shown["draws"] == 0
     first, _ = data_of((tmp_path / "0.html").read_text())
     assert first["when"] == "before training" and first["numbers"] == shown["numbers"]
-    assert shown["dials"][4]["locality"] == schedule("linear", 2)
+    assert shown["positions"] == [0, 1]
+    assert [dial["locality"] for dial in shown["dials"]] == [[0, 0], schedule("linear", 2)]
     tokens, lookback = (a[:193] for a in data.split("val"))
     model.set_locality(schedule("linear", 2))
     at = int(re.search(r"\d[\d,]*", shown["shown"])[0].replace(",", ""))
     tokens, lookback = (a[at : at + 192] for a in data.split("val"))
     results = evaluate(model, tokens, lookback, BYTES)
-    assert shown["dials"][4]["perplexity"] == pytest.approx(results["perplexity"], rel=1e-5)
-    assert not len(arrays["influence4"])
+    assert shown["dials"][1]["perplexity"] == pytest.approx(results["perplexity"], rel=1e-5)
+    assert not len(arrays["influence1"])
 
 
 def test_weights_need_a_text_and_plain_code_shows_the_same(run, make_page, tmp_path):
@@ -627,8 +644,8 @@ def test_weights_need_a_text_and_plain_code_shows_the_same(run, make_page, tmp_p
         ("runs/tiny --text runs/tiny/best.pt", "best.pt"),
         ("runs/tiny --text data/sample.txt --prompt x", "not both"),
         ("runs/tiny --prompt 'some words' --split val", "--split"),
-        ("runs/tiny --tokens 193", "at most 192 tokens"),
-        ("runs/tiny --tokens 1", "--tokens must be"),
+        ("runs/tiny --tokens 193", "2 ... 192 tokens, not 193"),
+        ("runs/tiny --tokens 1", "2 ... 192 tokens, not 1"),
         ("runs/tiny --draws 0", "--draws must be"),
         ("runs/tiny --schedule qintic", "quintic"),
         ("runs/tiny --floor 2", "floor must be"),
@@ -953,10 +970,10 @@ def test_the_page_tells_the_reach(open_data):
     """The first token that can change a prediction, and the sentences that cannot."""
     model, tokens = small_model(max_lookback=300), np.frombuffer(SAMPLE, np.uint8).astype(int)
     background = count_background(tokens, BYTES)
-    pairs, dials = turns(["localist", "quintic"], [1.0], {}, 3)
+    pairs, _, dials = turns(["localist", "quintic"], [1.0], {}, 3)
     for partition, window in (("semantic:closed", False), ("semantic", False), ("window:9", True)):
         config = FACTS | {"partition": partition, "max_lookback": 300} | schedules(pairs)
-        excerpt = cut(Text("it", tokens, 4000, background, None), 60, BYTES, config)
+        excerpt = excerpt_of(Text("it", tokens, 4000, background, None), 60, BYTES, config)
         excerpt = excerpt._replace(sentences=[(at, at + 6) for at in range(0, 60, 6)])
         lookback = np.arange(60) - np.maximum.accumulate(np.array([0, 7, 19, 33, 50]).repeat(12))
         excerpt = excerpt if window else excerpt._replace(lookback=lookback, marks=[])
@@ -1047,7 +1064,7 @@ def test_a_quick_page_says_what_would_add_the_rest(place, open_page, tmp_path, m
     assert "python view.py runs/tiny adds what" in visible(tab, ".panel").text_content()
     assert visible(tab, ".owed").count() == 0 and not tab.locator(".depends").first.is_visible()
     for t in (0, 100, 191):
-        tab.evaluate(f"pick({{ t: {t}, position: 2 }})")
+        tab.evaluate(f"pick({{ t: {t}, position: {t % 2} }})")
         assert visible(tab, ".likely tr").count() >= 10
 
 
