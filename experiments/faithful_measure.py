@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from locality import Partitioner
 from model import attention_weights
+from report.excerpt import draw_foreign, join_short, sentence_starts
 from support.files import InputError
 from sweep import prepare_cell
-from view import draw_foreign, influence, join_short, sentence_starts
+from view import influence
 
 SHIFTS = 4  # other places of the split from which the control takes its boundaries
 FOLLOWED = "semantic", "semantic:closed"  # partitions that also read the foreign text

@@ -13,11 +13,12 @@ import os
 import re
 import unicodedata
 import zlib
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from support.files import open_regular, visible
+from support.files import InputError, check_writable, open_regular, visible, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -69,24 +70,144 @@ def pieces_of(tokens):
 
 
 # --------------------------------------------------------------------------------------------------
-# the file
+# the numbers
+
+# {name: (scale, what is added first)}: a value is stored as round((value + added) * scale)
+SCALES = {"fidelity": (65535, 0), "entropy": (4096, 0), "roots": (255, 0), "bits": (256, 0)}
+SCALES |= {"influence": (4096, 0), "change": (256, 128), "new_bits": (256, 0)}
+BUDGET = 1e6, 14  # bytes of a page: so many, and so many more for each query of each head
 
 
 def pack(arrays):
     """Many arrays as one string: {"arrays": {name: its place and type}, "numbers": base64}.
 
-    arrays: {name: (values, scale)}, values >= 0. Each is stored as round(values * scale), in one
-    byte or, if that is too small, in two (and clipped to them). All are then compressed (deflate).
+    arrays: {name + digits: values}, each stored as SCALES says for its name, in one byte or, if
+    that is too small, in two (and clipped to them): first all low bytes, then all high bytes. All
+    are then compressed (deflate).
     """
     places, stored, at = {}, [], 0
-    for name, (values, scale) in arrays.items():
-        values = np.rint(np.asarray(values, np.float64) * scale)
-        dtype = np.dtype(np.uint8 if values.max(initial=0) < 256 else "<u2")
-        stored.append(values.clip(0, 65535).astype(dtype).tobytes())
-        places[name] = {"at": at, "n": values.size, "bytes": dtype.itemsize, "scale": scale}
+    for name, values in arrays.items():
+        scale, added = SCALES.get(name.rstrip("0123456789"), (1, 0))
+        values = np.rint((np.asarray(values, np.float64).reshape(-1) + added) * scale)
+        n_bytes = 1 if values.max(initial=0) < 256 else 2
+        values = values.clip(0, 65535).astype("<u2").view(np.uint8).reshape(-1, 2)
+        stored.append(values[:, :n_bytes].tobytes("F"))
+        places[name] = {"at": at, "n": len(values), "bytes": n_bytes}
+        places[name] |= {"scale": scale, "added": added}
         at += len(stored[-1])
-    numbers = base64.b64encode(zlib.compress(b"".join(stored), 9)).decode()
+    numbers = base64.b64encode(zlib.compress(b"".join(stored))).decode()
     return {"arrays": places, "numbers": numbers}
+
+
+def keep_strongest(measured, most):
+    """Of the keys of every query, keep the strongest: about `most` at all dials together.
+
+    measured: a dict per dial, with keys and weights, (L, H + 1, T, K), the largest first. They are
+    replaced by n_keys, (L, H + 1, T), how many are kept, and by their keys and roots, the square
+    roots of the weights, one after another. Returns the least weight that is always kept, and 1 / H
+    of it in the mean over heads; of each query, the four largest are kept even if they are smaller.
+    """
+    roots, ranked = [], []  # as they are stored, which is finer if weights are small
+    for values in measured:
+        weights, ranks = values["weights"], values["weights"].copy()
+        ranks[:, -1] *= ranks.shape[1] - 1
+        pair = [np.rint(255 * np.sqrt(w.clip(0, 1))).astype(np.uint8) for w in (weights, ranks)]
+        roots.append(pair[0])
+        ranked.append(pair[1])
+    counts = sum(np.bincount(r.reshape(-1), minlength=256) for r in ranked)
+    at_least = counts[::-1].cumsum()[::-1]  # how many roots are at least 0, 1, ...
+    least = max(int(np.argmax(np.append(at_least, 0) <= max(most, 0))), 1)
+    for values, r, rank in zip(measured, roots, ranked):
+        kept = (rank >= least) & (r > 0)
+        kept[..., :4] |= r[..., :4] > 0
+        del values["weights"]
+        values |= {"n_keys": kept.sum(-1), "keys": values["keys"][kept], "roots": r[kept] / 255}
+    return (least / 255) ** 2
+
+
+def store(tokens, vocabulary, measured):
+    """The numbers of a page and the tokens that it names, a dict.
+
+    tokens: (T,) ids; vocabulary: the bytes of each token; measured: for each dial what
+    view.measure_dial returned.
+    """
+    sizes = {key: sum(values[key].size for values in measured) for key in measured[0]}
+    others = sum(sizes.values()) - sizes["keys"] - sizes["weights"]  # two bytes each, in base64
+    queries = sizes["keys"] // measured[0]["keys"].shape[-1]
+    least = keep_strongest(measured, (BUDGET[0] + BUDGET[1] * queries - 2.4 * others) / 2.6)
+    # the page numbers the tokens that it names from 0 on
+    named = [values[key].reshape(-1) for values in measured for key in ("likely", "new")]
+    ids = np.unique(np.concatenate([tokens, *named]).astype(np.int64))
+    arrays = {}
+    for dial, values in enumerate(measured):
+        numbered = {key: np.searchsorted(ids, values[key]) for key in ("likely", "new")}
+        roots = {"influence": np.sqrt(values["influence"])}  # finer where they are small
+        arrays |= {f"{key}{dial}": v for key, v in {**values, **numbered, **roots}.items()}
+    return {
+        "text": pieces_of([vocabulary[t] for t in tokens]),
+        "tokens": np.searchsorted(ids, tokens).tolist(),
+        "labels": [label(vocabulary[t]) for t in ids],
+        "least": least,
+        **pack(arrays),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# the file
+
+
+class Page:
+    """A page, which shows itself in a notebook.
+
+    data: what it shows, a dict; name: a file name that says what is on it; html: the whole file.
+    """
+
+    def __init__(self, data, name):
+        self.data, self.name = data, name
+
+    @property
+    def html(self):
+        return fill(self.data)
+
+    def save(self, path=None):
+        """Write the page to `path`, by default to its name in the working directory. Returns the
+        Path. Raises InputError if it cannot be written, or if `path` is not a page."""
+        path = Path(path or self.name)
+        check_page(path)
+        write_text(path, self.html)
+        return path
+
+    def _repr_html_(self):
+        # the frame may run the script of the page and do nothing else
+        options = 'sandbox="allow-scripts" style="width: 100%; height: 54rem; border: 0"'
+        return f'<iframe {options} srcdoc="{escape(self.html)}"></iframe>'
+
+
+def check_page(path):
+    """Raises InputError unless a page can be written to `path`, where it may replace a page."""
+    if path.suffix != ".html":  # so that no text and no weights are overwritten
+        raise InputError(f"{path}: the name of a page must end in .html")
+    check_writable(path)
+    if path.exists() and not is_page(path):
+        raise InputError(f"{path} is not a page of view.py; give another --out")
+
+
+def page_name(given, weights, pairs, partition):
+    """A file name that says what is on a page: pages with other arguments have another name.
+
+    given: arguments of view.page that are not the defaults, a dict; weights: their name, "" for a
+    run; pairs: of schedule and floor.
+    """
+    text, split = given.get("text"), given.get("split", "test")
+    dials = [name if floor == 1 else f"{name}_{floor:g}" for name, floor in pairs]
+    which = "" if split == "test" else split
+    if text is not None:
+        which = text.stem if isinstance(text, Path) else "prompt"
+    rest = [f"{key}={given[key]}" for key in ("text", "words", "tokens", "draws") if key in given]
+    digits = hashlib.sha256("\n".join(rest).encode(errors="surrogateescape")).hexdigest()[:6]
+    parts = ["view", weights[:40], *dials, partition, which[:40], digits if rest else ""]
+    names = (re.sub(r"[^\w.+]+", "_", part).strip("_") for part in parts)
+    return f"{'-'.join(filter(None, names))}.html"
 
 
 def is_page(path):

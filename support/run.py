@@ -9,6 +9,7 @@ A run folder contains
     attention.png    a figure of its attention
     loss.png         the losses and the learning rate so far
     page.html        a page of the validation split, renewed during training
+    view-*.html      pages that view.py has written
     diverged.json    only if the run diverged: the step, and which numbers were not finite
 """
 
@@ -32,7 +33,8 @@ from support.weights import CHECKPOINTS, first_file, load, save
 
 PICTURES = "attention.png", "loss.png", "page.html"
 RESULTS = ("results.json", *PICTURES, "diverged.json", "best.pt", "last.pt")
-TEMPORARY = re.compile(rf"({'|'.join(map(re.escape, ('config.toml', *RESULTS)))})\.[0-9]+\.tmp")
+OURS = "|".join(map(re.escape, ("config.toml", *RESULTS)))
+TEMPORARY = re.compile(rf"({OURS}|view-.*\.html)\.[0-9]+\.tmp")
 MADE = "# the config of a run of train.py\n"  # the first line of config.toml
 
 # What a checkpoint contains; last.pt has more. text: what Prepared.identity returned; cwd: where
@@ -256,6 +258,10 @@ class Run:
             f"{name} was not written; if the folder still exists, resume the run from there"
         )
 
+    def pages(self):
+        """The names of the pages of this folder that view.py has written."""
+        return [path.name for path in self.folder.glob("view-*.html") if not path.is_dir()]
+
     def begin(self, model, optimizers, config, text):
         """Take over the folder: restore what was saved, or remove what an older run left.
 
@@ -276,7 +282,7 @@ class Run:
             self.lock()
             check_free(self.folder, self.overwrite)  # another run may have used it meanwhile
             self.metrics.truncate(0)
-        for name in ("diverged.json",) if self.resuming else RESULTS:
+        for name in ("diverged.json",) if self.resuming else (*RESULTS, *self.pages()):
             (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", MADE + to_toml(config))
         length = self.metrics.seek(0, os.SEEK_END)

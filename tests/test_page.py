@@ -6,10 +6,12 @@ import random
 import re
 import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
+import pytest
 
-from report.page import fill, label, pack, pieces_of
+from report.page import SCALES, fill, keep_strongest, label, pack, page_name, pieces_of
 from support.files import TURNS
 
 
@@ -19,9 +21,10 @@ def data_of(html):
     data = json.loads(text)
     raw, arrays = zlib.decompress(base64.b64decode(data["numbers"])), {}
     for name, place in data["arrays"].items():
-        kind = {1: np.uint8, 2: "<u2"}[place["bytes"]]
-        values = np.frombuffer(raw, kind, place["n"], place["at"])
-        arrays[name] = values / place["scale"]
+        at, n = place["at"], place["n"]
+        stored = np.frombuffer(raw, np.uint8, n * place["bytes"], at).reshape(place["bytes"], n)
+        arrays[name] = sum(256.0**i * part for i, part in enumerate(stored)) / place["scale"]
+        arrays[name] -= place["added"]
     return data, arrays
 
 
@@ -96,10 +99,43 @@ def test_no_label_is_invisible():
 
 def test_pack_keeps_numbers_to_half_a_step():
     rng = np.random.default_rng(0)
-    many = {"a": (rng.random((3, 4)), 65535), "b": (rng.random(7), 255), "c": ([0, 300, 70000], 1)}
-    many["none"] = ([], 10)
+    many = {"fidelity3": rng.random((3, 4)), "roots0": rng.random(7)}
+    many |= {"change12": rng.normal(0, 9, (2, 50)), "x": [0, 300, 70000], "none": []}
     _, arrays = data_of(fill(pack(many)))
-    for name in "ab":
-        values, scale = many[name]
-        assert np.abs(arrays[name] - values.reshape(-1)).max() <= 0.5001 / scale
-    assert arrays["c"].tolist() == [0, 300, 65535] and not len(arrays["none"])
+    for name in ("fidelity3", "roots0", "change12"):
+        scale, _ = SCALES[name.rstrip("0123456789")]
+        assert np.abs(arrays[name] - many[name].reshape(-1)).max() <= 0.5001 / scale
+    assert arrays["x"].tolist() == [0, 300, 65535] and not len(arrays["none"])
+    _, arrays = data_of(fill(pack({"change0": [1e9, -1e9, np.inf]})))
+    assert np.abs(arrays["change0"]).min() > 127  # clipped, not wrapped around
+
+
+@pytest.mark.parametrize("most", [0, 500, 3000, 10**6])
+def test_the_strongest_keys_of_all_dials_are_kept(most):
+    rng = np.random.default_rng(1)
+    shape = 2, 4, 30, 12  # layers, heads and their mean, queries, keys
+    weights = [-np.sort(-rng.dirichlet(np.full(12, 0.5), shape[:3]), -1) for _ in range(3)]
+    keys = [rng.integers(0, 30, shape) for _ in weights]
+    measured = [{"keys": k, "weights": w} for k, w in zip(keys, weights)]
+    least = keep_strongest(measured, most)
+    kept = 0
+    for values, k, w in zip(measured, keys, weights):
+        ends, at = np.cumsum(values["n_keys"].reshape(-1)), 0
+        for query, end in enumerate(ends):
+            n, mean = end - at, query // 30 % 4 == 3
+            all_keys, all_weights = k.reshape(-1, 12)[query], w.reshape(-1, 12)[query]
+            assert values["keys"][at:end].tolist() == all_keys[:n].tolist()
+            assert np.abs(values["roots"][at:end] - np.sqrt(all_weights[:n])).max() < 0.51 / 255
+            above = (all_weights * (3 if mean else 1) > least * 1.1 + 1e-3).sum()
+            assert n >= above and n >= (all_weights[:4] > 0.001).sum()
+            kept, at = kept + max(n - 4, 0), end
+    assert kept <= most
+    assert most < 10**6 or kept > 0.6 * 3 * np.prod(shape[:3]) * 8
+
+
+def test_a_file_name_fits_every_disk():
+    pairs = [("quintic", 1.0), ("a/b", 0.25)]
+    name = page_name({}, 'c\\c:d*e?"<f>|\x00', pairs, "semantic+window:8")
+    assert name == "view-c_c_d_e_f-quintic-a_b_0.25-semantic+window_8.html"
+    for text in (Path("é" * 300), "é" * 300):
+        assert len(page_name({"text": text}, "é" * 300, pairs, "sentence").encode()) < 230
