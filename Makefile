@@ -6,7 +6,7 @@ PYTHON ?= python3
 quickstart: .venv/run-time
 	.venv/bin/python train.py configs/quickstart.toml --overwrite
 	.venv/bin/python view.py runs/quickstart
-	.venv/bin/python eval.py runs/quickstart --partition window:8 --dial-sweep --floor 1 \
+	.venv/bin/python eval.py runs/quickstart --partition window:8 --dial-sweep --floor 1 --stride 100 \
 		--figure runs/quickstart/dials.png
 
 test: .venv/tests
