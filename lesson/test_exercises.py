@@ -76,12 +76,14 @@ def test_1_where_not_how_much():
         model.set_locality(schedule(name, model.config.n_layer))
         perplexity[name] = evaluate(model, *text, measure=False)["perplexity"]
     order = sorted(names, key=perplexity.get)
+    predicted = [perplexity[name] for name in exercises.ORDER]
+    highest = np.maximum.accumulate(predicted)
     measured = "".join(
         f"\n{name:<12} {perplexity[name]:.3f}  {perplexity[name] / perplexity['distributed']:.3f}"
         for name in order
     )
     check(
-        exercises.ORDER == order,
+        (predicted > 0.99 * highest).all(),  # less than 1% is a tie
         f"You predicted {', '.join(exercises.ORDER)}. Find out why it is otherwise, then correct "
         f"ORDER. Measured, with the ratio to distributed:{measured}",
     )
