@@ -664,6 +664,7 @@ def test_weights_need_a_text_and_plain_code_shows_the_same(run, make_page, tmp_p
         ("runs/tiny --floor 2", "floor must be"),
         ("runs/tiny --schedule linear --schedule linear --schedule linear", "two schedules"),
         ("runs/tiny --partition blok:3", "partition must be one of"),
+        ("runs/tiny --partition ''", "partition must be one of"),
         ("runs/tiny --partition block:300", "reaches back 299 tokens"),
         ("runs/tiny --out no/such/folder.html", "cannot be written"),
         ("runs/tiny --out runs/tiny/best.pt", "must end in .html"),
@@ -956,7 +957,7 @@ def test_a_sentence_shows_what_it_adds_to_a_word_that_is_picked(measured, open_d
             x = change[first[s] + 55 - ends[s], k]
             words = buttons.nth(i).locator(f":nth-child({column})").first.text_content()
             sign = "−" if x < 0 else "+"
-            assert words == ("±< 0.01" if abs(x) < 0.005 else f"{sign}{abs(x):.2f}")
+            assert words == ("< ±0.01" if abs(x) < 0.005 else f"{sign}{abs(x):.2f}")
     link = "#" + tab.url.partition("#")[2]
     assert open_data(data, 1280, link).evaluate("state.word") == rows[n]["id"]
     tab.keyboard.press("Escape")
@@ -975,7 +976,7 @@ def test_zero_is_certified_or_not_shown(measured, open_data):
         *((0.0042, "0.004"), (0.0123, "0.012"), (0.0949, "0.095"), (0.31, "0.31"), (12.3, "12.3")),
     ):
         assert tab.evaluate(f"small({x})") == words
-    for x, words in ((0, "±< 0.01"), (-0.0049, "±< 0.01"), (0.306, "+0.31"), (-1.2, "−1.20")):
+    for x, words in ((0, "< ±0.01"), (-0.0049, "< ±0.01"), (0.306, "+0.31"), (-1.2, "−1.20")):
         assert tab.evaluate(f"signed({x})") == words
 
 
