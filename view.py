@@ -224,7 +224,7 @@ def page(
     T = min(TOKENS, most) if tokens is None else tokens
     if not 2 <= T <= most:
         raise InputError(f"a page of this model has 2 ... {most} tokens, not {T}")
-    partition = partition or config["partition"]
+    partition = config["partition"] if partition is None else partition
     if text is None:
         whole = own_text(prepare(TextConfig.of(config), trained_on), split or "test", T)
     else:

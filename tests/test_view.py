@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import kl_div
 
 import view
-from conftest import ROOT, script_here
+from conftest import ROOT, TINY, flags, script_here
 from eval import attention_maps, evaluate, load, read_text
 from locality import (
     SURE,
@@ -555,6 +555,19 @@ def test_no_page_takes_the_name_of_another(place, run, tmp_path):
         path.unlink()
 
 
+def test_the_pages_of_a_run_go_when_it_is_replaced(train, run):
+    folder = train("viewed", max_steps=2)
+    assert run("view.py", folder, "--tokens", 20)[0] == 0
+    (page,) = folder.glob("view-*.html")
+    for name in ("view-mine.txt", f"{page.name}.77.tmp"):
+        (folder / name).write_text("")
+    assert run("train.py", folder, "--resume", "--max_steps", 3)[0] == 0
+    assert page.exists() and not Path(f"{page}.77.tmp").exists()
+    status, _, error = run("train.py", TINY, *flags(out=folder, max_steps=2), "--overwrite")
+    assert status == 0, error
+    assert not page.exists() and (folder / "view-mine.txt").exists()
+
+
 def test_a_notebook_shows_the_page_and_keeps_it(place, run, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     status, _, error = run(
@@ -651,6 +664,7 @@ def test_weights_need_a_text_and_plain_code_shows_the_same(run, make_page, tmp_p
         ("runs/tiny --floor 2", "floor must be"),
         ("runs/tiny --schedule linear --schedule linear --schedule linear", "two schedules"),
         ("runs/tiny --partition blok:3", "partition must be one of"),
+        ("runs/tiny --partition ''", "partition must be one of"),
         ("runs/tiny --partition block:300", "reaches back 299 tokens"),
         ("runs/tiny --out no/such/folder.html", "cannot be written"),
         ("runs/tiny --out runs/tiny/best.pt", "must end in .html"),
@@ -943,7 +957,7 @@ def test_a_sentence_shows_what_it_adds_to_a_word_that_is_picked(measured, open_d
             x = change[first[s] + 55 - ends[s], k]
             words = buttons.nth(i).locator(f":nth-child({column})").first.text_content()
             sign = "−" if x < 0 else "+"
-            assert words == ("±< 0.01" if abs(x) < 0.005 else f"{sign}{abs(x):.2f}")
+            assert words == ("< ±0.01" if abs(x) < 0.005 else f"{sign}{abs(x):.2f}")
     link = "#" + tab.url.partition("#")[2]
     assert open_data(data, 1280, link).evaluate("state.word") == rows[n]["id"]
     tab.keyboard.press("Escape")
@@ -962,7 +976,7 @@ def test_zero_is_certified_or_not_shown(measured, open_data):
         *((0.0042, "0.004"), (0.0123, "0.012"), (0.0949, "0.095"), (0.31, "0.31"), (12.3, "12.3")),
     ):
         assert tab.evaluate(f"small({x})") == words
-    for x, words in ((0, "±< 0.01"), (-0.0049, "±< 0.01"), (0.306, "+0.31"), (-1.2, "−1.20")):
+    for x, words in ((0, "< ±0.01"), (-0.0049, "< ±0.01"), (0.306, "+0.31"), (-1.2, "−1.20")):
         assert tab.evaluate(f"signed({x})") == words
 
 
@@ -991,12 +1005,15 @@ def test_the_page_tells_the_reach(open_data):
         assert "0, certified" in sizes.all_text_contents()
         for changes in ("{ position: 3 }", "{ position: 4, schedule: 1 }"):
             tab.evaluate(f"pick({changes})")
-            assert "the whole text before it can change it" in panel.text_content()
+            assert "the whole text before can change it" in panel.text_content()
             assert not set(sizes.all_text_contents()) & {"0", "0.00", "0, certified"}
         kind = tab.locator("#kind").text_content()
         assert ("was noticed" in kind) == (partition == "semantic:closed")
         lead = tab.locator("#lead").text_content()
-        assert "At dial 1 a token may look only inside " in lead and ("the blue" in lead) == window
+        assert "At dial 1, in the last layer, a token may look only inside " in lead  # quintic
+        assert ("the blue" in lead) == window
+        tab.evaluate("pick({ schedule: 0 })")
+        assert "At dial 1 a token may look only inside " in tab.locator("#lead").text_content()
 
 
 def test_pointing_shows_sources_and_what_depends_on_a_sentence(measured, open_data):
