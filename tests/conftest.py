@@ -156,7 +156,7 @@ def place(tmp_path_factory):
 
 def prepared_folder(place):
     """The prepared data of the run of configs/tiny.toml."""
-    folders = (place / "data").glob("sample.bytes.semantic.128.*")
+    folders = (place / "data").glob("sample.bytes.semantic.1000.*")
     (folder,) = (path for path in folders if not read_meta(path)["plain"])
     return folder
 
@@ -164,8 +164,8 @@ def prepared_folder(place):
 def script_here(name, *args):
     """Run a script in this process. Returns the exit status.
 
-    A run of train.py ends with a figure and a sample of 300 bytes, which take longer than a short
-    training. Here there is no figure and the sample is short; the run in `place` has both.
+    A run of train.py has pictures and ends with a sample of 300 bytes, which take longer than a
+    short training. Here there are no pictures and the sample is short; the run in `place` has all.
     """
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
@@ -177,7 +177,8 @@ def script_here(name, *args):
                 return generate(model, prompts, 9, *args, **options)
 
             patch.setattr("sample.generate", generate_few)
-            patch.setattr("eval.figure", lambda *args, **options: None)
+            for picture in ("eval.figure", "view.quick_page", "report.plots.draw_loss"):
+                patch.setattr(picture, lambda *args, **options: None)
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
             return 0

@@ -307,7 +307,7 @@ def test_sample_uses_the_dial_and_the_blocks_of_the_run(place, sampled, monkeypa
         assert model.locality == locality
     vocabulary = token_bytes(get_encoding("bytes"))
     background = Prepared(prepared_folder(place)).meta["background"]
-    assert background and partitioners == [(vocabulary, "semantic", 128, background, False)] * 3
+    assert background and partitioners == [(vocabulary, "semantic", 1000, background, False)] * 3
 
 
 def test_a_prompt_may_contain_the_end_of_a_text(sampled, monkeypatch):

@@ -24,6 +24,7 @@ from prepare_data import TextConfig
 from support.ddp import Process
 from support.files import InputError
 from support.prepared import Prepared
+from support.run import Run
 from support.settings import to_toml
 from train import (
     Config,
@@ -34,6 +35,7 @@ from train import (
     newton_schulz,
     random_batch,
     read_config,
+    start,
 )
 
 VOCABULARY = [bytes([i]) for i in range(256)]
@@ -56,7 +58,9 @@ def config_of(run):
 
 def test_a_run_writes_what_it_promises(place):
     run = place / "runs" / "tiny"
-    names = "config.toml metrics.jsonl best.pt last.pt results.json attention.png"
+    names = (
+        "config.toml metrics.jsonl best.pt last.pt results.json attention.png loss.png page.html"
+    )
     assert {path.name for path in run.iterdir()} == set(names.split())
     config = config_of(run)
     assert (config.schedule, config.max_steps, config.seed) == ("quintic", 60, 1)
@@ -88,8 +92,83 @@ def test_without_a_terminal_a_run_prints_plain_lines(place):
     """No progress bar and no carriage return; a line per log_interval."""
     printed, errors = (place / f"{name}.txt" for name in ("printed", "errors"))
     assert b"\r" not in printed.read_bytes() and not errors.read_bytes()
-    lines = re.findall(r"^step (\d+)/60: loss [\d.]+, val [\d.]+, ", printed.read_text(), re.M)
-    assert lines == ["10", "20", "30", "40", "50", "60"]
+    line = r"^step (\d+)/60: loss [\d.]+(?:, (val) [\d.]+)?, lr .* tok/s(, about [\d.]+ \w+ left)?$"
+    lines = re.findall(line, printed.read_text(), re.M)
+    assert [step for step, _, _ in lines] == ["10", "20", "30", "40", "50", "60"]
+    # the validation loss is printed when it is new, and the time left until nothing is left
+    assert [step for step, val, _ in lines if val] == ["10", "20", "40", "60"]
+    assert [step for step, _, left in lines if not left] == ["60"]
+
+
+def read_page(path):
+    """What a page shows, a dict."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text())[1])
+
+
+def test_the_first_thing_a_run_writes_is_its_text_in_blocks(place, monkeypatch):
+    """Before the first step and before the first evaluation; then also what it has learned."""
+    folder, seen = place / "runs" / "drawn", []
+
+    def validate(*args, **options):
+        seen.append({path.name for path in folder.iterdir()})
+        if len(seen) == 1:
+            before.update(read_page(folder / "page.html"))
+        return evaluate(*args, **options)
+
+    before = {}
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("train.evaluate", validate)
+    config = read_config(
+        [str(TINY), *flags(out=folder, max_steps=4, eval_interval=2, eval_contexts=1)]
+    )
+    start(config)
+    assert seen[0] == {"config.toml", "metrics.jsonl", "page.html"}
+    assert before["when"] == "before training" and len(before["text"]) == 192
+    after = read_page(folder / "page.html")
+    assert after["when"] == "step 4 of 4" and after["lookback"] == before["lookback"]
+    assert after["dials"][0]["perplexity"] < before["dials"][0]["perplexity"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("picture", ["quick_page", "plots.draw_loss"])
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(place, monkeypatch, capsys, picture):
+    def fail(*_):
+        raise InputError("no picture today")
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(f"train.{picture}", fail)
+    out = f"runs/{picture}"
+    config = read_config([str(TINY), *flags(out=out, max_steps=1, eval_contexts=1)])
+    start(config)
+    assert (place / out / "results.json").exists()
+    assert "no picture today; the run continues without this picture" in capsys.readouterr().err
+
+
+def test_pictures_change_nothing_that_is_trained(place, run, train, monkeypatch):
+    """The runs of `train` draw nothing."""
+    values = {"max_steps": 4, "eval_interval": 2, "dropout": 0.1, "eval_contexts": 1}
+    without = train("undrawn", **values)
+    monkeypatch.chdir(place)
+    start(read_config([str(TINY), *flags(out="runs/with", **values)]))
+    a, b = (
+        torch.load(folder / "last.pt", weights_only=True)
+        for folder in (without, place / "runs" / "with")
+    )
+    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
+    assert torch.equal(a["rng"], b["rng"])
+
+
+def test_damaged_lines_of_metrics_are_left_out_of_the_picture(place, tmp_path):
+    lines = [
+        b'{"step": 1, "loss": 2.5}',
+        b"{",
+        b"[1]",
+        b'{"step": "1"}',
+        b'{"step": 2, "loss": NaN}',
+    ]
+    lines += [b'{"step": 3, "loss": 1e999}', b"\xff", b"[" * 10**5, b'{"step": 4, "val_loss": 2}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert Run(tmp_path).rows() == [{"step": 1, "loss": 2.5}, {"step": 4, "val_loss": 2}]
 
 
 def test_same_config_same_seed_same_bits(train, threads):
@@ -371,7 +450,8 @@ def test_every_config_in_the_folder_is_valid_and_sets_only_what_is_not_the_defau
         config = read_config([str(path)])
         values = tomllib.loads(path.read_text())
         assert Config(**tomllib.loads(to_toml(config))) == config
-        assert path.stem == "tiny" or path.stem.split("_")[0] in ("quickstart", "gpt2", "pretrain")
+        kinds = "tiny", "quickstart", "book", "gpt2", "pretrain"
+        assert path.stem.split("_")[0] in kinds
         for key in values.keys() - {"source", "schedule", "floor", "max_lookback", "partition"}:
             assert values[key] != getattr(Config(), key), f"{path.name}: {key} repeats the default"
 
