@@ -13,6 +13,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import regex  # before Python 3.11.5, re matches possessive groups wrongly (gh-106052)
 
 END_OF_TEXT = b"<|endoftext|>"
 LONGEST = 800  # bytes; a longer sentence, as in text without punctuation, is cut at white space
@@ -94,7 +95,7 @@ ENDS = "|".join(
     )
 )
 # the class at the beginning lets the search skip all other bytes quickly
-ENDS = re.compile(f"[{FIRST}](?:{ENDS})".encode("latin-1"))
+ENDS = regex.compile(f"[{FIRST}](?:{ENDS})".encode("latin-1"))
 
 # --------------------------------------------------------------------------------------------------
 # where it does not

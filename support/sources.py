@@ -12,6 +12,8 @@ import stat
 from functools import partial
 from pathlib import Path
 
+import regex  # before Python 3.11.5, re matches possessive groups wrongly (gh-106052)
+
 from support.download import CACHE, download
 from support.files import InputError
 from support.gutenberg import books
@@ -29,10 +31,13 @@ SIGNATURES = {  # how a file begins that is not a text; what it is, and what to 
     b"\x89PNG": ("a PNG image", "extract its text first"),
     b"\xff\xd8\xff": ("a JPEG image", "extract its text first"),
 }
-WEB_PAGE = re.compile(rb"(?>\s+|<\?.*?\?>|<!--.*?-->)*+<(?:!doctype\s+)?html[\s>]", re.I | re.S)
+WEB_PAGE = regex.compile(
+    rb"(?>\s+|<\?.*?\?>|<!--.*?-->)*+<(?:!doctype\s+)?html[\s>]", regex.I | regex.S
+)
 STRING = rb'"(?:[^"\\]|\\.)*+"\s*'
-JSON = re.compile(  # an object, an array of objects, or at least two strings: prose may be ["Yes."]
-    rb"\s*(?:(?:\[\s*)*+\{\s*" + STRING + rb":|(?:\[\s*)++" + STRING + rb',\s*")', re.S
+# an object, an array of objects, or at least two strings: prose may be ["Yes."]
+JSON = regex.compile(
+    rb"\s*(?:(?:\[\s*)*+\{\s*" + STRING + rb":|(?:\[\s*)++" + STRING + rb',\s*")', regex.S
 )
 TEXT_TYPE = re.compile(r"text/(?!html$).*|(?:application|binary)/(?:octet-stream|binary)")
 

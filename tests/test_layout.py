@@ -1,6 +1,7 @@
 """Imports point one way, functions are short, and what the documents name exists."""
 
 import ast
+import importlib
 import re
 
 import pytest
@@ -60,6 +61,15 @@ def test_the_top_level_holds_the_lesson_and_no_supporting_code():
     supporting = re.compile(r"flock|fsync|mallopt|zipfile|signal\.signal|re\.compile|hashlib\.file")
     for path in ROOT.glob("*.py"):
         assert not supporting.findall(path.read_text(encoding="utf-8")), path.name
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name], ids=str)
+def test_no_pattern_relies_on_what_older_pythons_match_wrongly(path):
+    """Before Python 3.11.5, the possessive and atomic groups of `re` are wrong; `regex` is not."""
+    for value in vars(importlib.import_module(module(path))).values():
+        if isinstance(value, re.Pattern):
+            pattern = re.sub(r"\\.|\[[^]]*\]", "x", str(value.pattern))  # a character or a class
+            assert not re.search(r"[*+?}]\+|\(\?>", pattern), pattern
 
 
 def test_every_promise_names_tests_that_there_are():
