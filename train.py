@@ -39,6 +39,7 @@ from prepare_data import (
 )
 from report import plots
 from report.blocks import mark_blocks
+from report.page import is_page
 from report.tables import measures_table
 from sample import generate
 from support import console, ddp, machine, settings
@@ -310,7 +311,7 @@ def train(run, config, model, compiled, optimizers, data, process):
             if is_eval_step or run.step == config.max_steps:
                 validate(run, config, model, data, process)
                 run.save_last()
-                if progress.is_time_to_draw():
+                if run.writes and run.step < config.max_steps and progress.is_time_to_draw():
                     draw(run, config, model, data, run.step)
             if is_log_step:
                 progress.show(loss, lr, speed)
@@ -350,15 +351,17 @@ def validate(run, config, model, data, process):
 def draw(run, config, model, data, step):
     """Renew the pictures of a run: a page of the validation split, and the losses so far.
 
-    step: of the model. A picture that cannot be drawn does not stop the training.
+    step: of the model. Returns whether they were drawn; if not, the training continues without.
     """
-    if run.writes:
-        try:
-            quick_page(run.path("page.html"), model, asdict(config), data, step)
-            if rows := run.rows():
-                plots.draw_loss(rows, run.path("loss.png"), run.folder.name)
-        except InputError as e:
-            print(f"{e}; the run continues without this picture", file=sys.stderr)
+    try:
+        quick_page(run.path("page.html"), model, asdict(config), data, step)
+        if rows := run.rows():
+            plots.draw_loss(rows, run.path("loss.png"), run.folder.name)
+        return True
+    except (InputError, OSError, RuntimeError, MemoryError) as e:
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        console.warn_once(f"{reason}; the run continues without its pictures")
+        return False
 
 
 def start(config, resume=False, overwrite=False):
@@ -386,14 +389,16 @@ def start(config, resume=False, overwrite=False):
         if process.world_size > 1:
             compiled = DistributedDataParallel(compiled)
         run.begin(model, optimizers, config, data.identity())
+        for path in run.folder.glob("view-*.html") if first and not resume else ():
+            if path.is_file() and is_page(path):  # it shows the model that was here before
+                path.unlink()
         if first:
             print(describe(data))
             print(console.headline(run, model, config, process))
         else:  # each process draws its own dropout
             torch.manual_seed(config.seed + 1000 * run.step + process.rank)
         try:
-            draw(run, config, model, data, run.step)
-            if first:
+            if first and draw(run, config, model, data, run.step):
                 print(f"page: {run.folder}/page.html shows the blocks now, and how training goes")
             train(run, config, model, compiled, optimizers, data, process)
             ddp.shut_down()
@@ -452,9 +457,6 @@ def finish(run, config, model, data, process):
     results["seconds"] = round(run.elapsed(), 1)
     results |= {**machine.provenance(process.device, config.seed), "config": asdict(config)}
     write_json(run.path("results.json"), results)
-    picture = run.path("attention.png")
-    title = f"{run.folder.name}: {config.schedule}, {config.partition} blocks, test split"
-    figure(model, *split, vocabulary, results, picture, title)
     print(
         f"\n{run.folder}: the best model (step {best_step}, validation loss {val_loss:.3f}) on the "
         f"test split\n{measures_table(results)}"
@@ -462,6 +464,9 @@ def finish(run, config, model, data, process):
     prompt, text = write_sample(model, config, data, vocabulary)
     blocks = "▌ marks the beginning of a block" if "▌" in text else "no new block begins"
     print(f"\nwhat it writes after {prompt!r} ({blocks}):\n{text}\n")
+    picture = run.path("attention.png")
+    title = f"{run.folder.name}: {config.schedule}, {config.partition} blocks, test split"
+    figure(model, *split, vocabulary, results, picture, title)
     print(f"figure: {picture}   all numbers: {run.folder / 'results.json'}")
 
 

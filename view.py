@@ -146,12 +146,14 @@ def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
     before, measured, at_dials = model.locality, [], []
     total, quiet = len(dials) * (1 + len(drawn)), None if n_draws else True
     with tqdm(total=total, desc="viewing", leave=False, disable=quiet) as bar:
-        for locality in dials:
-            model.set_locality(locality)
-            arrays, loss = measure_dial(model, excerpt, drawn, bar)
-            measured.append(arrays)
-            at_dials.append({"locality": locality, "perplexity": math.exp(min(loss, 700))})
-    model.set_locality(before)
+        try:
+            for locality in dials:
+                model.set_locality(locality)
+                arrays, loss = measure_dial(model, excerpt, drawn, bar)
+                measured.append(arrays)
+                at_dials.append({"locality": locality, "perplexity": math.exp(min(loss, 700))})
+        finally:
+            model.set_locality(before)
     return {
         "shown": visible(excerpt.shown),
         "lookback": excerpt.lookback.tolist(),
@@ -161,6 +163,7 @@ def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
         "heads": model.config.n_head,
         "anchor": model.config.anchor,
         "draws": n_draws,
+        "most_keys": KEYS,
         "likeliest": min(LIKELIEST, len(vocabulary)),
         "dials": at_dials,
         **store(excerpt.tokens, vocabulary, measured),
@@ -171,7 +174,7 @@ def turns(schedules, floors, config, n_layer, positions=POSITIONS):
     """What the slider of a page turns: its schedules, its positions, and the locality at each dial.
 
     schedules, floors: lists; if one is None or empty, the config, a dict, has it. At `distributed`
-    every dial would be 0, so that quintic takes its place. positions: of the slider, from 0 on.
+    every dial would be 0, so quintic takes its place. positions: of the slider, from 0 on.
     Returns one or two (schedule, floor); positions; a list of localities, n_layer floats each:
     GPT-2, which is position 0 of both schedules, then the other positions of the first schedule,
     then those of the second. Raises InputError.
@@ -182,6 +185,8 @@ def turns(schedules, floors, config, n_layer, positions=POSITIONS):
         raise InputError("a page shows two schedules: give --schedule and --floor at most twice")
     pairs = [(names[min(i, len(names) - 1)], floors[min(i, len(floors) - 1)]) for i in range(n)]
     pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] != "distributed"]
+    if schedules and not pairs:
+        raise InputError("the dial of a page begins at distributed; give another schedule")
     pairs = pairs or [("quintic", floors[0])]
     full = [schedule(name, n_layer, floor) for name, floor in pairs]
     dials = [[position * x for x in locality] for locality in full for position in positions[1:]]
@@ -241,8 +246,8 @@ def page(
     given = {name: value for name, value in given.items() if value != usual[name]}
     call = ", ".join(f"{name}={value!r}" for name, value in given.items())
     data["command"] = visible(f"view.page({call})")
-    weights = "" if is_run(run) else Path(run).name
-    return Page(data, page_name(given, weights, turned[0], partition))
+    folder, weights = (run, "") if is_run(run) else ("", Path(run).name)
+    return Page(data, Path(folder, page_name(given, weights, turned[0], partition)))
 
 
 def quick_page(path, model, config, data, step):
@@ -348,11 +353,11 @@ def main():
     if args["text"] and prompt is not None:
         raise InputError("give --text or --prompt, not both")
     args["text"] = args["text"] or prompt
-    folder = Path(args["run"] if is_run(args["run"]) else "")
-    check_page(out or folder / "view.html")  # before the work is done
+    if out:
+        check_page(out)  # before the work is done
     made = page(**args)
     made.data["command"] = visible(provenance(torch.device("cpu"), None)["command"])
-    out = made.save(out or folder / made.name)
+    out = made.save(out)
     names = [f"{x['name']} {x['floor']:g}" for x in made.data["schedules"]]
     print(f"{made.data['shown']}; {' and '.join(names)}")
     print(f"page: {out} ({out.stat().st_size / 1e6:.1f} MB), for any browser")
@@ -372,7 +377,7 @@ def check_arguments(run, text, split, draws):
             "--text my_page.txt, or --prompt"
         )
     if not 1 <= draws <= 100:
-        raise InputError(f"--draws must be in 1 ... 100, not {draws}")
+        raise InputError(f"draws must be in 1 ... 100, not {draws}")
 
 
 if __name__ == "__main__":

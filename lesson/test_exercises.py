@@ -83,7 +83,7 @@ def test_1_where_not_how_much():
         for name in order
     )
     check(
-        (predicted > 0.99 * highest).all(),  # less than 1% is a tie
+        (predicted > 0.98 * highest).all(),  # less than 2% is a tie
         f"You predicted {', '.join(exercises.ORDER)}. Find out why it is otherwise, then correct "
         f"ORDER. Measured, with the ratio to distributed:{measured}",
     )

@@ -122,7 +122,7 @@ def keep_strongest(measured, most):
         kept[..., :4] |= r[..., :4] > 0
         del values["weights"]
         values |= {"n_keys": kept.sum(-1), "keys": values["keys"][kept], "roots": r[kept] / 255}
-    return (least / 255) ** 2
+    return min((least / 255) ** 2, 1)
 
 
 def store(tokens, vocabulary, measured):
@@ -159,20 +159,21 @@ def store(tokens, vocabulary, measured):
 class Page:
     """A page, which shows itself in a notebook.
 
-    data: what it shows, a dict; name: a file name that says what is on it; html: the whole file.
+    data: what it shows, a dict; path: where `save` writes it; html: the whole file.
     """
 
-    def __init__(self, data, name):
-        self.data, self.name = data, name
+    def __init__(self, data, path):
+        self.data, self.path = data, Path(path)
 
     @property
     def html(self):
         return fill(self.data)
 
     def save(self, path=None):
-        """Write the page to `path`, by default to its name in the working directory. Returns the
-        Path. Raises InputError if it cannot be written, or if `path` is not a page."""
-        path = Path(path or self.name)
+        """Write the page to `path`, by default into the folder of its run or, for weights, here,
+        under a name that says what is on it. Returns the Path. Raises InputError if it cannot be
+        written, or if another file has that name."""
+        path = Path(path or self.path)
         check_page(path)
         write_text(path, self.html)
         return path
@@ -205,7 +206,7 @@ def page_name(given, weights, pairs, partition):
         which = text.stem if isinstance(text, Path) else "prompt"
     rest = [f"{key}={given[key]}" for key in ("text", "words", "tokens", "draws") if key in given]
     digits = hashlib.sha256("\n".join(rest).encode(errors="surrogateescape")).hexdigest()[:6]
-    parts = ["view", weights[:40], *dials, partition, which[:40], digits if rest else ""]
+    parts = ["view", weights[:20], *dials, partition, which[:20], digits if rest else ""]
     names = (re.sub(r"[^\w.+]+", "_", part).strip("_") for part in parts)
     return f"{'-'.join(filter(None, names))}.html"
 

@@ -29,7 +29,7 @@ BLOCK_COLORS = "#0072b2 #b34a00 #007a55 #a3487a".split()  # of words, darker tha
 SIDE_LEGEND = {"frameon": False, "loc": "upper left", "bbox_to_anchor": (1, 1)}
 FIDELITY = "fidelity, mean over layers: attention inside the block"
 RATIO = "perplexity relative to distributed"
-# partitions that pass nothing on from block to block
+# partitions that pass nothing on from block to block (document: if max_lookback does not cut it)
 CLOSED = "semantic:closed", "sentence", "block", "aligned", "document"
 MOST_UNLIKE = "distributed", "quintic", "localist", "reversed"  # schedules
 LEAST_SPAN = 1.02  # of an axis of ratios, so that noise does not look like a finding

@@ -105,5 +105,6 @@ def dial_table(rows):
     return (
         f"{aligned(header, lines)}"
         "change: of the perplexity, relative to distributed. Its interval resamples the contexts\n"
-        "of this text; it takes at least 20 of them. locality, fidelity: means over layers"
+        "of this text (at least 20) as if they were independent. locality, fidelity: means over\n"
+        "layers"
     )

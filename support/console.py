@@ -1,7 +1,9 @@
 """What training shows: a first line, progress, and advice if it runs out of memory."""
 
+import functools
 import math
 import shlex
+import sys
 import time
 
 from tqdm import tqdm
@@ -54,6 +56,7 @@ class Progress:
             disable=True if process.rank else None,
         )
         self.val_loss, self.drawn = None, -math.inf
+        self.first_step, self.began = run.step, time.perf_counter()
         self.restart_clock()
 
     def __enter__(self):
@@ -88,8 +91,10 @@ class Progress:
             line += f", MFU {100 * mfu:.0f}%"
         self.bar.set_postfix_str(line)
         if self.bar.disable and self.run.writes:
-            if steps := self.config.max_steps - self.run.step:
-                line += f", about {duration(steps * self.tokens_per_step / tokens_per_s)} left"
+            steps = self.config.max_steps - self.run.step
+            pace = (time.perf_counter() - self.began) / (self.run.step - self.first_step)
+            if steps * pace >= 1:
+                line += f", about {duration(steps * pace)} left"
             print(f"step {self.run.step}/{self.config.max_steps}: {line}", flush=True)
 
     def is_time_to_draw(self, seconds=10):
@@ -98,6 +103,12 @@ class Progress:
             return False
         self.drawn = time.perf_counter()
         return True
+
+
+@functools.cache
+def warn_once(message):
+    """Print a message to stderr, unless this process has printed it before."""
+    print(message, file=sys.stderr)
 
 
 def duration(seconds):

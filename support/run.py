@@ -258,10 +258,6 @@ class Run:
             f"{name} was not written; if the folder still exists, resume the run from there"
         )
 
-    def pages(self):
-        """The names of the pages of this folder that view.py has written."""
-        return [path.name for path in self.folder.glob("view-*.html") if not path.is_dir()]
-
     def begin(self, model, optimizers, config, text):
         """Take over the folder: restore what was saved, or remove what an older run left.
 
@@ -282,7 +278,7 @@ class Run:
             self.lock()
             check_free(self.folder, self.overwrite)  # another run may have used it meanwhile
             self.metrics.truncate(0)
-        for name in ("diverged.json",) if self.resuming else (*RESULTS, *self.pages()):
+        for name in ("diverged.json",) if self.resuming else RESULTS:
             (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", MADE + to_toml(config))
         length = self.metrics.seek(0, os.SEEK_END)

@@ -21,6 +21,7 @@ from eval import evaluate, load
 from locality import partition_text, schedule
 from model import GPT, GPTConfig
 from prepare_data import TextConfig
+from support import console
 from support.ddp import Process
 from support.files import InputError
 from support.prepared import Prepared
@@ -130,18 +131,23 @@ def test_the_first_thing_a_run_writes_is_its_text_in_blocks(place, monkeypatch):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("error", [InputError, RuntimeError, MemoryError])
 @pytest.mark.parametrize("picture", ["quick_page", "plots.draw_loss"])
-def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(place, monkeypatch, capsys, picture):
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(
+    place, monkeypatch, capsys, picture, error
+):
     def fail(*_):
-        raise InputError("no picture today")
+        raise error("no picture today")
 
+    console.warn_once.cache_clear()
     monkeypatch.chdir(place)
     monkeypatch.setattr(f"train.{picture}", fail)
-    out = f"runs/{picture}"
-    config = read_config([str(TINY), *flags(out=out, max_steps=1, eval_contexts=1)])
-    start(config)
+    out = f"runs/{picture}-{error.__name__}"
+    start(read_config([str(TINY), *flags(out=out, max_steps=1, eval_contexts=1)]))
     assert (place / out / "results.json").exists()
-    assert "no picture today; the run continues without this picture" in capsys.readouterr().err
+    printed, errors = capsys.readouterr()
+    assert errors == "no picture today; the run continues without its pictures\n"
+    assert ("page.html shows the blocks" in printed) == (picture != "quick_page")
 
 
 def test_pictures_change_nothing_that_is_trained(place, run, train, monkeypatch):

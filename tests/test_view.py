@@ -559,13 +559,13 @@ def test_the_pages_of_a_run_go_when_it_is_replaced(train, run):
     folder = train("viewed", max_steps=2)
     assert run("view.py", folder, "--tokens", 20)[0] == 0
     (page,) = folder.glob("view-*.html")
-    for name in ("view-mine.txt", f"{page.name}.77.tmp"):
+    for name in ("view-mine.html", f"{page.name}.77.tmp"):
         (folder / name).write_text("")
     assert run("train.py", folder, "--resume", "--max_steps", 3)[0] == 0
     assert page.exists() and not Path(f"{page}.77.tmp").exists()
     status, _, error = run("train.py", TINY, *flags(out=folder, max_steps=2), "--overwrite")
     assert status == 0, error
-    assert not page.exists() and (folder / "view-mine.txt").exists()
+    assert not page.exists() and (folder / "view-mine.html").exists()
 
 
 def test_a_notebook_shows_the_page_and_keeps_it(place, run, tmp_path, monkeypatch):
@@ -587,11 +587,35 @@ def test_a_notebook_shows_the_page_and_keeps_it(place, run, tmp_path, monkeypatc
     assert re.match(r'<iframe sandbox="allow-scripts" style="[^"<>]*" srcdoc="', frame)
     assert frame.count('"') == 6 and frame.count("<") == 2
     monkeypatch.chdir(tmp_path)
-    assert page.save() == Path(page.name) and (tmp_path / page.name).exists()
+    monkeypatch.chdir(place)
+    assert page.save() == page.path and page.path.parent == Path("runs/tiny")
+    page.path.unlink()
     with pytest.raises(InputError, match="must end in .html"):
         page.save("best.pt")
     with pytest.raises(InputError, match="split must be one of"):
         view.page(place / "runs" / "tiny", split="tset")
+
+
+@pytest.mark.parametrize("error", [InputError("not finite"), RuntimeError("out of memory")])
+def test_a_page_that_fails_leaves_the_dial_where_it_was(place, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(view, "look", fail)
+    model, config, trained_on = load("runs/tiny")
+    data = prepare(TextConfig.of(config), trained_on)
+    with pytest.raises(type(error)):
+        quick_page(tmp_path / "page.html", model.train(), config, data, 3)
+    assert model.locality == schedule("quintic", 2) and model.training
+
+
+def test_pages_of_two_runs_have_two_names(place, monkeypatch):
+    monkeypatch.chdir(place)
+    shutil.copytree("runs/tiny", "runs/twin")
+    paths = [view.page(f"runs/{name}", tokens=9, draws=1).path for name in ("tiny", "twin")]
+    assert paths[0] != paths[1] and paths[0].name == paths[1].name
+    shutil.rmtree("runs/twin")
 
 
 def test_a_quick_page_leaves_a_training_as_it_was(place, tmp_path, monkeypatch):
@@ -621,7 +645,6 @@ def test_a_quick_page_leaves_a_training_as_it_was(place, tmp_path, monkeypatch):
     assert first["when"] == "before training" and first["numbers"] == shown["numbers"]
     assert shown["positions"] == [0, 1]
     assert [dial["locality"] for dial in shown["dials"]] == [[0, 0], schedule("linear", 2)]
-    tokens, lookback = (a[:193] for a in data.split("val"))
     model.set_locality(schedule("linear", 2))
     at = int(re.search(r"\d[\d,]*", shown["shown"])[0].replace(",", ""))
     tokens, lookback = (a[at : at + 192] for a in data.split("val"))
@@ -659,8 +682,9 @@ def test_weights_need_a_text_and_plain_code_shows_the_same(run, make_page, tmp_p
         ("runs/tiny --prompt 'some words' --split val", "--split"),
         ("runs/tiny --tokens 193", "2 ... 192 tokens, not 193"),
         ("runs/tiny --tokens 1", "2 ... 192 tokens, not 1"),
-        ("runs/tiny --draws 0", "--draws must be"),
+        ("runs/tiny --draws 0", "draws must be"),
         ("runs/tiny --schedule qintic", "quintic"),
+        ("runs/tiny --schedule distributed", "begins at distributed; give another"),
         ("runs/tiny --floor 2", "floor must be"),
         ("runs/tiny --schedule linear --schedule linear --schedule linear", "two schedules"),
         ("runs/tiny --partition blok:3", "partition must be one of"),
@@ -834,13 +858,13 @@ def test_the_dial_is_a_slider(measured, open_data):
         views[position] = seen()
     for part in range(3):
         assert len({view[part] for view in views.values()}) == 5
-    assert "over dial 0" not in visible(tab, ".reading p").text_content()
+    assert "relative to dial 0" not in visible(tab, ".reading p").text_content()
     # the other schedule: the same at 0, and its own dials above that
     tab.locator("#schedules input").nth(1).check()
     assert seen() == [
         part.replace("-0-", "-1-").replace("0-", "1-") if i else part
         for i, part in enumerate(views[0])
-    ] or locality() == [0, 0, 0]
+    ]
     box = slider.bounding_box()
     tab.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + box["height"] / 2)
     assert tab.evaluate("state.position") == 2 and locality() == [0.15] * 3
@@ -1098,6 +1122,13 @@ def test_the_frame_of_a_notebook_shows_the_page(measured, browser):
     assert "dial 0.75" in frame.locator(".view:not([hidden]) .reading p").text_content()
     assert not faults
     context.close()
+
+
+def test_a_certified_floor_is_never_rounded_up(measured, open_data):
+    tab = open_data(measured[-1])
+    for floor, words in ((0, "0 %"), (0.125, "12.5 %"), (0.3, "30 %"), (0.99999, "99.9 %")):
+        assert tab.evaluate(f"atLeast({floor})") == words
+    assert tab.evaluate("[atLeast(1), atLeast(0.5), atLeast(0.29)]") == ["100 %", "50 %", "29 %"]
 
 
 def test_the_marks_name_the_blocks_where_they_were_noticed(make_page, open_data):
