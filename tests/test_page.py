@@ -1,6 +1,7 @@
 """What a page is made of: text that stays text, labels, and packed numbers."""
 
 import base64
+import itertools
 import json
 import random
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from report.page import SCALES, fill, keep_strongest, label, pack, page_name, pieces_of
 from support.files import TURNS
 
@@ -139,3 +141,18 @@ def test_a_file_name_fits_every_disk():
     assert name == "view-c_c_d_e_f-quintic-a_b_0.25-semantic+window_8.html"
     for text in (Path("é" * 300), "é" * 300):
         assert len(page_name({"text": text}, "é" * 300, pairs, "sentence").encode()) < 230
+
+
+def test_the_example_is_what_the_readme_says():
+    """docs/RUNNING.md has its command; run that again after every change of page.html."""
+    html = (ROOT / "docs" / "example.html").read_text(encoding="utf-8")
+    data, _ = data_of(html)
+    assert fill(data) == html and len(html) < 2e6
+    command = (ROOT / "docs" / "RUNNING.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    assert data["command"].replace("'", '"') in " ".join(command.split())
+    starts = np.arange(len(data["lookback"])) - data["lookback"]
+    edges = [*np.unique(starts), len(starts)]
+    blocks = ["".join(data["text"][a:b]) for a, b in itertools.pairwise(edges)]
+    assert len(blocks) >= 4 and all(len(re.findall(r"\.(?!\w)", block)) >= 2 for block in blocks)
+    assert data["partition"] == "semantic:closed" and not data["anchor"]
+    assert [1.0] * data["layers"] in [dial["locality"] for dial in data["dials"]]
