@@ -60,8 +60,8 @@ def choose_stretch(tokens, lookback, vocabulary, max_lookback, T):
     per_token = np.mean([len(vocabulary[t]) for t in tokens[:1000].tolist()])
     size = round(240 / max(per_token, 1))  # of 40 words
     sizes = [n for n in (size, 2 * size, 4 * size) if n < T] + [T]
-    found = [(*most_hidden(lookback, n), n) for n in sizes]
-    at, _, n = next((x for x in found if x[1] > 0.5), max(found, key=lambda x: x[1]))
+    places = [(*most_hidden(lookback, n), n) for n in sizes]
+    at, _, n = next((x for x in places if x[1] > 0.5), max(places, key=lambda x: x[1]))
     pieces = [vocabulary[t] for t in tokens[max(at - 40, 0) : at + 1].tolist()]
     back = next((i for i in range(len(pieces) - 1) if begins_word(*pieces[::-1][i : i + 2])), 0)
     return at - back, n
