@@ -98,7 +98,9 @@ def test_without_a_terminal_a_run_prints_plain_lines(place):
     assert [step for step, _, _ in lines] == ["10", "20", "30", "40", "50", "60"]
     # the validation loss is printed when it is new, and the time left until nothing is left
     assert [step for step, val, _ in lines if val] == ["10", "20", "40", "60"]
-    assert not lines[-1][2] and (lines[0][2] or not lines[1][2])  # it is left out below a second
+    assert not lines[-1][2]
+    words = [console.duration(seconds) for seconds in (1, 99, 119, 720, 6100, 86400)]
+    assert words == ["1 s", "99 s", "2 min", "12 min", "1.7 h", "24.0 h"]
 
 
 def read_page(path):
