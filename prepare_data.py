@@ -136,7 +136,7 @@ def download_gpt2():
     except (OSError, ValueError) as e:  # requests' errors are OSErrors, a bad hash is a ValueError
         raise InputError(
             f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); check the network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer 'bytes'"
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer sample or bytes"
         ) from None
 
 
