@@ -96,7 +96,10 @@ def test_2_a_schedule():
         "A single layer is the last layer: its locality must be the floor.",
     )
     for n_layer in (2, 3, 4, 12):
-        got = schedule("late", n_layer, 0.6)
+        try:
+            got = schedule("late", n_layer, 0.6)
+        except (TypeError, ValueError, ArithmeticError, LookupError) as e:
+            check(False, f"The function schedule in locality.py cannot compute late yet: {e}.")
         half, rounded = n_layer // 2, [round(x, 3) for x in got]
         now = f"With {n_layer} layers and a floor of 0.6, late gives {rounded}, but"
         check(len(got) == n_layer, f"{now} every layer needs a number.")
