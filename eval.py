@@ -478,17 +478,25 @@ def read_text(config, trained_on, split, partition):
     tokens, lookback = data.split(split)
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
     if partition != config["partition"]:
-        cap, background = config["max_lookback"], data.meta["background"]
-        check_partition(partition, cap, len(tokens))
-        if config["joined"] and partition == "document":
-            raise InputError(f"{data.folder} is joined: it does not say where a document ends")
-        if background is None and parse_partition(partition)[0].reads_words:
-            background = count_background(data.split("train")[0], vocabulary)
-        check_causal(tokens, vocabulary, partition, cap, background, config["plain"])
-        lookback = partition_text(
-            tokens, vocabulary, partition, cap, background, plain=config["plain"]
-        )
+        background = check_other(partition, config, tokens, vocabulary, data)
+        cap, plain = config["max_lookback"], config["plain"]
+        lookback = partition_text(tokens, vocabulary, partition, cap, background, plain=plain)
     return (tokens, lookback), vocabulary
+
+
+def check_other(partition, config, tokens, vocabulary, data=None):
+    """Check that tokens can get other blocks than those of a config: the background for these.
+
+    tokens: (n,) ids; data: the Prepared text of the config, if it has one. Raises InputError.
+    """
+    cap, background = config["max_lookback"], data and data.meta["background"]
+    check_partition(partition, cap, len(tokens))
+    if config["joined"] and partition == "document":
+        raise InputError(f"{data.folder} is joined: it does not say where a document ends")
+    if data and background is None and parse_partition(partition)[0].reads_words:
+        background = count_background(data.split("train")[0], vocabulary)
+    check_causal(tokens, vocabulary, partition, cap, background, config["plain"])
+    return background
 
 
 if __name__ == "__main__":

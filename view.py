@@ -24,20 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import add_model_arguments, attention_maps, entropy_of, fidelity_of, load, read_text
-from locality import (
-    CHUNK,
-    Partitioner,
-    check_causal,
-    count_background,
-    parse_partition,
-    partition_names,
-    schedule,
-)
-from prepare_data import TextConfig, check_partition, get_encoding, prepare, token_bytes
+from eval import add_model_arguments, attention_maps, check_other, entropy_of, fidelity_of, load
+from locality import CHUNK, Partitioner, partition_names, schedule
+from prepare_data import TextConfig, get_encoding, prepare, token_bytes
 from report.blocks import liveliest
 from report.excerpt import Text, cut, draw_foreign, find_words
 from report.page import Page, check_page, fill, page_name, store
+from support.bpe import SAMPLE
 from support.files import InputError, run_script, visible, write_text
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
@@ -48,7 +41,6 @@ TOKENS, MOST = 512, 4096  # tokens on a page: the default, the maximum
 LIKELIEST = 10  # next tokens that are shown
 KEYS = 32  # of each query: at most so many are shown
 POSITIONS = 0, 0.25, 0.5, 0.75, 1  # of the dial
-SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
 # --------------------------------------------------------------------------------------------------
 # where the model looks, and what its predictions depend on
@@ -230,14 +222,13 @@ def page(
     if not 2 <= T <= most:
         raise InputError(f"a page of this model has 2 ... {most} tokens, not {T}")
     partition = config["partition"] if partition is None else partition
-    if text is None:
-        whole = own_text(prepare(TextConfig.of(config), trained_on), split or "test", T)
-    else:
-        whole = given_text(config, trained_on, text)
-    if partition != config["partition"]:
-        whole = with_blocks(whole, partition, config, trained_on, split)
+    own = prepare(TextConfig.of(config), trained_on) if config["source"] else None
+    whole = own_text(own, split or "test", T) if text is None else given_text(config, own, text)
+    vocabulary = token_bytes(get_encoding(config["tokenizer"]))
+    if partition != config["partition"]:  # `cut` finds the blocks
+        background = check_other(partition, config, whole.tokens, vocabulary, own)
+        whole = whole._replace(background=background, lookback=None)
     if words is not None:
-        vocabulary = token_bytes(get_encoding(config["tokenizer"]))
         whole = whole._replace(start=find_words(whole.tokens, vocabulary, words))
         if whole.start is None:
             raise InputError(f"{whole.name} does not contain the words {words!r}; see --split")
@@ -301,8 +292,8 @@ def own_text(data, split, T, within=None):
     return Text(f"{split} split", tokens, start, data.meta["background"], foreign, lookback)
 
 
-def given_text(config, trained_on, text):
-    """The text of a file, a Path, or a string, for a run or for published weights.
+def given_text(config, data, text):
+    """The text of a file, a Path, or a string. data: the run's Prepared text; None for weights.
 
     The foreign text is the run's test split; for weights, the sample text. Raises InputError.
     """
@@ -310,26 +301,10 @@ def given_text(config, trained_on, text):
     name = text.name if isinstance(text, Path) else "a prompt"
     text = "".join(pieces(text)) if isinstance(text, Path) else text
     tokens = np.array(encoding.encode(text, allowed_special="all"), np.int64)
-    if config["source"]:
-        own = own_text(prepare(TextConfig.of(config), trained_on), "val", 2)
-        return own._replace(name=name, tokens=tokens, start=0, lookback=None)
+    if data:
+        return own_text(data, "val", 2)._replace(name=name, tokens=tokens, start=0, lookback=None)
     foreign = np.array(encoding.encode("".join(pieces(SAMPLE)), allowed_special="all"))
     return Text(name, tokens, 0, None, foreign)
-
-
-def with_blocks(text, partition, config, trained_on, split):
-    """A Text with the blocks of another partition than the config's. split: of the run, if it is
-    one. Raises InputError."""
-    vocabulary, cap = token_bytes(get_encoding(config["tokenizer"])), config["max_lookback"]
-    if not config["source"]:
-        check_partition(partition, cap, len(text.tokens))
-        check_causal(text.tokens, vocabulary, partition, cap, None, config["plain"])
-        return text
-    (_, lookback), _ = read_text(config, trained_on, split or "test", partition)
-    if text.background is None and parse_partition(partition)[0].reads_words:
-        train, _ = prepare(TextConfig.of(config), trained_on).split("train")
-        text = text._replace(background=count_background(train, vocabulary))
-    return text._replace(lookback=None if text.lookback is None else lookback)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,8 +31,7 @@ from support.prepared import is_identity
 from support.settings import to_toml
 from support.weights import CHECKPOINTS, first_file, load, save
 
-PICTURES = "attention.png", "loss.png", "page.html"
-RESULTS = ("results.json", *PICTURES, "diverged.json", "best.pt", "last.pt")
+RESULTS = "results.json diverged.json attention.png loss.png page.html best.pt last.pt".split()
 OURS = "|".join(map(re.escape, ("config.toml", *RESULTS)))
 TEMPORARY = re.compile(rf"({OURS}|view-.*\.html)\.[0-9]+\.tmp")
 MADE = "# the config of a run of train.py\n"  # the first line of config.toml

@@ -493,9 +493,9 @@ def test_which_text_is_shown_and_which_is_foreign(make_page, tmp_path):
     # the foreign text: another split, and for weights the sample text
     for split, other in (("train", "test"), ("val", "test"), ("test", "val")):
         assert own_text(text, split, 50).foreign.tolist() == text.split(other)[0].tolist()
-    given = given_text(config, trained_on, "x y")
+    given = given_text(config, text, "x y")
     assert given.foreign.tolist() == text.split("test")[0].tolist()
-    weights = given_text({"tokenizer": "bytes", "source": None}, {}, "x y")
+    weights = given_text({"tokenizer": "bytes"}, None, "x y")
     assert bytes(weights.foreign.tolist()) == SAMPLE
 
 
