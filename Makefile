@@ -1,5 +1,6 @@
 # make quickstart: install into .venv; train a small localized GPT-2 on the sample text, make a page
 #                  to look at, and measure what locality costs in which layers
+# make replicate:  the paper's table with GPT-2 on a GPU: docs/REPLICATE.md. ARGS=--quick rehearses it
 # make test:       install what the tests need as well; check the format; run the tests
 PYTHON ?= python3
 
@@ -8,6 +9,9 @@ quickstart: .venv/run-time
 	.venv/bin/python view.py runs/quickstart
 	.venv/bin/python eval.py runs/quickstart --partition window:8 --dial-sweep --floor 1 --stride 100 \
 		--figure runs/quickstart/dials.png
+
+replicate: .venv/run-time
+	.venv/bin/python -m experiments.replicate $(ARGS)
 
 test: .venv/tests
 	.venv/bin/ruff format --check .
@@ -30,4 +34,4 @@ format: .venv/tests
 	.venv/bin/pip install --quiet -r requirements-test.txt
 	@touch $@
 
-.PHONY: quickstart test format
+.PHONY: quickstart replicate test format

@@ -1,16 +1,18 @@
 """The paper's experiment: schedules x partitions x seeds, a run of train.py each; then a report.
 
     python sweep.py configs/sweep_smoke.toml
-    python sweep.py configs/sweep_mind.toml --source my_book.txt --out runs/my_sweep
-    python sweep.py configs/sweep_mind.toml --report        # the report again, from what is on disk
-    python sweep.py configs/sweep_mind.toml --jobs 2        # two runs at a time
+    python sweep.py configs/sweep_gpt2.toml --source my_book.txt --out runs/my_sweep
+    python sweep.py configs/sweep_gpt2.toml --seed 1,2 --schedule distributed,quintic
+    python sweep.py configs/sweep_gpt2.toml --jobs 2        # two runs at a time
+    python sweep.py configs/sweep_gpt2.toml --report        # the report again, from what is on disk
 
 A sweep is a config of train.py with one or more tables [[sweep]] of lists: each table stands for
-all combinations of its lists, and each combination is a cell. Finished cells are not run again,
-interrupted ones are resumed, and broken ones are reported at the end. window:matched, block:matched
-and aligned:matched become the N that reaches back as far on average, in the same text, as the
-semantic or semantic:closed blocks of the same table (of the config, if the table has neither). The
-report consists of table.md, table.json and four figures.
+all combinations of its lists, and each combination is a cell. On the command line, values between
+commas replace a list. Finished cells are not run again, interrupted ones are resumed, and broken
+ones are reported at the end. window:matched, block:matched and aligned:matched become the N that
+reaches back as far on average, in the same text, as the semantic or semantic:closed blocks of the
+same table (of the config, if the table has neither). The report consists of table.md, table.json
+and four figures. A finished cell keeps what the report and view.py need, but not last.pt.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -19,10 +21,9 @@ import bisect
 import hashlib
 import itertools
 import math
-import os
-import subprocess
+import shlex
 import sys
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,20 +31,34 @@ import torch
 from tqdm import tqdm
 
 from locality import partition_text
-from prepare_data import TextConfig, get_encoding, prepare, token_bytes
+from prepare_data import TextConfig, get_encoding, prepare, token_bytes, vocabulary_size
 from report.sweep import canonical, read_results, read_runs, write_report
-from support.files import InputError, alone, open_own, run_script, write_text
-from support.machine import n_cores, pick_device, stop_signals
+from support.console import duration, warn_once
+from support.files import InputError, alone, run_script, write_text, writing
+from support.jobs import run_jobs
+from support.machine import code_version, n_cores, pick_device
 from support.run import is_ours
-from support.settings import to_toml, usage
-from support.weights import PRETRAINED
-from train import Config, read_config, read_values
+from support.settings import parse, read_flags, to_toml, usage
+from train import Config, build_model, check_splits, read_config, read_values
 
 ROOT = Path(__file__).resolve().parent
 MAX_NAME = 200  # bytes; a disk allows 255 including the suffixes of files and temporary files
 
 # --------------------------------------------------------------------------------------------------
 # the cells
+
+
+def read_sweep(argv):
+    """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. Raises
+    InputError."""
+    values, types = read_values(argv, more=("sweep",)), Config.__annotations__
+    tables = values.get("sweep")
+    for key, value in read_flags(Config, argv[1:]).items():
+        words = value.split(",") if isinstance(value, str) else []
+        for table in tables if isinstance(tables, list) else []:
+            if isinstance(table, dict) and key in table:
+                table[key] = [parse(word, types[key]) for word in words] or [value]
+    return values
 
 
 def read_cells(values):
@@ -113,20 +128,14 @@ def name_of(cell, keys):
 def resolve(values, reference):
     """The Config of one cell, with the N of `:matched` computed: see `matched`.
 
-    reference: semantic or semantic:closed, which it is matched to. It prepares the cell's data, so
-    that cells which run side by side find it. Raises InputError.
+    reference: semantic or semantic:closed, which it is matched to. Raises InputError.
     """
-    base = values.get("init_from", Config.init_from)
-    if base not in ("scratch", *PRETRAINED) and not Path(str(base)).exists():
-        raise InputError(f"init_from: {base} does not exist; make it first, as the config says")
     kind, _, n = str(values.get("partition", "")).partition(":")
     if n == "matched" and kind in ("window", "block", "aligned"):
         config = Config(**{**values, "partition": reference})
         n, cap = matched(kind, prepare_cell(config))
         values |= {"partition": f"{kind}:{n}", "max_lookback": max(config.max_lookback, cap)}
-    config = Config(**values)
-    prepare_cell(config)
-    return config
+    return Config(**values)
 
 
 def prepare_cell(cell, **changes):
@@ -186,100 +195,121 @@ def check_folder(out):
         raise InputError(f"{out}: cannot be read ({e.strerror})") from None
 
 
-def check_same(cell, out):
-    """Raises InputError if what ran in the folder `out` is not this cell, a Config."""
+def check_models(cells):
+    """Check the text and the weights of every cell, a list of Configs, once if they share them.
+    Returns the number of parameters of the largest model. Raises InputError."""
+    keys = "init_from", "block_size", "n_layer", "n_head", "n_embd"
+    different = {str([prepare_cell(c).folder, *(getattr(c, k) for k in keys)]): c for c in cells}
+    largest = 0
+    for cell in different.values():
+        model = build_model(cell, vocabulary_size(cell.tokenizer))
+        check_splits(cell, model, prepare_cell(cell))
+        largest = max(largest, sum(p.numel() for p in model.parameters()))
+    return largest
+
+
+def results_of(cell):
+    """What results.json of a cell says, a dict; None if the cell is not finished. Raises InputError
+    if what ran in its folder is not this cell."""
+    out, results = Path(cell.out), None
     if (out / "results.json").is_file():
         results = read_results(out / "results.json", Config)
         before = results["config"]
         if results["source_sha256"] != prepare_cell(cell).meta["source_sha256"]:
             raise InputError(f"{out} was run on another text; delete it, or give another --out")
-    else:
+    elif (out / "last.pt").is_file():
         before = canonical(asdict(read_config([str(out / "config.toml")])))
+    else:
+        return None
     now = {**canonical(asdict(cell)), "out": before["out"]}  # the sweep may have been moved
     changed = [key for key in now if before[key] != now[key]]
     if changed:
         raise InputError(
             f"{out} was run with another {', '.join(changed)}; delete it, or give another --out"
         )
+    return results
 
 
-def run_cell(cell, threads, held, children, received):
-    """Complete one cell in a process of its own. Returns None, or why it broke: one line.
-
-    held: an open folder, whose lock the process holds as well. children: a set that contains the
-    process while it runs. received: a list of signals; if it is not empty, the sweep has to stop.
-    """
+def command_of(cell):
+    """The command that completes a cell, a list of words, and the path of its log. It writes the
+    cell's config. Raises InputError if a file of that name is not ours."""
     out = Path(cell.out)
     config, log = (out.with_name(out.name + end) for end in (".toml", ".log"))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-    try:
-        finished, begun = (out / "results.json").is_file(), (out / "last.pt").is_file()
-        command = [sys.executable, ROOT / "train.py", *([out, "--resume"] if begun else [config])]
-        if finished or begun:
-            check_same(cell, out)
-        if finished:
-            return None
-        if not begun:
-            if config.exists() and not config.read_text(errors="replace").startswith(MADE):
-                return f"error: {config} was not made by sweep.py; move it, or give another --out"
-            write_text(config, MADE + to_toml(cell))
-        with open_own(log, "wb") as f:
-            keep = () if held is None else (held,)
-            with subprocess.Popen(
-                command, stdout=f, stderr=f, env=environment, pass_fds=keep
-            ) as child:
-                children.add(child)
-                if received:
-                    child.terminate()
-                status = child.wait()
-    except (InputError, OSError) as e:  # another cell is there; or the disk is full
-        return f"error: {e}"
-    children.discard(child)
-    if status == 0:
-        return None
-    lines = log.read_text(errors="replace").replace("\r", "\n").strip().split("\n")
-    errors = [line for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else f"error: exit status {status}: {lines[-1]}"
+    if (out / "last.pt").is_file():
+        return [sys.executable, ROOT / "train.py", out, "--resume"], log
+    with writing(config):
+        if config.exists() and not config.read_text(errors="replace").startswith(MADE):
+            raise InputError(f"{config} was not made by sweep.py; move it, or give another --out")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        write_text(config, MADE + to_toml(cell))
+    return [sys.executable, ROOT / "train.py", config], log
 
 
-def run(cells, jobs, held):
-    """Run all cells, `jobs` at a time. Returns {name: why} of those that broke.
-
-    held: see run_cell. Raises KeyboardInterrupt(n) after signal n, once all runs have stopped.
-    """
-    device = pick_device(next(iter(cells.values())).device)
+def at_a_time(cell, jobs):
+    """How many cells like this one run at a time, if --jobs (or None) does not say it; and how many
+    threads each of them gets, or None. Raises InputError."""
+    device = pick_device(cell.device)
     cuda = device.type == "cuda"
     if jobs is None:  # a small model leaves a large GPU idle
         memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
         jobs = max(1, memory // 2**35)
-    threads = max(1, n_cores() // jobs) if jobs > 1 and not cuda else None
-    broken, children = {}, set()
-    bar = tqdm(total=len(cells), unit="run", disable=None)
-    with stop_signals() as received, ThreadPoolExecutor(jobs) as pool, bar:
-        running = {
-            pool.submit(run_cell, cell, threads, held, children, received): name
-            for name, cell in cells.items()
-        }
-        left = set(running)
+    return jobs, max(1, n_cores() // jobs) if jobs > 1 and not cuda else None
+
+
+def unfinished(cells):
+    """Which of the cells, {name: Config}, are left to do, and which are broken, {name: why},
+    because their folder holds something else."""
+    todo, broken, other_code = {}, {}, []
+    for name, cell in cells.items():
         try:
-            while left:
-                done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-                if received:
-                    raise KeyboardInterrupt(received[0])
-                for future in done:
-                    name, why = running[future], future.result()
-                    if why:
-                        broken[name] = why
-                    bar.set_description(f"last: {name}" + f", {len(broken)} broken" * bool(broken))
-                    bar.update()
-                    if bar.disable:
-                        number = len(cells) - len(left)
-                        print(f"{number}/{len(cells)}: {name}{', broken' * bool(why)}", flush=True)
-        except BaseException:  # the runs save and stop
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in list(children):
-                child.terminate()
-            raise
+            results = results_of(cell)
+        except (InputError, OSError) as e:
+            broken[name] = f"error: {e}"
+            continue
+        if not results:
+            todo[name] = cell
+        elif results["code"] != code_version():
+            other_code.append(name)
+    if other_code:
+        warn_once(
+            f"finished with another version of the code: {', '.join(other_code)} (delete a folder "
+            "to run its cell again)"
+        )
+    return todo, broken
+
+
+def run(cells, jobs, held):
+    """Complete all cells, {name: Config}, `jobs` at a time. Returns {name: why} of those that
+    broke.
+
+    held: see run_jobs. Raises InputError if a text or weights are missing, before the first cell
+    starts; KeyboardInterrupt(n) after signal n, once all runs have stopped.
+    """
+    todo, broken = unfinished(cells)
+    check_models(list(todo.values()))
+    jobs, threads = at_a_time(next(iter(cells.values())), jobs)
+    for name in cells.keys() - todo.keys() - broken.keys():  # a killed sweep may have left some
+        Path(cells[name].out, "last.pt").unlink(missing_ok=True)
+    commands = {name: command_of(cell) for name, cell in todo.items()}
+    n_left, began = len(todo), time.perf_counter()
+    bar = tqdm(total=len(cells), initial=len(cells) - n_left, unit="run", smoothing=0, disable=None)
+    with bar:
+        for name, why in run_jobs(commands, jobs, held, threads):
+            line = "broken"
+            if why:
+                words = [str(word) for word in commands[name][0][2:]]
+                command = shlex.join(["python", "train.py", *words])
+                broken[name] = f"{why}; to run only this cell: {command}"
+            else:
+                line = f"perplexity {results_of(cells[name])['perplexity']:.3f}"
+                Path(cells[name].out, "last.pt").unlink(missing_ok=True)
+            n_left -= 1
+            pace = (time.perf_counter() - began) / (len(commands) - n_left)  # seconds per cell
+            if bar.disable and n_left:  # on a terminal, the bar shows it
+                line += f", about {duration(pace * n_left)} left"
+            bar.update()
+            bar.write(f"{len(cells) - n_left}/{len(cells)} {name}: {line}")
+            sys.stdout.flush()
     return broken
 
 
@@ -316,7 +346,7 @@ def main():
         print(f"{__doc__}\nKeys, in the file or as --key value:\n{usage(Config)}")
         return
     jobs = take_jobs(argv)
-    values = read_values(argv, more=("sweep",))
+    values = read_sweep(argv)
     out, broken, cells = Path(values["out"]), {}, {}
     check_folder(out)
     if not only_report:

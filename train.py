@@ -377,13 +377,7 @@ def start(config, resume=False, overwrite=False):
             trained_on = resume and {**run.saved["text"], "cwd": run.saved["cwd"]}
             data = prepare(TextConfig.of(asdict(config)), trained_on)
             model = build_model(config, vocabulary_size(config.tokenizer), run.saved).to(device)
-        splits = {split: data.split(split) for split in SPLITS}  # finds damage before training
-        n, T = len(splits["train"][0]), model.config.block_size
-        if n <= T:
-            raise InputError(
-                f"{config.source}: the training split has {n} tokens, but block_size is {T}; use a "
-                "longer text or a smaller block_size"
-            )
+        check_splits(config, model, data)
         optimizers = build_optimizers(model, config)
         compiled = torch.compile(model) if use_compiler else model
         if process.world_size > 1:
@@ -409,7 +403,7 @@ def start(config, resume=False, overwrite=False):
         except (RuntimeError, MemoryError) as e:
             if out_of_memory(e):
                 finished = is_finished(run, config)
-                advice = console.memory_advice(run, config, process, T, finished)
+                advice = console.memory_advice(run, config, process, model, finished)
                 raise InputError(advice) from None
             if machine.compiler_failed(e):
                 command = shlex.join(["python", "train.py", config.out, "--resume"])
@@ -424,6 +418,17 @@ def start(config, resume=False, overwrite=False):
                 command = shlex.join(["python", "train.py", config.out, "--resume"])
                 print(f"stopped at step {run.last_saved}; resume with: {command}", file=sys.stderr)
             raise
+
+
+def check_splits(config, model, data):
+    """Raises InputError if a split is damaged, or the training split too short for one context."""
+    sizes = {split: len(data.split(split)[0]) for split in SPLITS}
+    n, T = sizes["train"], model.config.block_size
+    if n <= T:
+        raise InputError(
+            f"{config.source}: the training split has {n} tokens, but block_size is {T}; use a "
+            "longer text or a smaller block_size"
+        )
 
 
 def explain(run, error, config, model, data, process):
@@ -455,7 +460,8 @@ def finish(run, config, model, data, process):
     check_finite(run.step, test_loss=results["loss"])
     results |= {"val_loss": val_loss, "best_step": best_step, "steps": run.step}
     results["seconds"] = round(run.elapsed(), 1)
-    results |= {**machine.provenance(process.device, config.seed), "config": asdict(config)}
+    results |= {**machine.provenance(process.device, config.seed), "code": run.about["code"]}
+    results["config"] = asdict(config)
     write_json(run.path("results.json"), results)
     print(
         f"\n{run.folder}: the best model (step {best_step}, validation loss {val_loss:.3f}) on the "
@@ -520,7 +526,7 @@ def check_config_name(path, script):
         command = shlex.join(["python", "train.py", str(path.parent), "--resume"])
         raise InputError(f"{path} is a checkpoint, not a config; to resume its run: {command}")
     if path.suffix != ".toml":
-        config = {"train.py": "configs/quickstart.toml", "sweep.py": "configs/sweep_mind.toml"}
+        config = {"train.py": "configs/quickstart.toml", "sweep.py": "configs/sweep_gpt2.toml"}
         command = shlex.join(["python", script, config[script], "--source", str(path)])
         raise InputError(
             f"{path} is not a config, which is a file whose name ends in .toml; if it is a text, "

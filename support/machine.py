@@ -16,7 +16,7 @@ from queue import Empty
 
 import torch
 
-from support.files import InputError
+from support.files import InputError, digest
 
 # peak Tflop/s of a card in dense bfloat16 (no sparsity), from NVIDIA's data sheets
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}
@@ -33,7 +33,9 @@ def pick_device(name):
             torch.cuda.set_device(device)  # the default of every call that names no device
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise InputError(f"device {name} is not available here; use auto or cpu") from None
+        raise InputError(
+            f"device {name} is not available here, with torch {torch.__version__}; use auto or cpu"
+        ) from None
 
 
 def fast_bfloat16(device):
@@ -57,6 +59,16 @@ def precision(device, dtype):
     if dtype == "bfloat16" or fast:
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def describe_device(device, dtype):
+    """The device, its memory and its precision in words. Raises InputError like `precision`."""
+    name, memory = f"{device.type}, {n_cores()} cores", ""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, f", {properties.total_memory / 2**30:.0f} GiB"
+    low = isinstance(precision(device, dtype), torch.autocast)
+    return f"{name}{memory}, {'bfloat16' if low else 'float32'}"
 
 
 def compiles(device, choice):
@@ -169,6 +181,15 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def code_version():
+    """Twelve hex digits that identify the code of this project, apart from reports and studies."""
+    root = Path(__file__).parent.parent
+    paths = (
+        path for folder in ("", "fast", "support") for path in root.joinpath(folder).glob("*.py")
+    )
+    return digest(sorted(paths))[:12]
 
 
 def provenance(device, seed):

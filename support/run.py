@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from support.files import InputError, fits, lock, open_own, write_json, write_text, writing
+from support.machine import code_version
 from support.prepared import is_identity
 from support.settings import to_toml
 from support.weights import CHECKPOINTS, first_file, load, save
@@ -37,10 +38,12 @@ TEMPORARY = re.compile(rf"({OURS}|view-.*\.html)\.[0-9]+\.tmp")
 MADE = "# the config of a run of train.py\n"  # the first line of config.toml
 
 # What a checkpoint contains; last.pt has more. text: what Prepared.identity returned; cwd: where
-# relative paths start, in the file relative to the run folder.
+# relative paths start, in the file relative to the run folder; code: the versions of the code that
+# trained the model, joined by "+".
 CHECKPOINT = {
     "step": int,
     "val_loss": float,
+    "code": str,
     "config": {str: (str, int, float, bool, None, [str])},
     "text": dict,
     "cwd": str,
@@ -267,8 +270,9 @@ class Run:
         self.device = next(model.parameters()).device
         cwd = self.saved["cwd"] if self.saved else ""
         cwd = os.path.relpath(cwd or os.getcwd(), self.folder.resolve())
-        self.about = {"config": asdict(config), "text": text, "cwd": cwd}
+        self.about = {"config": asdict(config), "text": text, "cwd": cwd, "code": code_version()}
         if self.saved:
+            self.note_other_code(self.saved["code"].split("+"))
             self.restore()
         self.started = time.perf_counter()  # exclude the preparation
         if not self.writes:
@@ -292,6 +296,17 @@ class Run:
             )
         self.metrics.truncate(min(length, self.metrics_bytes))  # the lines after last.pt come again
 
+    def note_other_code(self, versions):
+        """Remember, and say, if the run was trained by other `versions` of the code so far."""
+        if versions[-1] != self.about["code"]:
+            print(
+                f"{self.folder} was trained by another version of the code until step "
+                f"{self.last_saved}; it is resumed with this one",
+                file=sys.stderr,
+            )
+            versions = [*versions, self.about["code"]]
+        self.about["code"] = "+".join(versions)
+
     def restore(self):
         """Restore what was saved, and set self.metrics_bytes, the length of metrics.jsonl then."""
         state, self.saved = self.saved, None  # three times as large as the model
@@ -311,9 +326,11 @@ class Run:
             raise InputError(f"{path}: not a whole checkpoint of this model ({kind})") from None
 
     def log(self, **values):
-        """Append the step and these values to metrics.jsonl: a whole line, or InputError."""
+        """Append the step, these values and the seconds that the run has taken so far to
+        metrics.jsonl: a whole line, or InputError."""
         if not self.writes:
             return
+        values["seconds"] = round(self.elapsed(), 3)
         line = json.dumps({"step": self.step, **values}).encode() + b"\n"
         length = self.metrics.seek(0, os.SEEK_END)
         with writing(self.folder / "metrics.jsonl"):

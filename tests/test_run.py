@@ -42,7 +42,8 @@ def last_step(run):
 
 def ending(run):
     """All numbers of a finished run: metrics without their timings, and results."""
-    metrics = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in metrics_of(run)]
+    times = "tokens_per_s", "seconds"
+    metrics = [{k: v for k, v in line.items() if k not in times} for line in metrics_of(run)]
     results = json.loads((run / "results.json").read_text())
     keys = ("loss", "perplexity", "accuracy", "layers", "by_position", "best_step", "steps")
     return metrics, [results[key] for key in keys]

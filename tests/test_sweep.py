@@ -19,9 +19,10 @@ from conftest import ROOT, script_here
 from conftest import TINY as TINY_CONFIG
 from forks import children, started
 from support.files import InputError, write_text
+from support.jobs import run_jobs
 from support.prepared import read_meta
 from support.settings import to_toml
-from sweep import read_cells, run_cell
+from sweep import command_of, prepare_cell, read_cells, results_of
 from train import Config, read_values
 
 SAMPLE = ROOT / "data" / "sample.txt"
@@ -44,7 +45,8 @@ def test_a_cell_resumes_only_with_the_same_config(tmp_path):
     (tmp_path / "cell" / "last.pt").touch()
     other = Config(**{**asdict(cell), "max_steps": 4, "learning_rate": 0.1})
     (tmp_path / "cell" / "config.toml").write_text(to_toml(other))
-    assert "another max_steps, learning_rate; delete it" in run_cell(cell, 1, None, set(), [])
+    with pytest.raises(InputError, match="another max_steps, learning_rate; delete it"):
+        results_of(cell)
 
 
 @pytest.mark.parametrize("there", ["quickstart.toml", "distributed.toml", "model.py"])
@@ -58,12 +60,13 @@ def test_a_sweep_leaves_a_folder_of_something_else_alone(tmp_path, monkeypatch, 
     assert "mine is not empty and contains no sweep" in capsys.readouterr().err
     Path("mine/other").mkdir()  # a sweep is there as well
     Path("mine/other/config.toml").touch()
-    cell = Config(**{**TINY, "out": "mine/distributed"})
-    assert "was not made by sweep.py" in run_cell(cell, 1, None, set(), [])
+    with pytest.raises(InputError, match="was not made by sweep.py"):
+        command_of(Config(**{**TINY, "out": "mine/distributed"}))
     assert Path("mine/distributed.toml").read_text() == text
     Path("mine/cell.log").mkdir()  # a cell that cannot be started is broken, too
-    why = run_cell(Config(**{**TINY, "out": "mine/cell"}), 1, None, set(), [])
-    assert why.startswith("error: ") and "cell.log" in why
+    command = command_of(Config(**{**TINY, "out": "mine/cell"}))
+    ((name, why),) = run_jobs({"cell": command}, 1)
+    assert name == "cell" and why.startswith("error: ") and "cell.log" in why
 
 
 def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monkeypatch):
@@ -73,8 +76,7 @@ def test_matched_rivals_reach_back_as_far_as_the_semantic_blocks(tmp_path, monke
         reach, sizes = [], []
         values = {**TINY, "max_lookback": 400, "sweep": [{"partition": [like, *matched]}]}
         for cell in read_cells(values).values():
-            name = f"*.{cell.partition.replace(':', '')}.{cell.max_lookback}.*"
-            (folder,) = Path("data").glob(name)
+            folder = prepare_cell(cell).folder
             reach.append(np.fromfile(folder / "train.lookback.bin", np.uint16).mean())
             assert read_meta(folder)["partition"] == cell.partition
             sizes.append(cell.partition.partition(":")[2])
@@ -231,8 +233,9 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     Path("book.txt").write_bytes(SAMPLE.read_bytes()[:20001])
     status, error = sweep()
     assert status == 1 and error.count("was run on another text; delete it") == 5
-    status, error = sweep("--init_from", "runs/nowhere")
-    assert status == 2 and error.count("runs/nowhere does not exist; make it first") == 1
+    status, error = sweep("--init_from", "runs/nowhere", "--out", "other")
+    assert status == 2 and error.count("runs/nowhere: no such file") == error.count("\n") == 1
+    assert not Path("other").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")

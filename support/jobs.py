@@ -1,0 +1,62 @@
+"""Commands in processes of their own, several at a time; they stop when this process does."""
+
+import os
+import subprocess
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+from support.files import InputError, open_own
+from support.machine import stop_signals
+
+
+def run_jobs(commands, n, held=None, threads=None):
+    """Run commands in processes of their own, n at a time. Yields (name, why) as each one ends; why
+    is None, or in one line why it failed.
+
+    commands: {name: (a list of words, the path of the log)}. held: an open folder, whose lock the
+    processes hold as well. threads: how many each process may use.
+    Raises KeyboardInterrupt(number) after a signal, once all processes have been told to stop.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
+    options = {"env": environment, "pass_fds": () if held is None else (held,)}
+    children = set()
+    with stop_signals() as received, ThreadPoolExecutor(n) as pool:
+        running = {
+            pool.submit(run_job, *job, options, children, received): name
+            for name, job in commands.items()
+        }
+        left = set(running)
+        try:
+            while left:
+                done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+                if received:
+                    raise KeyboardInterrupt(received[0])
+                for future in done:
+                    yield running[future], future.result()
+        except BaseException:  # the runs save and stop
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(children):
+                child.terminate()
+            raise
+
+
+def run_job(command, log, options, children, received):
+    """Run one command. Returns None, or why it failed: one line.
+
+    children: a set that contains the process while it runs. received: a list of signals; if it is
+    not empty, the process has to stop.
+    """
+    try:
+        with open_own(log, "wb") as f:
+            with subprocess.Popen(command, stdout=f, stderr=f, **options) as child:
+                children.add(child)
+                if received:
+                    child.terminate()
+                status = child.wait()
+    except (InputError, OSError) as e:  # the disk is full, or another file has the name of the log
+        return f"error: {e}"
+    children.discard(child)
+    if status == 0:
+        return None
+    lines = log.read_text(errors="replace").replace("\r", "\n").strip().split("\n")
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else f"error: exit status {status}: {lines[-1]}"
