@@ -63,12 +63,11 @@ def precision(device, dtype):
 
 def describe_device(device, dtype):
     """The device, its memory and its precision in words. Raises InputError like `precision`."""
-    name, memory = f"{device.type}, {n_cores()} cores", ""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, f", {properties.total_memory / 2**30:.0f} GiB"
-    low = isinstance(precision(device, dtype), torch.autocast)
-    return f"{name}{memory}, {'bfloat16' if low else 'float32'}"
+    numbers = "bfloat16" if isinstance(precision(device, dtype), torch.autocast) else "float32"
+    if device.type != "cuda":
+        return f"{device.type}, {n_cores()} cores, {numbers}"
+    card = torch.cuda.get_device_properties(device)
+    return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {numbers}"
 
 
 def compiles(device, choice):

@@ -148,13 +148,13 @@ def test_every_sweep_in_the_folder_is_understood():
 
 
 @contextlib.contextmanager
-def forked(command, stdout=None, start=subprocess.Popen, **options):
+def forked(command, stdout=None, env=None, start=subprocess.Popen, **options):
     """subprocess.Popen, which starts a cell of a sweep without importing torch anew."""
     if command[0] != sys.executable:
-        with start(command, stdout=stdout, **options) as process:
+        with start(command, stdout=stdout, env=env, **options) as process:
             yield process
     else:
-        with started(*command[1:], cwd=".", output=stdout.name) as process:
+        with started(*command[1:], cwd=".", output=stdout.name, environment=env) as process:
             process.wait = lambda: process.join() or process.exitcode
             yield process
 
