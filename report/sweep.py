@@ -353,12 +353,12 @@ def terminal_text(groups):
         row += [fixed(np.mean([layer_mean(r, "fidelity") for r in runs]), 3)]
         rows.append([*row, *PAPER.get(group["schedule"], "––")])
     table = aligned(SHORT.split(" | "), rows, 100)
-    return f"{table}\n{NOTE_SHORT}{NOTE_PAPER}{code_versions(groups)}"
+    return f"{table}\n{fill(NOTE_SHORT + NOTE_PAPER, 100)}\n{code_versions(groups)}"
 
 
 def write_report(folder, runs):
-    """Write table.md, table.json and the figures of a sweep. runs: what `read_runs` returned, at
-    least one. Raises InputError."""
+    """Write table.md, table.json and the figures of a sweep, and print the main results. runs: what
+    `read_runs` returned, at least one. Raises InputError."""
     groups, keys = collect(runs)
     rows = comparisons(groups, keys)
     about = {"command": provenance(torch.device("cpu"), None)["command"]}
