@@ -6,20 +6,31 @@ from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
 
 from report.plots import draw_sweep, layer_mean, order
 from report.stats import mean_interval, paired, resampled_losses
-from report.tables import between, facts, listed, markdown, number, plus_minus, with_interval
+from report.tables import (
+    aligned,
+    between,
+    facts,
+    fixed,
+    listed,
+    markdown,
+    number,
+    plus_minus,
+    with_interval,
+)
 from support.files import InputError, fits, read_text, write_json, write_text
 from support.machine import provenance
 
 # what the report needs of results.json
 NUMBER, MEASURES = (int, float), "loss perplexity accuracy bits_per_byte tokens mean_lookback"
 SHAPE = dict.fromkeys(MEASURES.split(), NUMBER)
-SHAPE |= dict.fromkeys(("date", "commit", "device", "torch", "source_sha256"), str)
+SHAPE |= dict.fromkeys(("date", "commit", "code", "device", "torch", "source_sha256"), str)
 SHAPE |= {"seed": int, "blocks": {"mean_lookback": NUMBER}, "reach": (None, {"median": NUMBER})}
 SHAPE |= {"layers": [{"locality": NUMBER, "fidelity": NUMBER, "entropy": NUMBER}]}
 SHAPE |= {"by_context": [[NUMBER]], "config": dict}
@@ -189,6 +200,11 @@ def name_groups(groups, keys):
                 words.append(f"{key} {config[key]}")
         group["blocks"] = ", ".join(words)
         group["name"] = ", ".join([group["schedule"], *words])
+    names = Counter(group["name"] for group in groups)
+    for group in groups:
+        if names[name := group["name"]] > 1:  # distributed runs measured in different blocks
+            others = [key for key in keys if key != "schedule" and f"{key} " not in name]
+            group["name"] = ", ".join([name, *(f"{key} {group['config'][key]}" for key in others)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,17 +263,29 @@ def compare(groups, keys, key, first, second):
 # --------------------------------------------------------------------------------------------------
 # the report
 
+# the ratios that the paper's abstracts give, by schedule: in v1, in v2 and v3
+PAPER = {"distributed": ("1", "1"), "quintic": ("1.89", "near 1"), "localist": ("6.6", "–")}
 COLUMNS = """configuration | seeds | perplexity | 95 % interval | ratio to distributed [95 %] |
-mean lookback, tokens: training | test | reach, tokens (median) | starts forced by the cap, % |
-accuracy, % | bits per byte | fidelity: last layer | mean | entropy, bits: last layer | mean"""
+the paper's ratio: v1 | v2, v3 | mean lookback, tokens: training | test |
+reach, tokens (median) | starts forced by the cap, % | accuracy, % | bits per byte |
+fidelity: last layer | mean | entropy, bits: last layer | mean"""
 PAIRS = """first | second | seeds | perplexity, first to second [95 %] | p, exact |
 least p possible | 95 % over the text"""
+SHORT = "configuration | seeds | perplexity ± sd | ratio [95 %] | fidelity | paper: v1 | v2, v3"
 NOTE = """± is the standard deviation over seeds. Ratios and differences are paired by seed; their
 intervals are Student's t on the logarithms. A seed changes the order of the training data (and the
 initial weights of a model that starts from scratch). The test text is the same for all seeds, so
 these intervals say nothing about another book. "Starts forced" counts block starts of the training
 split. "Reach" is how far back a token can be and still change a prediction through all layers;
 "all" means the whole context.
+"""
+NOTE_SHORT = """± is the standard deviation over seeds. The ratio to distributed and its 95 %
+interval are paired by seed. Fidelity is the share of attention inside the block, the mean over
+layers.
+"""
+NOTE_PAPER = """The paper's ratios are all that the abstracts of its versions (arXiv 2511.18375)
+give, for another book. v1 uses a fixed window; it quotes the 6.6, for strict locality, from earlier
+work. v2 and v3 use semantic blocks; they say "near baseline".
 """
 NOTE_P = """p is from an exact two-sided permutation test, which flips the signs of the paired
 differences in all possible ways. It cannot be lower than the next column, however large the effect
@@ -276,6 +304,7 @@ def group_row(group):
         *(group["name"], len(runs), plus_minus(perplexity, 3)),
         between(None if half is None else (mean - half, mean + half), 3),
         with_interval(group["vs_distributed"], 4),
+        *PAPER.get(group["schedule"], "––"),
         *(number(x["mean_lookback"] if local else None, ".0f") for x in (stats, runs[0])),
         "all" if reach is None else f"{reach['median']:.0f}",
         number(forced and 100 * forced, ".1f"),
@@ -288,21 +317,48 @@ def group_row(group):
     return cells
 
 
+def code_versions(groups):
+    """A paragraph that says how many versions of the code made the runs; "" if only one did."""
+    runs = [r for group in groups for r in group["runs"]]
+    codes = {code for r in runs for code in r["code"].split("+")}
+    if len(codes) < 2:
+        return ""
+    commits = listed(r["commit"] for r in runs)
+    plural = "s" * (", " in commits)
+    text = f"These runs were made by {len(codes)} versions of the code (commit{plural} {commits})."
+    return f"\n{fill(text, 100)}\n"
+
+
 def report_text(groups, rows, about):
     """The report as Markdown. groups: see `collect`; rows: see `comparisons`; about: a dict."""
     columns, pairs = (" ".join(names.split()).split(" | ") for names in (COLUMNS, PAIRS))
-    text = markdown(columns, map(group_row, groups)) + f"\n{NOTE}\n"
+    text = markdown(columns, map(group_row, groups)) + f"\n{NOTE}\n{NOTE_PAPER}\n"
     cells = [
         [row["first"], row["second"], row["seeds"], with_interval(row, 4), number(row["p"], ".3g")]
         + [number(row["least_p"], ".3g"), between(row["text"], 4)]
         for row in rows
     ]
-    return text + (markdown(pairs, cells) + f"\n{NOTE_P}\n" if rows else "") + facts(about)
+    if rows:
+        text += markdown(pairs, cells) + f"\n{NOTE_P}\n"
+    return text + facts(about) + code_versions(groups)
+
+
+def terminal_text(groups):
+    """The main results for a terminal of 100 columns. groups: see `collect`."""
+    rows = []
+    for group in groups:
+        runs = group["runs"]
+        row = [group["name"], len(runs), plus_minus([r["perplexity"] for r in runs], 3)]
+        row += [with_interval(group["vs_distributed"], 3)]
+        row += [fixed(np.mean([layer_mean(r, "fidelity") for r in runs]), 3)]
+        rows.append([*row, *PAPER.get(group["schedule"], "––")])
+    table = aligned(SHORT.split(" | "), rows, 100)
+    return f"{table}\n{fill(NOTE_SHORT + NOTE_PAPER, 100)}\n{code_versions(groups)}"
 
 
 def write_report(folder, runs):
-    """Write table.md, table.json and the figures of a sweep. runs: what `read_runs` returned, at
-    least one. Raises InputError."""
+    """Write table.md, table.json and the figures of a sweep, and print the main results. runs: what
+    `read_runs` returned, at least one. Raises InputError."""
     groups, keys = collect(runs)
     rows = comparisons(groups, keys)
     about = {"command": provenance(torch.device("cpu"), None)["command"]}
@@ -321,5 +377,7 @@ def write_report(folder, runs):
     table = {"about": about, "configurations": configurations, "comparisons": rows}
     write_json(folder / "table.json", table)
     write_text(folder / "table.md", text)
-    figures = ", ".join(map(str, draw_sweep(groups, folder)))
-    print(f"{text}\ntable: {folder / 'table.md'}, {folder / 'table.json'}   figures: {figures}")
+    print(terminal_text(groups))
+    figures = ", ".join(path.name for path in draw_sweep(groups, folder))
+    print(f"all columns and comparisons: {folder / 'table.md'}")
+    print(f"in the same folder: table.json, {figures}")

@@ -1,5 +1,8 @@
 """Tables for Markdown and for a terminal, and the numbers in them."""
 
+import math
+import textwrap
+
 from report.plots import layer_mean
 from report.stats import mean_interval
 
@@ -10,13 +13,19 @@ def markdown(header, rows):
     return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
-def aligned(header, rows):
-    """The same table for a terminal: the first column is aligned left, all others right."""
-    columns = [list(map(str, column)) for column in zip(header, *rows)]
-    for i, column in enumerate(columns):
-        width = max(map(len, column))
-        columns[i] = [cell.rjust(width) if i else cell.ljust(width) for cell in column]
-    return "".join("  ".join(cells) + "\n" for cells in zip(*columns))
+def aligned(header, rows, width=math.inf):
+    """The same table for a terminal: the first column is aligned left, all others right. The first
+    cell of a line that would be longer than `width` continues below it."""
+    first, *others = (list(map(str, column)) for column in zip(header, *rows))
+    others = [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
+    rest = sum(2 + len(column[0]) for column in others)
+    left, lines = min(max(map(len, first)), max(width - rest, 6)), []
+    for name, *cells in zip(first, *others):
+        head = name if len(name) <= left else textwrap.wrap(name, left)[0]
+        lines.append("  ".join([head.ljust(left), *cells]))
+        below = name[len(head) :].strip()
+        lines += (f"  {line}" for line in textwrap.wrap(below, width - 2))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def number(value, form):
@@ -24,27 +33,30 @@ def number(value, form):
     return "–" if value is None else format(value, form)
 
 
+def fixed(value, digits):
+    """A number with so many decimals, or in scientific notation if it is large."""
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
+
+
 def plus_minus(values, digits, interval=False):
     """The mean of the values ± their standard deviation, or ± half of its 95 % interval."""
     mean, sd, half = mean_interval(values)
     spread = half if interval else sd
-    return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    return fixed(mean, digits) + ("" if spread is None else f" ± {fixed(spread, digits)}")
 
 
 def with_interval(row, digits):
     """The ratio or difference of a comparison (see report.stats), and its interval over seeds."""
     if row is None:
         return "–"
-    value = f"{row['ratio' if 'ratio' in row else 'difference']:.{digits}f}"
-    ends = (
-        "" if row["low"] == row["high"] else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
-    )
-    return value + ends
+    value = fixed(row["ratio" if "ratio" in row else "difference"], digits)
+    ends = [] if row["low"] == row["high"] else [fixed(row[end], digits) for end in ("low", "high")]
+    return value + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def between(ends, digits):
     """An interval, (low, high); a dash for None."""
-    return "–" if ends is None else f"{ends[0]:.{digits}f} … {ends[1]:.{digits}f}"
+    return "–" if ends is None else " … ".join(fixed(end, digits) for end in ends)
 
 
 def listed(values):

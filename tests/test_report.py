@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
@@ -23,6 +24,7 @@ from report.sweep import (
     read_results,
     read_runs,
     report_text,
+    write_report,
 )
 from report.tables import aligned, dial_table, markdown, plus_minus, with_interval
 from support.files import InputError
@@ -110,8 +112,14 @@ def test_tables():
     assert markdown(["n", "value", ""], rows).splitlines() == lines
     lines = ["n    value   ", "a        1  x", "bcd   10.5  –"]
     assert aligned(["n", "value", ""], rows).splitlines() == lines
+    lines = ["n        v", "one,     1", "  two and", "  three", "abcdefg  2", "  hi"]
+    assert (
+        aligned(["n", "v"], [["one, two and three", 1], ["abcdefghi", 2]], 10).split("\n")[:-1]
+        == lines
+    )
     assert plus_minus([1, 3], 1) == "2.0 ± 1.4" and plus_minus([1], 2) == "1.00"
     assert plus_minus([1, 3], 1, interval=True) == "2.0 ± 12.7"
+    assert plus_minus([99999, 99999], 1) == "99999.0 ± 0.0" and plus_minus([1e304], 1) == "1.0e+304"
     row = paired({1: 1.0, 2: 3.0}, {1: 0.0, 2: 0.0})
     assert with_interval(row, 1) == "2.0 [-10.7, 14.7]" and with_interval(None, 1) == "–"
     rows = [dial("distributed", 1, [1, 1]), dial("quintic", 1.015, [1.01, 1.0205], 0.5)]
@@ -391,7 +399,7 @@ def results_of(**changes):
     layer = dict.fromkeys(("locality", "fidelity", "entropy"), 1.0)
     results = {"seed": 1, "layers": [layer], "by_context": [[1.0, 2]], "reach": None}
     results |= dict.fromkeys(("perplexity", "accuracy", "bits_per_byte", "tokens", "loss"), 1)
-    results |= dict.fromkeys(("date", "commit", "device", "torch", "source_sha256"), "")
+    results |= dict.fromkeys(("date", "commit", "code", "device", "torch", "source_sha256"), "")
     results |= {"mean_lookback": 1, "blocks": {"mean_lookback": 1, "forced": 0.125}}
     return {**results, "config": asdict(Config(schedule="localist")), **changes}
 
@@ -532,3 +540,101 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
     low, high = map(float, row["95 % over the text"].split(" … "))
     ratio = float(row["perplexity, first to second [95 %]"])
     assert ratio == pytest.approx(math.exp(-1), 1e-3) and low < ratio < high < 2 * low
+
+
+def printed_report(folder, monkeypatch, capsys):
+    """What the report of the cells in a folder, a relative path, prints and writes: (the rows of
+    the table, the lines below it, table.md). A row may have several lines."""
+    monkeypatch.setattr("report.sweep.draw_sweep", lambda *args: [Path("ratio.png")])
+    write_report(folder, read_runs(folder, Config)[0])
+    table, notes = capsys.readouterr().out.split("\n\n", 1)
+    return re.split(r"\n(?! )", table), notes.splitlines(), (folder / "table.md").read_text()
+
+
+NAMED = {"short": [{"floor": 0.5}, {"floor": 1.0}]}
+NAMED["long"] = [{"init_from": "runs/" + "x" * 90 + end, "block_size": 64} for end in "ab"]
+NAMED["different in the middle"] = [
+    {"init_from": f"runs/{name}/{'a long name' * 9}", "max_lookback": cap}
+    for name in ("one", "two")
+    for cap in (200, 768)
+]
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of the standard deviation
+@pytest.mark.parametrize("losses", [(3.6, 3.6), (12.5, 1), (700, 690)])
+@pytest.mark.parametrize("changes", NAMED.values(), ids=NAMED)
+def test_the_printed_table_has_100_columns_and_a_row_for_every_configuration(
+    tmp_path, monkeypatch, capsys, changes, losses
+):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    cells = itertools.product(["distributed", "localist"], changes, [1, 2])
+    for number, (schedule, change, seed) in enumerate(cells):
+        loss = losses[1] if schedule == "distributed" else losses[0] - seed
+        changed = {"config": asdict(Config(schedule=schedule, seed=seed, **change)), "loss": loss}
+        changed |= {"seed": seed, "perplexity": math.exp(loss)}
+        write_run(Path("runs", str(number)), **changed)
+    rows, notes, text = printed_report(Path("runs"), monkeypatch, capsys)
+    lines = [line for row in (*rows, *notes) for line in row.splitlines()]
+    assert max(map(len, lines)) <= 100 and len(text.splitlines()) > 20
+    names = [re.sub(r"  +2  .*", "", row) for row in rows[1:]]
+    assert len(set(names)) == len(names) == 2 * len(changes)
+    for name, line in zip(names, text.splitlines()[2:]):
+        assert "".join(name.split()) == "".join(line.split(" | ")[0].strip("| ").split())
+    assert notes[-2:] == [
+        "all columns and comparisons: runs/table.md",
+        "in the same folder: table.json, ratio.png",
+    ]
+
+
+def test_the_ratios_of_the_paper_are_beside_those_of_its_schedules(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in SCHEDULES:
+        write_run(Path(name), config=asdict(Config(schedule=name)))
+    rows, notes, text = printed_report(Path(), monkeypatch, capsys)
+    ratios = {"distributed": ["1", "1"], "localist": ["6.6", "–"], "quintic": ["1.89", "near 1"]}
+    assert re.split("  +", rows[0])[-2:] == ["paper: v1", "v2, v3"]
+    assert any("earlier" in line for line in notes) and "quotes the 6.6" in text
+    for row in rows[1:]:
+        name, *_, v1, v2 = re.split("  +", row)
+        assert [v1, v2] == ratios.get(name.split(",")[0], ["–", "–"])
+        (row,) = rows_of(text, "configuration", name)
+        assert (row["the paper's ratio: v1"], row["v2, v3"]) == (v1, v2)
+    assert len(rows) == len(SCHEDULES) + 1
+
+
+@pytest.mark.parametrize(
+    "codes, commits, says",
+    [
+        ("aa aa", "one two", None),
+        ("aa bb", "one two", "2 versions of the code (commits one, two)."),
+        ("aa aa+bb", "one one", "2 versions of the code (commit one)."),
+        ("aa+bb bb+cc", "one two", "3 versions of the code (commits one, two)."),
+    ],
+)
+def test_a_report_of_several_versions_of_the_code_says_so(
+    tmp_path, monkeypatch, capsys, codes, commits, says
+):
+    monkeypatch.chdir(tmp_path)
+    for seed, (code, commit) in enumerate(zip(codes.split(), commits.split())):
+        changes = {"seed": seed, "config": asdict(Config(seed=seed))}
+        write_run(Path(str(seed)), code=code, commit=commit, **changes)
+    _, notes, text = printed_report(Path(), monkeypatch, capsys)
+    for lines in (notes, text.splitlines()):
+        said = [line for line in lines if "versions of the code" in line]
+        assert said == ([f"These runs were made by {says}"] if says else [])
+    runs = json.loads(Path("table.json").read_text())["configurations"][0]["runs"]
+    assert [run["code"] for run in runs] == codes.split()
+
+
+def test_distributed_runs_that_were_measured_in_different_blocks_have_different_names(tmp_path):
+    for number, (schedule, partition) in enumerate(
+        itertools.product(["distributed", "localist"], ["semantic", "window:9"])
+    ):
+        config = asdict(Config(schedule=schedule, partition=partition))
+        write_run(tmp_path / str(number), config=config)
+    groups, _ = collect(read_runs(tmp_path, Config)[0])
+    assert [group["name"] for group in groups] == [
+        *("distributed, partition semantic", "distributed, partition window:9"),
+        *("localist, semantic", "localist, window:9"),
+    ]
