@@ -87,12 +87,13 @@ def check_disk(cells, jobs, n_bytes):
     """A line about the disk. n_bytes: of the weights of one model. Raises InputError if the disk is
     too small for the runs."""
     needed = disk_use(cells, n_bytes) + jobs * 6 * n_bytes  # last.pt, 3 times best.pt, and the next
+    out = Path(cells[0].out).parent
     folder = next(path for path in Path(cells[0].out).absolute().parents if path.is_dir())
     ours = [path for cell in cells for path in Path(cell.out).glob("*.pt")]
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in ours)
     if free < needed:
         raise InputError(
-            f"{folder} has {free / 1e9:.1f} GB free, but {len(cells)} runs need "
+            f"the disk of {out} has {free / 1e9:.1f} GB free, but {len(cells)} runs need "
             f"{needed / 1e9:.1f} GB; free some, or give an --out on another disk"
         )
     return f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed while the runs train"
