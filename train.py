@@ -520,7 +520,7 @@ def check_config_name(path, script):
         command = shlex.join(["python", "train.py", str(path.parent), "--resume"])
         raise InputError(f"{path} is a checkpoint, not a config; to resume its run: {command}")
     if path.suffix != ".toml":
-        config = {"train.py": "configs/quickstart.toml", "sweep.py": "configs/sweep_mind.toml"}
+        config = {"train.py": "configs/quickstart.toml", "sweep.py": "configs/sweep_gpt2.toml"}
         command = shlex.join(["python", script, config[script], "--source", str(path)])
         raise InputError(
             f"{path} is not a config, which is a file whose name ends in .toml; if it is a text, "
