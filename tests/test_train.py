@@ -533,7 +533,7 @@ def test_something_other_than_a_config_is_named_with_what_to_do(tmp_path, run):
             f"a sweep, not a run; run all its cells with: python sweep.py {sweep}",
         ),
         (["train.py", book], f"python train.py configs/quickstart.toml --source {quoted}"),
-        (["sweep.py", book], f"python sweep.py configs/sweep_mind.toml --source {quoted}"),
+        (["sweep.py", book], f"python sweep.py configs/sweep_gpt2.toml --source {quoted}"),
         (["train.py", empty], f"configs/quickstart.toml --source {empty}"),
         (
             ["train.py", "runs/tiny/best.pt"],
