@@ -93,7 +93,7 @@ def test_a_rehearsal_without_a_gpu_leads_from_two_addresses_to_the_table(
     assert replicated(*REHEARSAL) == 0
     out, error = capsys.readouterr()
     assert "3 runs" in out and "left\n4/4 quintic.seed2: perplexity" in out and not error
-    assert len(ended) in (4, 5)  # the second cell may have been started before it was stopped
+    assert sum("distributed.seed1" in str(command) for command in ended) == 1
     table = (folder / "table.md").read_text()
     assert "| distributed | 2 |" in table and "| quintic, semantic | 2 |" in table
     for name in ("distributed.seed1", "quintic.seed2"):  # what the report and view.py need
