@@ -28,6 +28,7 @@ from prepare_data import TextConfig, prepare
 from support import files, prepared
 from support.ddp import Process
 from support.files import InputError
+from support.machine import code_version
 from support.prepared import read_meta
 from train import Config, random_batch, read_config
 
@@ -289,6 +290,18 @@ def test_a_run_never_reads_what_another_prepared_in_the_same_folder(place, run, 
     status, _, error = run("train.py", TINY, *flags(data="data/both", out="runs/both-data"))
     assert status == 2 and one_line(error), error
     assert "data/both has just been prepared with partition = 'block:32'" in error
+
+
+def test_a_run_says_which_versions_of_the_code_have_trained_it(train, run, monkeypatch):
+    options = {"warmup_steps": 5, "eval_interval": 4, "eval_contexts": 1, "max_steps": 4}
+    folder, here = train("versions", **options), code_version()
+    assert json.loads((folder / "results.json").read_text())["code"] == here
+    for version, expected in ((here, here), ("0" * 12, f"{here}+{'0' * 12}")):
+        monkeypatch.setattr("support.run.code_version", version.__str__)
+        status, _, error = run("train.py", folder, "--resume", "--max_steps", 8)
+        says = "another version of the code until step" in error
+        assert status == 0 and says == (version != here)
+        assert json.loads((folder / "results.json").read_text())["code"] == expected
 
 
 def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made_or_without_its_metrics(train, run):

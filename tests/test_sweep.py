@@ -18,11 +18,12 @@ import pytest
 from conftest import ROOT, script_here
 from conftest import TINY as TINY_CONFIG
 from forks import children, started
+from support.console import warn_once
 from support.files import InputError, write_text
 from support.jobs import run_jobs
 from support.prepared import read_meta
 from support.settings import to_toml
-from sweep import command_of, prepare_cell, read_cells, results_of
+from sweep import command_of, prepare_cell, read_cells, read_sweep, results_of
 from train import Config, read_values
 
 SAMPLE = ROOT / "data" / "sample.txt"
@@ -110,6 +111,40 @@ def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, wo
         read_cells({**TINY, "sweep": sweep})
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--seed", "7"], {"seed": [7]}),
+        (
+            ["--seed", "2,3", "--schedule=quintic,linear"],
+            {"seed": [2, 3], "schedule": ["quintic", "linear"]},
+        ),
+        (["--floor", "0.5,.25"], {"floor": [0.5, 0.25]}),
+        (["--source", '["a.txt", "b.txt"]'], {"source": [["a.txt", "b.txt"]]}),
+        (["--anchor"], {"anchor": [True]}),
+        (["--max_steps", "5"], {}),
+    ],
+)
+def test_values_on_the_command_line_replace_a_list(tmp_path, words, expected):
+    table = {"seed": [1, 2], "schedule": ["distributed"], "floor": [1.0], "source": ["c.txt"]}
+    table |= {"anchor": [False]}
+    write_sweep(tmp_path / "s.toml", table, {"seed": [9]})
+    tables = read_sweep([str(tmp_path / "s.toml"), *words])["sweep"]
+    assert tables == [{**table, **expected}, {"seed": expected.get("seed", [9])}]
+
+
+def test_a_list_on_the_command_line_is_checked_like_one_in_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_sweep("s.toml", {"seed": [1], "schedule": ["distributed"]})
+    for words, complaint in (
+        (["--seed", "1,x"], "seed must be a whole number"),
+        (["--schedule", "quintc,"], "quintic"),
+    ):
+        assert script_here("sweep.py", "s.toml", *words) == 2
+        error = capsys.readouterr().err
+        assert complaint in error and error.count("\n") == 1
+
+
 def test_long_values_of_a_sweep_give_short_names_and_every_cell_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["\U00020000" * 40 + end for end in "ab"] + ["x" * 150]
@@ -175,6 +210,10 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
         status, error = sweep("--jobs", "2")
     assert status == 1, error
     assert error.strip().count("broken: quintic") == 1 and "diverged" in error
+    assert error.endswith(
+        "; to run only this cell: python train.py " + str(next(folder.glob("quintic*.toml"))) + "\n"
+    )
+    assert not list(folder.glob("[dl]*/last.pt")) and len(list(folder.glob("[dl]*/best.pt"))) == 4
     paths = sorted(folder.glob("*/results.json"))
     assert len(paths) == 4 and not any("quintic" in str(path) for path in paths)
     for name in ("ratio", "tradeoff", "layers", "curves"):
@@ -217,6 +256,13 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
             rows = (folder / "table.md").read_text()
             assert rows.count("| localist, semantic | 2 |") == 1 and "| distributed |" not in rows
     first.write_text(whole[0])
+    second.write_text(whole[1].replace(runs[1]["code"], "0123456789ab"))
+    with monkeypatch.context() as patch:
+        patch.setattr("report.sweep.draw_sweep", lambda *args: [])
+        warn_once.cache_clear()
+        status, error = sweep()
+    assert "another version of the code: distributed.seed2 (delete" in error and status == 0
+    assert "2 versions of the code" in (folder / "table.md").read_text()
     second.write_text(whole[1])
     (folder / "table.md").write_text(table)
     absolute = [str(Path(name).absolute()) for name in ("sweep", "book.txt")]
