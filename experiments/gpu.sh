@@ -4,7 +4,7 @@
 #   experiments/gpu.sh 1 OUT [NANOGPT]      parity with a CPU; a training step
 #   experiments/gpu.sh 2 OUT [NANOGPT]      long contexts, the blend, generation, attention
 #   experiments/gpu.sh 3 OUT BOOKS BOOK     train a base of GPT-2's shape on BOOKS, and fine-tune it on
-#                                           BOOK with seven schedules and five seeds
+#                                           BOOK with five schedules and five seeds
 #
 # OUT is a folder for the results, as text and JSON. NANOGPT is a checkout of nanoGPT. BOOKS and BOOK
 # are text files, or anything else that the key `source` takes. A command that takes too long is
@@ -12,7 +12,8 @@
 #
 # PYTHON names the interpreter. QUICK=--quick tries parts 1 and 2 with small shapes. Without a network,
 # TIKTOKEN_CACHE_DIR names the folder of the tokenizer's files. RUNS names a new folder for the runs of
-# part 3 (default: runs/gpu). It needs 75 GB of disk: 36 runs of 2 GB each (best.pt and last.pt).
+# part 3 (default: runs/gpu). It needs 36 GB of disk: 2 GB for the base, 0.5 GB for each of the 25 runs,
+# and 3 GB for each of the seven that train at a time.
 set -u
 if [[ ${1:-} != [123] || -z ${2:-} || $1 == 3 && -z ${4:-} ]]; then
   echo "give part 1, 2 or 3, a folder for the results, and for part 3 the books and the book" >&2
