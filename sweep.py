@@ -36,7 +36,7 @@ from report.sweep import canonical, read_results, read_runs, write_report
 from support.console import duration, warn_once
 from support.files import InputError, alone, run_script, write_text, writing
 from support.jobs import run_jobs
-from support.machine import code_version, n_cores, pick_device
+from support.machine import code_version, compiles, n_cores, pick_device, precision
 from support.run import is_ours
 from support.settings import parse, read_flags, to_toml, usage
 from train import Config, build_model, check_splits, read_config, read_values
@@ -246,9 +246,11 @@ def command_of(cell):
 
 
 def at_a_time(cell, jobs):
-    """How many cells like this one run at a time, if --jobs (or None) does not say it; and how many
-    threads each of them gets, or None. Raises InputError."""
+    """How many cells like this one run at a time, unless `jobs` is a number; and how many threads
+    each of them gets, or None. Raises InputError if the device or the compiler is missing."""
     device = pick_device(cell.device)
+    precision(device, cell.dtype)
+    compiles(device, cell.compile)
     cuda = device.type == "cuda"
     if jobs is None:  # a small model leaves a large GPU idle
         memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
@@ -259,7 +261,7 @@ def at_a_time(cell, jobs):
 def unfinished(cells):
     """Which of the cells, {name: Config}, are left to do, and which are broken, {name: why},
     because their folder holds something else."""
-    todo, broken, other_code = {}, {}, []
+    left, broken, other_code = {}, {}, []
     for name, cell in cells.items():
         try:
             results = results_of(cell)
@@ -267,7 +269,7 @@ def unfinished(cells):
             broken[name] = f"error: {e}"
             continue
         if not results:
-            todo[name] = cell
+            left[name] = cell
         elif results["code"] != code_version():
             other_code.append(name)
     if other_code:
@@ -275,7 +277,7 @@ def unfinished(cells):
             f"finished with another version of the code: {', '.join(other_code)} (delete a folder "
             "to run its cell again)"
         )
-    return todo, broken
+    return left, broken
 
 
 def run(cells, jobs, held):
@@ -285,13 +287,13 @@ def run(cells, jobs, held):
     held: see run_jobs. Raises InputError if a text or weights are missing, before the first cell
     starts; KeyboardInterrupt(n) after signal n, once all runs have stopped.
     """
-    todo, broken = unfinished(cells)
-    check_models(list(todo.values()))
+    left, broken = unfinished(cells)
     jobs, threads = at_a_time(next(iter(cells.values())), jobs)
-    for name in cells.keys() - todo.keys() - broken.keys():  # a killed sweep may have left some
+    check_models(list(left.values()))
+    for name in cells.keys() - left.keys() - broken.keys():  # a killed sweep may have left some
         Path(cells[name].out, "last.pt").unlink(missing_ok=True)
-    commands = {name: command_of(cell) for name, cell in todo.items()}
-    n_left, began = len(todo), time.perf_counter()
+    commands = {name: command_of(cell) for name, cell in left.items()}
+    n_left, began = len(left), time.perf_counter()
     bar = tqdm(total=len(cells), initial=len(cells) - n_left, unit="run", smoothing=0, disable=None)
     with bar:
         for name, why in run_jobs(commands, jobs, held, threads):

@@ -45,18 +45,18 @@ STEPS, LOOK = 6, 3  # of a trial: steps, and after how many the validation split
 @contextlib.contextmanager
 def need(name, failed):
     """Yield a function that prints a line about this need. If it is not met (InputError inside),
-    that goes into `failed`, a list."""
+    the reason goes into `failed`, {reason: name}."""
     try:
         yield lambda line: print(f"{name:<11}{line}", flush=True)
     except InputError as e:
-        failed.append(f"{name}: {e}")
+        failed.setdefault(str(e), name)
         print(f"{name:<11}NOT OK, see below", flush=True)
 
 
 def check_needs(cells, jobs):
     """Print a line for everything that these cells need, a list of Configs, `jobs` at a time.
     Returns the bytes of one model's weights. Raises InputError, which names all that is missing."""
-    failed, devices, n_parameters = [], [], 0
+    failed, devices, n_parameters = {}, [], 0
     with need("device", failed) as show:
         for name, dtype in sorted({(cell.device, cell.dtype) for cell in cells}):
             show(describe_device(pick_device(name), dtype))
@@ -79,7 +79,7 @@ def check_needs(cells, jobs):
         show(line if n_parameters else "not checked, because the size of the model is not known")
     if failed:
         hint = "" if devices else "; to rehearse on another device, add --quick"
-        raise InputError("; ".join(failed) + hint)
+        raise InputError("; ".join(f"{name}: {why}" for why, name in failed.items()) + hint)
     return 4 * n_parameters
 
 
@@ -108,9 +108,10 @@ def disk_use(cells, n_bytes):
 # how long they will take
 
 
-def time_trial(cell, jobs, threads):
+def time_trial(cell, jobs, threads, held=None):
     """About how many seconds a run of this cell takes if `jobs` of them run at a time, with so many
-    threads each: measured by as many short runs. Raises InputError if one fails."""
+    threads each: measured by as many short runs. held: see run_jobs. Raises InputError if a run
+    fails."""
     print(f"timing {STEPS} steps of {Path(cell.out).name}", flush=True)
     folder = Path(f"{Path(cell.out).parent}-trial-{os.getpid()}")
     remove_stale(folder.parent, folder.name.replace(str(os.getpid()), "{}"))
@@ -118,9 +119,8 @@ def time_trial(cell, jobs, threads):
     trials = [replace(short, out=str(folder / str(n))) for n in range(jobs)]
     commands, began = {trial.out: sweep.command_of(trial) for trial in trials}, time.perf_counter()
     try:
-        for _, why in run_jobs(commands, jobs, threads=threads):
-            if why:
-                raise InputError(f"a trial of {STEPS} steps failed, so no run was started: {why}")
+        for why in [why for _, why in run_jobs(commands, jobs, held, threads) if why]:
+            raise InputError(f"a trial of {STEPS} steps failed, so no run was started: {why}")
         total = time.perf_counter() - began
         rows = [json.loads(line) for line in open(folder / "0" / "metrics.jsonl")]
     finally:
@@ -132,18 +132,19 @@ def time_trial(cell, jobs, threads):
     return total + (cell.max_steps - STEPS) * step + more * look
 
 
-def prepare(cells, jobs):
+def prepare(cells, jobs, held):
     """Check what these cells need, {name: Config}, and say what they take. Raises InputError."""
     first = next(iter(cells.values()))
     try:
         jobs, threads = sweep.at_a_time(first, jobs)
-    except InputError:  # no such device: a check will say it
+    except InputError:  # a check below gives the reason
         jobs, threads = jobs or 1, None
+    jobs = min(jobs, len(cells))
     n_bytes = check_needs(list(cells.values()), jobs)
     line = f"{len(cells)} runs, {disk_use(cells, n_bytes) / 1e9:.1f} GB on disk"
     if first.max_steps > 2 * STEPS:
         local = [cell for cell in cells.values() if cell.schedule != "distributed"]
-        seconds = time_trial((local or [first])[0], jobs, threads)
+        seconds = time_trial((local or [first])[0], jobs, threads, held)
         line += f", about {duration(math.ceil(len(cells) / jobs) * seconds)}"
     print(f"{line}, {jobs} at a time", flush=True)
 
@@ -166,10 +167,10 @@ def main():
     if "--report" not in argv:
         values = sweep.read_sweep(words)
         sweep.check_folder(Path(values["out"]))
-        todo, _ = sweep.unfinished(sweep.read_cells(values))
-        if todo:
-            with alone(Path(values["out"])):
-                prepare(todo, jobs)
+        left, _ = sweep.unfinished(sweep.read_cells(values))
+        if left:
+            with alone(Path(values["out"])) as held:
+                prepare(left, jobs, held)
     sys.argv[1:] = argv
     sweep.main()
 

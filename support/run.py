@@ -272,8 +272,9 @@ class Run:
         cwd = os.path.relpath(cwd or os.getcwd(), self.folder.resolve())
         self.about = {"config": asdict(config), "text": text, "cwd": cwd, "code": code_version()}
         if self.saved:
-            self.note_other_code(self.saved["code"].split("+"))
+            versions = self.saved["code"].split("+")
             self.restore()
+            self.note_other_code(versions)
         self.started = time.perf_counter()  # exclude the preparation
         if not self.writes:
             return

@@ -70,7 +70,7 @@ REHEARSAL = [CONFIG, "--quick", *flags(**KEYS)]
 def test_a_rehearsal_without_a_gpu_leads_from_two_addresses_to_the_table(
     evening, monkeypatch, capsys
 ):
-    """It is stopped after the first cell, and goes on with the same command."""
+    """It is stopped after the first cell, and continued with the same command."""
     folder, ended = Path("runs/sweep_gpt2_quick"), []
 
     def patched(command, stdout=None, **options):
@@ -170,6 +170,7 @@ def test_whatever_is_missing_is_named_once_before_any_run(
     lines = capsys.readouterr().out.splitlines()
     missing = {line.split()[0] for line in lines if "NOT OK" in line}
     assert name in missing <= {name, "weights"}  # the weights are compared with the text
+    assert str(caught.value).count("my_bok.txt") < 2  # a reason is given once
     assert len(lines) == 6 and not Path("runs").exists()
 
 
@@ -199,7 +200,7 @@ def test_the_time_of_a_run_follows_from_its_steps_evaluations_and_the_rest(tmp_p
     monkeypatch.chdir(tmp_path)
     clock = [0.0]
 
-    def run_jobs(commands, n, threads):
+    def run_jobs(commands, n, held, threads):
         for out in commands:
             rows, clock[0] = [], clock[0] + 30 + 5  # the first evaluation comes before all steps
             for step in range(1, replicate.STEPS + 1):
@@ -272,7 +273,7 @@ def test_the_configs_of_gpt2_are_cells_of_the_sweep(monkeypatch):
 def test_what_the_user_gives_takes_the_place_of_what_a_rehearsal_would_set(monkeypatch):
     given = {}
     monkeypatch.setattr("sweep.main", lambda: given.update(read_sweep(sys.argv[1:])))
-    monkeypatch.setattr(replicate, "prepare", lambda todo, jobs: None)
+    monkeypatch.setattr(replicate, "prepare", lambda *args: None)
     monkeypatch.setattr(sys, "argv", ["replicate.py", "--quick", "--max-steps=3", "--seed", "7"])
     monkeypatch.chdir(ROOT)
     replicate.main()
