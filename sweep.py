@@ -33,7 +33,7 @@ from tqdm import tqdm
 from locality import partition_text
 from prepare_data import TextConfig, get_encoding, prepare, token_bytes, vocabulary_size
 from report.sweep import canonical, read_results, read_runs, write_report
-from support.console import duration, warn_once
+from support.console import duration
 from support.files import InputError, alone, run_script, write_text, writing
 from support.jobs import run_jobs
 from support.machine import code_version, compiles, n_cores, pick_device, precision
@@ -48,15 +48,20 @@ MAX_NAME = 200  # bytes; a disk allows 255 including the suffixes of files and t
 # the cells
 
 
+def tables_of(values):
+    """The tables [[sweep]] among the keys of a file, as far as they are tables: a list of dicts."""
+    tables = values.get("sweep")
+    return [t for t in tables if isinstance(t, dict)] if isinstance(tables, list) else []
+
+
 def read_sweep(argv):
     """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. Raises
     InputError."""
     values, types = read_values(argv, more=("sweep",)), Config.__annotations__
-    tables = values.get("sweep")
     for key, value in read_flags(Config, argv[1:]).items():
         words = value.split(",") if isinstance(value, str) else []
-        for table in tables if isinstance(tables, list) else []:
-            if isinstance(table, dict) and key in table:
+        for table in tables_of(values):
+            if key in table:
                 table[key] = [parse(word, types[key]) for word in words] or [value]
     return values
 
@@ -189,45 +194,59 @@ def check_folder(out):
         configs = [path for path in out.glob("*.toml") if path.is_file()]
         made = any(path.read_text(errors="replace").startswith(MADE) for path in configs)
         made = made or any(map(is_ours, out.glob("*/config.toml")))
-        if out.exists() and any(out.iterdir()) and not made:
+        names = {path.name for path in out.glob("*")} - {path.name for path in out.glob(".trial-*")}
+        if names and not made:
             raise InputError(f"{out} is not empty and contains no sweep; give another --out")
     except OSError as e:
         raise InputError(f"{out}: cannot be read ({e.strerror})") from None
 
 
-def check_models(cells):
-    """Check the text and the weights of every cell, a list of Configs, once if they share them.
-    Returns the number of parameters of the largest model. Raises InputError."""
-    keys = "init_from", "block_size", "n_layer", "n_head", "n_embd"
-    different = {str([prepare_cell(c).folder, *(getattr(c, k) for k in keys)]): c for c in cells}
-    largest = 0
-    for cell in different.values():
-        model = build_model(cell, vocabulary_size(cell.tokenizer))
-        check_splits(cell, model, prepare_cell(cell))
-        largest = max(largest, sum(p.numel() for p in model.parameters()))
-    return largest
-
-
-def results_of(cell):
-    """What results.json of a cell says, a dict; None if the cell is not finished. Raises InputError
-    if what ran in its folder is not this cell."""
-    out, results = Path(cell.out), None
+def read_cell(cell):
+    """What results.json of a cell says, a dict, or None if it is not finished; and the config with
+    which it was run, or None if it was not. Raises InputError or OSError if a file is damaged."""
+    out = Path(cell.out)
     if (out / "results.json").is_file():
         results = read_results(out / "results.json", Config)
-        before = results["config"]
-        if results["source_sha256"] != prepare_cell(cell).meta["source_sha256"]:
-            raise InputError(f"{out} was run on another text; delete it, or give another --out")
-    elif (out / "last.pt").is_file():
-        before = canonical(asdict(read_config([str(out / "config.toml")])))
-    else:
-        return None
+        return results, results["config"]
+    if (out / "last.pt").is_file():
+        return None, canonical(asdict(read_config([str(out / "config.toml")])))
+    return None, None
+
+
+def check_same(cell, results, before):
+    """Raises InputError if what was run in the folder of a cell was something else.
+
+    results, before: what `read_cell` returned.
+    """
     now = {**canonical(asdict(cell)), "out": before["out"]}  # the sweep may have been moved
     changed = [key for key in now if before[key] != now[key]]
+    if results and results["source_sha256"] != prepare_cell(cell).meta["source_sha256"]:
+        changed.append("text")
     if changed:
         raise InputError(
-            f"{out} was run with another {', '.join(changed)}; delete it, or give another --out"
+            f"{cell.out} was run with another {', '.join(changed)}; delete it, or give another "
+            "--out"
         )
-    return results
+
+
+def sort_cells(cells):
+    """(left, finished, broken): the cells, {name: Config}, that are not finished; the results of
+    those that are, {name: dict}; and {name: why} of those whose files are damaged. Raises
+    InputError if something else was run in the folder of a cell."""
+    left, finished, broken = {}, {}, {}
+    for name, cell in cells.items():
+        try:
+            results, before = read_cell(cell)
+        except (InputError, OSError) as e:
+            broken[name] = f"error: {e}"
+            continue
+        if before:
+            check_same(cell, results, before)
+        if results:
+            finished[name] = results
+        else:
+            left[name] = cell
+    return left, finished, broken
 
 
 def command_of(cell):
@@ -245,72 +264,88 @@ def command_of(cell):
     return [sys.executable, ROOT / "train.py", config], log
 
 
-def at_a_time(cell, jobs):
-    """How many cells like this one run at a time, unless `jobs` is a number; and how many threads
-    each of them gets, or None. Raises InputError if the device or the compiler is missing."""
-    device = pick_device(cell.device)
-    precision(device, cell.dtype)
-    compiles(device, cell.compile)
+def at_a_time(cells, jobs):
+    """How many of these cells, a list, run at a time, `jobs` or (if None) what the first one's
+    device allows; and how many threads each of them gets, or None. Raises InputError."""
+    device = pick_device(cells[0].device)
     cuda = device.type == "cuda"
     if jobs is None:  # a small model leaves a large GPU idle
-        memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
-        jobs = max(1, memory // 2**35)
+        jobs = torch.cuda.mem_get_info(device)[0] // 2**35 if cuda else 1
+    jobs = max(1, min(jobs, len(cells)))
     return jobs, max(1, n_cores() // jobs) if jobs > 1 and not cuda else None
 
 
-def unfinished(cells):
-    """Which of the cells, {name: Config}, are left to do, and which are broken, {name: why},
-    because their folder holds something else."""
-    left, broken, other_code = {}, {}, []
-    for name, cell in cells.items():
-        try:
-            results = results_of(cell)
-        except (InputError, OSError) as e:
-            broken[name] = f"error: {e}"
-            continue
-        if not results:
-            left[name] = cell
-        elif results["code"] != code_version():
-            other_code.append(name)
-    if other_code:
-        warn_once(
-            f"finished with another version of the code: {', '.join(other_code)} (delete a folder "
-            "to run its cell again)"
-        )
-    return left, broken
+def check_models(cells, texts=True):
+    """Check the initial weights of cells, a list of Configs, and (with `texts`) that each text is
+    long enough. Returns the number of parameters of the largest model. Raises InputError."""
+    keys = "init_from", "block_size", "n_layer", "n_head", "n_embd", "tokenizer"
+    sizes, checked = {}, set()  # (parameters, tokens per context) by keys; prepared folders
+    for cell in cells:
+        shape = tuple(getattr(cell, key) for key in keys)
+        if shape not in sizes:
+            model = build_model(cell, vocabulary_size(cell.tokenizer))
+            sizes[shape] = sum(p.numel() for p in model.parameters()), model.config.block_size
+        if texts and (data := prepare_cell(cell)).folder not in checked:
+            checked.add(data.folder)
+            check_splits(cell, sizes[shape][1], data)
+    return max(sizes.values())[0]
 
 
-def run(cells, jobs, held):
+def check_cells(left, finished, jobs, held):
+    """Check that the cells that are left, {name: Config}, can start. Raises InputError."""
+    for cell in left.values():
+        device = pick_device(cell.device)
+        precision(device, cell.dtype)
+        compiles(device, cell.compile)
+    check_models(list(left.values()))
+
+
+def run(cells, jobs, held, check=check_cells):
     """Complete all cells, {name: Config}, `jobs` at a time. Returns {name: why} of those that
     broke.
 
-    held: see run_jobs. Raises InputError if a text or weights are missing, before the first cell
-    starts; KeyboardInterrupt(n) after signal n, once all runs have stopped.
+    held: see run_jobs. check: called before the first cell starts; see `check_cells`. Raises
+    InputError, and KeyboardInterrupt(n) after signal n, once all runs have stopped.
     """
-    left, broken = unfinished(cells)
-    jobs, threads = at_a_time(next(iter(cells.values())), jobs)
-    check_models(list(left.values()))
-    for name in cells.keys() - left.keys() - broken.keys():  # a killed sweep may have left some
+    left, finished, broken = sort_cells(cells)
+    if others := [name for name in finished if finished[name]["code"] != code_version()]:
+        print(
+            f"finished with another version of the code: {', '.join(others)} (delete a folder to "
+            "run its cell again)",
+            file=sys.stderr,
+        )
+    for name in finished:  # a sweep that was killed may have left some
         Path(cells[name].out, "last.pt").unlink(missing_ok=True)
-    commands = {name: command_of(cell) for name, cell in left.items()}
-    n_left, began = len(left), time.perf_counter()
-    bar = tqdm(total=len(cells), initial=len(cells) - n_left, unit="run", smoothing=0, disable=None)
+    if left:
+        check(left, finished, jobs, held)
+        broken |= run_cells(left, jobs, held, n_before=len(cells) - len(left))
+    return broken
+
+
+def run_cells(cells, jobs, held, n_before):
+    """Run cells that are not finished, {name: Config}, with a bar or lines that count from n_before
+    on. Returns {name: why} of those that broke."""
+    jobs, threads = at_a_time(list(cells.values()), jobs)
+    commands = {name: command_of(cell) for name, cell in cells.items()}
+    began, n_ended, broken = time.perf_counter(), 0, {}
+    total = n_before + len(cells)
+    bar = tqdm(total=total, initial=n_before, unit="run", smoothing=0, disable=None)
     with bar:
-        for name, why in run_jobs(commands, jobs, held, threads):
-            line = "broken"
+        for name, why in run_jobs(commands, jobs, held, threads, bar.refresh):
+            out, n_ended = Path(cells[name].out), n_ended + 1
             if why:
-                words = [str(word) for word in commands[name][0][2:]]
-                command = shlex.join(["python", "train.py", *words])
-                broken[name] = f"{why}; to run only this cell: {command}"
+                command, _ = command_of(cells[name])  # from its last checkpoint, if there is one
+                words = shlex.join(["python", "train.py", *map(str, command[2:])])
+                broken[name], line = f"{why}; to run only this cell: {words}", "broken"
             else:
-                line = f"perplexity {results_of(cells[name])['perplexity']:.3f}"
-                Path(cells[name].out, "last.pt").unlink(missing_ok=True)
-            n_left -= 1
-            pace = (time.perf_counter() - began) / (len(commands) - n_left)  # seconds per cell
+                line = f"perplexity {read_results(out / 'results.json', Config)['perplexity']:.3f}"
+                (out / "last.pt").unlink(missing_ok=True)
+            n_left = len(cells) - n_ended
             if bar.disable and n_left:  # on a terminal, the bar shows it
+                pace = (time.perf_counter() - began) / n_ended  # seconds per cell
                 line += f", about {duration(pace * n_left)} left"
             bar.update()
-            bar.write(f"{len(cells) - n_left}/{len(cells)} {name}: {line}")
+            bar.write(f"{total - n_left}/{total} {name}: {line}")
             sys.stdout.flush()
     return broken
 
@@ -326,7 +361,7 @@ def report(out, broken, cells):
         raise InputError(f"{out} holds no finished cell; run the sweep first")
     others = {run["folder"].name for run in runs} - cells.keys()
     if others and cells:
-        print(f"the table includes {len(others)} cells that this config does not name")
+        print(f"the table includes other cells of this folder: {', '.join(sorted(others))}")
 
 
 def take_jobs(argv):
@@ -341,7 +376,7 @@ def take_jobs(argv):
     return int(jobs)
 
 
-def main():
+def main(check=check_cells):
     argv = [word for word in sys.argv[1:] if word != "--report"]
     only_report = "--report" in sys.argv
     if {"-h", "--help"} & set(argv):
@@ -356,7 +391,7 @@ def main():
             cells = read_cells(values)
             # runs that outlived a killed sweep hold the lock, too: wait for them
             with alone(out) as held:
-                broken = run(cells, jobs, held)
+                broken = run(cells, jobs, held, check)
         except KeyboardInterrupt:
             print("stopped; run the same command to continue", file=sys.stderr)
             raise

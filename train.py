@@ -377,7 +377,8 @@ def start(config, resume=False, overwrite=False):
             trained_on = resume and {**run.saved["text"], "cwd": run.saved["cwd"]}
             data = prepare(TextConfig.of(asdict(config)), trained_on)
             model = build_model(config, vocabulary_size(config.tokenizer), run.saved).to(device)
-        check_splits(config, model, data)
+        T = model.config.block_size
+        check_splits(config, T, data)
         optimizers = build_optimizers(model, config)
         compiled = torch.compile(model) if use_compiler else model
         if process.world_size > 1:
@@ -403,7 +404,7 @@ def start(config, resume=False, overwrite=False):
         except (RuntimeError, MemoryError) as e:
             if out_of_memory(e):
                 finished = is_finished(run, config)
-                advice = console.memory_advice(run, config, process, model, finished)
+                advice = console.memory_advice(run, config, process, T, finished)
                 raise InputError(advice) from None
             if machine.compiler_failed(e):
                 command = shlex.join(["python", "train.py", config.out, "--resume"])
@@ -420,10 +421,10 @@ def start(config, resume=False, overwrite=False):
             raise
 
 
-def check_splits(config, model, data):
-    """Raises InputError if a split is damaged, or the training split too short for one context."""
-    sizes = {split: len(data.split(split)[0]) for split in SPLITS}
-    n, T = sizes["train"], model.config.block_size
+def check_splits(config, T, data):
+    """Raises InputError if a split is damaged, or the training split too short for a context of T
+    tokens."""
+    n = {split: len(data.split(split)[0]) for split in SPLITS}["train"]
     if n <= T:
         raise InputError(
             f"{config.source}: the training split has {n} tokens, but block_size is {T}; use a "

@@ -6,9 +6,10 @@
 
 It takes what sweep.py takes; the config is configs/sweep_gpt2.toml unless another one is given. It
 prints a line for each thing that the runs need, and refuses to start if one is missing. Then it
-times a few steps, and says how long all runs will take. --quick runs two steps of small batches
-with two seeds: all that can go wrong later is tried, and the numbers mean nothing. After any stop,
-the same command continues.
+times a few steps, and says how long all runs will take. After any stop, the same command continues.
+
+--quick makes two steps of small batches with two seeds. Its numbers mean nothing; it tries the
+whole path to the table, but not the memory, the precision and the speed of a GPU.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -24,18 +25,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import sweep
+from locality import schedule
 from prepare_data import get_encoding
 from support.console import duration
-from support.files import InputError, alone, remove_stale, run_script
+from support.files import InputError, remove_stale, run_script
 from support.jobs import run_jobs
 from support.machine import compiles, describe_device, pick_device
 from support.settings import read_flags
 from train import Config
 
 CONFIG = "configs/sweep_gpt2.toml"
-QUICK = {"seed": "1,2", "max_steps": 2, "warmup_steps": 1, "eval_interval": 2, "eval_contexts": 1}
-QUICK |= {"batch_size": 1, "block_size": 64, "val": 0.02, "test": 0.02}
-QUICK |= {"device": "auto", "dtype": "auto"}
+QUICK = {"max_steps": 2, "warmup_steps": 1, "eval_interval": 2, "eval_contexts": 1}
+QUICK |= {"log_interval": 1, "batch_size": 1, "block_size": 64, "val": 0.02, "test": 0.02}
+QUICK |= {"device": "auto", "dtype": "auto", "compile": "false"}
 STEPS, LOOK = 6, 3  # of a trial: steps, and after how many the validation split is evaluated
 
 # --------------------------------------------------------------------------------------------------
@@ -45,12 +47,12 @@ STEPS, LOOK = 6, 3  # of a trial: steps, and after how many the validation split
 @contextlib.contextmanager
 def need(name, failed):
     """Yield a function that prints a line about this need. If it is not met (InputError inside),
-    the reason goes into `failed`, {reason: name}."""
+    the reason is printed, and goes into `failed`, {name: reason}."""
     try:
         yield lambda line: print(f"{name:<11}{line}", flush=True)
-    except InputError as e:
-        failed.setdefault(str(e), name)
-        print(f"{name:<11}NOT OK, see below", flush=True)
+    except (InputError, OSError) as e:
+        failed[name] = str(e)
+        print(f"{name:<11}NOT OK: {e}", flush=True)
 
 
 def check_needs(cells, jobs):
@@ -58,9 +60,7 @@ def check_needs(cells, jobs):
     Returns the bytes of one model's weights. Raises InputError, which names all that is missing."""
     failed, devices, n_parameters = {}, [], 0
     with need("device", failed) as show:
-        for name, dtype in sorted({(cell.device, cell.dtype) for cell in cells}):
-            show(describe_device(pick_device(name), dtype))
-        devices = [pick_device(cell.device) for cell in cells]
+        devices = check_devices(cells, show)
     with need("compiler", failed) as show:
         used = {compiles(device, cell.compile) for device, cell in zip(devices, cells)}
         show("used" if True in used else "not used")
@@ -68,19 +68,37 @@ def check_needs(cells, jobs):
         for name in sorted({cell.tokenizer for cell in cells}):
             show(f"{name}, {get_encoding(name).n_vocab:,} tokens")
     with need("text", failed) as show:
+        if "tokenizer" in failed:
+            raise InputError("not checked, because the tokenizer is missing")
         for data in {str(data.folder): data for data in map(sweep.prepare_cell, cells)}.values():
             sizes = [f"{stats['tokens']:,} ({s})" for s, stats in data.meta["splits"].items()]
             show(f"{data.meta['source']}, {data.meta['partition']}; tokens: {', '.join(sizes)}")
     with need("weights", failed) as show:
-        n_parameters = sweep.check_models(cells)
+        n_parameters = sweep.check_models(cells, texts="text" not in failed)
         show(f"{', '.join(sorted({c.init_from for c in cells}))}, {n_parameters:,} parameters")
     with need("disk", failed) as show:
-        line = check_disk(cells, jobs, 4 * n_parameters)
-        show(line if n_parameters else "not checked, because the size of the model is not known")
-    if failed:
-        hint = "" if devices else "; to rehearse on another device, add --quick"
-        raise InputError("; ".join(f"{name}: {why}" for why, name in failed.items()) + hint)
+        if not n_parameters:
+            raise InputError("not checked, because the size of the model is not known")
+        show(check_disk(cells, jobs, 4 * n_parameters))
+    missing = {name: why for name, why in failed.items() if not why.startswith("not checked")}
+    if len(missing) > 1:
+        raise InputError(f"{', '.join(missing)}: not OK, for the reasons above; no run was started")
+    for name, why in missing.items():
+        raise InputError(f"{name}: {why}; no run was started")
     return 4 * n_parameters
+
+
+def check_devices(cells, show):
+    """Show a line for each device and precision. Returns the device of each cell. Raises
+    InputError."""
+    try:
+        devices = [pick_device(cell.device) for cell in cells]
+    except InputError as e:
+        reason = str(e).partition(";")[0]
+        raise InputError(f"{reason}; to rehearse on what is here, add --quick") from None
+    for device, dtype in {(str(d), c.dtype): (d, c.dtype) for d, c in zip(devices, cells)}.values():
+        show(describe_device(device, dtype))
+    return devices
 
 
 def check_disk(cells, jobs, n_bytes):
@@ -113,40 +131,57 @@ def time_trial(cell, jobs, threads, held=None):
     threads each: measured by as many short runs. held: see run_jobs. Raises InputError if a run
     fails."""
     print(f"timing {STEPS} steps of {Path(cell.out).name}", flush=True)
-    folder = Path(f"{Path(cell.out).parent}-trial-{os.getpid()}")
-    remove_stale(folder.parent, folder.name.replace(str(os.getpid()), "{}"))
+    out = Path(cell.out).parent
+    folder = out / f".trial-{os.getpid()}"
+    remove_stale(out, ".trial-{}")
+    shutil.rmtree(folder, ignore_errors=True)  # in a container, a killed one may have this number
     short = replace(cell, max_steps=STEPS, eval_interval=LOOK, log_interval=1, patience=0)
     trials = [replace(short, out=str(folder / str(n))) for n in range(jobs)]
     commands, began = {trial.out: sweep.command_of(trial) for trial in trials}, time.perf_counter()
     try:
-        for why in [why for _, why in run_jobs(commands, jobs, held, threads) if why]:
-            raise InputError(f"a trial of {STEPS} steps failed, so no run was started: {why}")
-        total = time.perf_counter() - began
-        rows = [json.loads(line) for line in open(folder / "0" / "metrics.jsonl")]
-    finally:
+        ended = run_jobs(commands, jobs, held, threads, kill=True)
+        reasons = [why for _, why in ended if why]
+    except KeyboardInterrupt:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if reasons:  # the folder stays until the next start, because a message may name a file in it
+        why = reasons[0].replace(" --overwrite", "")  # a key of train.py only
+        raise InputError(f"a trial of {STEPS} steps failed, so no run was started: {why}")
+    total = time.perf_counter() - began
+    rows = map(json.loads, (folder / "0" / "metrics.jsonl").read_text().splitlines())
     at = {row["step"]: row["seconds"] for row in rows if "loss" in row}
+    shutil.rmtree(folder, ignore_errors=True)
     step = (at[STEPS] - at[LOOK + 1]) / (STEPS - LOOK - 1)
     look = max(0, at[LOOK + 1] - at[LOOK] - step)  # an evaluation and two checkpoints
     more = math.ceil(cell.max_steps / cell.eval_interval) - STEPS // LOOK
     return total + (cell.max_steps - STEPS) * step + more * look
 
 
-def prepare(cells, jobs, held):
-    """Check what these cells need, {name: Config}, and say what they take. Raises InputError."""
-    first = next(iter(cells.values()))
+def cost(cell):
+    """A key that sorts cells by how long they train: a layer attends twice if its locality is
+    neither 0 nor 1."""
+    return cell.max_steps, sum(0 < x < 1 for x in schedule(cell.schedule, 12, cell.floor))
+
+
+def prepare(left, finished, jobs, held):
+    """Check what the cells that are left need, {name: Config}, and say what they take. finished:
+    the results of the others. Raises InputError."""
+    cells = list(left.values())
     try:
-        jobs, threads = sweep.at_a_time(first, jobs)
+        jobs, threads = sweep.at_a_time(cells, jobs)
     except InputError:  # a check below gives the reason
-        jobs, threads = jobs or 1, None
-    jobs = min(jobs, len(cells))
-    n_bytes = check_needs(list(cells.values()), jobs)
-    line = f"{len(cells)} runs, {disk_use(cells, n_bytes) / 1e9:.1f} GB on disk"
-    if first.max_steps > 2 * STEPS:
-        local = [cell for cell in cells.values() if cell.schedule != "distributed"]
-        seconds = time_trial((local or [first])[0], jobs, threads, held)
+        jobs, threads = min(jobs or 1, len(cells)), None
+    n_bytes = check_needs(cells, jobs)
+    line = f"runs: {len(cells)}, {jobs} at a time, {disk_use(cells, n_bytes) / 1e9:.1f} GB on disk"
+    slowest, seconds = (
+        max(cells, key=cost),
+        max((r["seconds"] for r in finished.values()), default=0),
+    )
+    if not finished and slowest.max_steps > 2 * STEPS:
+        seconds = time_trial(slowest, jobs, threads, held)
+    if seconds:
         line += f", about {duration(math.ceil(len(cells) / jobs) * seconds)}"
-    print(f"{line}, {jobs} at a time", flush=True)
+    print(line, flush=True)
 
 
 def main():
@@ -155,24 +190,21 @@ def main():
         return print(__doc__)
     if not argv or argv[0].startswith("-"):
         argv = [CONFIG, *argv]
-    words = [word for word in argv if word != "--report"]
-    jobs = sweep.take_jobs(words)
     if "--quick" in sys.argv:
-        out = f"runs/{Path(argv[0]).stem}_quick"
+        words = [word for word in argv if word != "--report"]
+        sweep.take_jobs(words)
+        flags = {**QUICK, "out": f"runs/{Path(argv[0]).stem}_quick"}
+        if any("seed" in table for table in sweep.tables_of(sweep.read_sweep(words))):
+            flags["seed"] = "1,2"
         given = read_flags(Config, words[1:])
-        flags = [
-            f"--{key}={value}" for key, value in {**QUICK, "out": out}.items() if key not in given
-        ]
-        argv, words = [*argv, *flags], [*words, *flags]
-    if "--report" not in argv:
-        values = sweep.read_sweep(words)
-        sweep.check_folder(Path(values["out"]))
-        left, _ = sweep.unfinished(sweep.read_cells(values))
-        if left:
-            with alone(Path(values["out"])) as held:
-                prepare(left, jobs, held)
+        argv += [f"--{key}={value}" for key, value in flags.items() if key not in given]
     sys.argv[1:] = argv
-    sweep.main()
+    try:
+        sweep.main(prepare)
+    except SystemExit:
+        if "--max_steps=2" in argv:
+            print("\nThis was a rehearsal: two steps of small batches. Its numbers mean nothing.")
+        raise
 
 
 if __name__ == "__main__":

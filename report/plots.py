@@ -389,7 +389,8 @@ def interval_of(row):
 def draw_tradeoff(groups, names, series):
     """Draw perplexity against fidelity, one point per group."""
     fig, ax = panels(1, 1, 8, max(5, 1.2 + 0.22 * len(names + series)))  # two legends, one above
-    by_schedule = len(names) > 2  # colors show the schedule; if there is only one, the blocks
+    # colors show the schedule; the blocks, if only they differ
+    by_schedule = len(names) > 2 or len(series) < 2
     for g in groups:
         marker, color = look(series, g["blocks"])
         color = style(g["schedule"])[0] if by_schedule else color
@@ -429,19 +430,22 @@ def draw_layers(groups, label):
             ax.plot(layers, mean, marker=marker, color=color, ls=line, label=g[label])
             ax.set(xlabel="layer", xticks=layers)
     axes[0].set(ylabel="fidelity: attention inside the block", ylim=(0, 1.03))
-    axes[1].set(ylabel="entropy of the attention, bits", ylim=(0, None))
+    top = max(max(line.get_ydata()) for line in axes[1].lines)
+    axes[1].set(ylabel="entropy of the attention, bits", ylim=(0, 1.05 * max(top, 0.1)))
     axes[1].legend(**SIDE_LEGEND)
     return fig
 
 
 def draw_curves(groups, label):
-    """Draw the validation loss during training, a line for each group."""
+    """Draw the validation loss during training, a line for each group. The loss before the first
+    step is left out if at least two others follow: it would set the scale."""
     fig, ax = panels(1, 1, 7, 4.4)
     for g in groups:
         n = min(map(len, g["curves"]))  # a run may have stopped early
         steps, nats = np.mean([curve[:n] for curve in g["curves"]], axis=0).T
         color, marker = style(g["schedule"])
-        ax.plot(steps, nats, marker=marker, ms=4, color=color, label=g[label])
+        first = int(n > 2 and steps[0] == 0)
+        ax.plot(steps[first:], nats[first:], marker=marker, ms=4, color=color, label=g[label])
     ax.set(xlabel="step", ylabel="validation loss, nats per token")
     ax.legend(**SIDE_LEGEND)
     return fig

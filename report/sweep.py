@@ -294,6 +294,15 @@ and resamples the contexts of the test text (2,000 times) as if they were indepe
 """
 
 
+def paper_ratios(group):
+    """The ratios that the paper's abstracts give for this schedule with a floor of 1: (in v1, in v2
+    and v3, which have semantic blocks), strings."""
+    first, later = PAPER.get(group["schedule"], "––")
+    if group["schedule"] != "distributed" and group["config"]["floor"] < 1:
+        return "–", "–"
+    return first, later if group["partition"] == "semantic" else "–"
+
+
 def group_row(group):
     """The cells of a group in the table of configurations."""
     runs, stats, local = group["runs"], group["block_stats"], group["schedule"] != "distributed"
@@ -304,7 +313,7 @@ def group_row(group):
         *(group["name"], len(runs), plus_minus(perplexity, 3)),
         between(None if half is None else (mean - half, mean + half), 3),
         with_interval(group["vs_distributed"], 4),
-        *PAPER.get(group["schedule"], "––"),
+        *paper_ratios(group),
         *(number(x["mean_lookback"] if local else None, ".0f") for x in (stats, runs[0])),
         "all" if reach is None else f"{reach['median']:.0f}",
         number(forced and 100 * forced, ".1f"),
@@ -351,7 +360,7 @@ def terminal_text(groups):
         row = [group["name"], len(runs), plus_minus([r["perplexity"] for r in runs], 3)]
         row += [with_interval(group["vs_distributed"], 3)]
         row += [fixed(np.mean([layer_mean(r, "fidelity") for r in runs]), 3)]
-        rows.append([*row, *PAPER.get(group["schedule"], "––")])
+        rows.append([*row, *paper_ratios(group)])
     table = aligned(SHORT.split(" | "), rows, 100)
     return f"{table}\n{fill(NOTE_SHORT + NOTE_PAPER, 100)}\n{code_versions(groups)}"
 

@@ -118,12 +118,12 @@ def duration(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def memory_advice(run, config, process, model, finished):
+def memory_advice(run, config, process, T, finished):
     """Memory is too small: what to change. The size of a step stays the same if possible.
 
-    finished: whether only the final evaluation is missing.
+    T: tokens per context; finished: whether only the final evaluation is missing.
     """
-    share, T = config.batch_size // process.world_size, model.config.block_size
+    share = config.batch_size // process.world_size
     if finished:
         return (
             "out of memory in the final evaluation; training is done, so measure the run with: "

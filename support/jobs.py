@@ -2,18 +2,20 @@
 
 import os
 import subprocess
+import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from support.files import InputError, open_own
 from support.machine import stop_signals
 
 
-def run_jobs(commands, n, held=None, threads=None):
+def run_jobs(commands, n, held=None, threads=None, meanwhile=lambda: None, kill=False):
     """Run commands in processes of their own, n at a time. Yields (name, why) as each one ends; why
     is None, or in one line why it failed.
 
     commands: {name: (a list of words, the path of the log)}. held: an open folder, whose lock the
-    processes hold as well. threads: how many each process may use.
+    processes hold as well. threads: how many each process may use. meanwhile: called twice a second
+    or more often. kill: end them at once after a signal, instead of letting them save.
     Raises KeyboardInterrupt(number) after a signal, once all processes have been told to stop.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
@@ -32,10 +34,15 @@ def run_jobs(commands, n, held=None, threads=None):
                     raise KeyboardInterrupt(received[0])
                 for future in done:
                     yield running[future], future.result()
-        except BaseException:  # the runs save and stop
+                meanwhile()
+            if received:
+                raise KeyboardInterrupt(received[0])
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(children):
-                child.terminate()
+                child.kill() if kill else child.terminate()
+            if children and not kill:
+                print("stopping: the runs finish their step and save", file=sys.stderr)
             raise
 
 
@@ -52,11 +59,12 @@ def run_job(command, log, options, children, received):
                 if received:
                     child.terminate()
                 status = child.wait()
+                children.discard(child)
+        if status == 0:
+            return None
+        text = log.read_text(errors="replace")
     except (InputError, OSError) as e:  # the disk is full, or another file has the name of the log
         return f"error: {e}"
-    children.discard(child)
-    if status == 0:
-        return None
-    lines = log.read_text(errors="replace").replace("\r", "\n").strip().split("\n")
+    lines = text.replace("\r", "\n").strip().split("\n")
     errors = [line for line in lines if line.startswith("error: ")]
     return errors[-1] if errors else f"error: exit status {status}: {lines[-1]}"

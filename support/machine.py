@@ -66,8 +66,9 @@ def describe_device(device, dtype):
     numbers = "bfloat16" if isinstance(precision(device, dtype), torch.autocast) else "float32"
     if device.type != "cuda":
         return f"{device.type}, {n_cores()} cores, {numbers}"
-    card = torch.cuda.get_device_properties(device)
-    return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {numbers}"
+    free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, {free:.0f} of {total:.0f} GiB free, {numbers}"
 
 
 def compiles(device, choice):
@@ -183,12 +184,13 @@ def stop_signals():
 
 
 def code_version():
-    """Twelve hex digits that identify the code of this project, apart from reports and studies."""
+    """Twelve hex digits that identify the code that trains and measures: of the lesson, what
+    train.py needs, and all of fast/ and support/."""
     root = Path(__file__).parent.parent
-    paths = (
-        path for folder in ("", "fast", "support") for path in root.joinpath(folder).glob("*.py")
-    )
-    return digest(sorted(paths))[:12]
+    paths = [root / f"{name}.py" for name in "locality model prepare_data eval train".split()]
+    for folder in ("fast", "support"):
+        paths += sorted(path for path in (root / folder).glob("*.py") if path.is_file())
+    return digest(paths)[:12]
 
 
 def provenance(device, seed):

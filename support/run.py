@@ -298,14 +298,16 @@ class Run:
         self.metrics.truncate(min(length, self.metrics_bytes))  # the lines after last.pt come again
 
     def note_other_code(self, versions):
-        """Remember, and say, if the run was trained by other `versions` of the code so far."""
-        if versions[-1] != self.about["code"]:
-            print(
-                f"{self.folder} was trained by another version of the code until step "
-                f"{self.last_saved}; it is resumed with this one",
-                file=sys.stderr,
-            )
-            versions = [*versions, self.about["code"]]
+        """Remember, and say, if other `versions` of the code have trained the run so far."""
+        code = self.about["code"]
+        if versions[-1] != code:
+            versions = [*versions, code]
+            if self.writes:
+                print(
+                    f"{self.folder} was trained by another version of the code until step "
+                    f"{self.step}; it is resumed with this one",
+                    file=sys.stderr,
+                )
         self.about["code"] = "+".join(versions)
 
     def restore(self):
