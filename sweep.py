@@ -27,7 +27,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from locality import partition_text
@@ -35,8 +34,8 @@ from prepare_data import TextConfig, get_encoding, prepare, token_bytes, vocabul
 from report.sweep import canonical, read_results, read_runs, write_report
 from support.console import duration
 from support.files import InputError, alone, run_script, write_text, writing
-from support.jobs import run_jobs
-from support.machine import code_version, compiles, n_cores, pick_device, precision
+from support.jobs import at_a_time, run_jobs, take_jobs
+from support.machine import code_version, compiles, pick_device, precision
 from support.run import is_ours
 from support.settings import parse, read_flags, to_toml, usage
 from train import Config, build_model, check_splits, read_config, read_values
@@ -264,17 +263,6 @@ def command_of(cell):
     return [sys.executable, ROOT / "train.py", config], log
 
 
-def at_a_time(cells, jobs):
-    """How many of these cells, a list, run at a time, `jobs` or (if None) what the first one's
-    device allows; and how many threads each of them gets, or None. Raises InputError."""
-    device = pick_device(cells[0].device)
-    cuda = device.type == "cuda"
-    if jobs is None:  # a small model leaves a large GPU idle
-        jobs = torch.cuda.mem_get_info(device)[0] // 2**35 if cuda else 1
-    jobs = max(1, min(jobs, len(cells)))
-    return jobs, max(1, n_cores() // jobs) if jobs > 1 and not cuda else None
-
-
 def check_models(cells, texts=True):
     """Check the initial weights of cells, a list of Configs, and (with `texts`) that each text is
     long enough. Returns the number of parameters of the largest model. Raises InputError."""
@@ -325,7 +313,7 @@ def run(cells, jobs, held, check=check_cells):
 def run_cells(cells, jobs, held, n_before):
     """Run cells that are not finished, {name: Config}, with a bar or lines that count from n_before
     on. Returns {name: why} of those that broke."""
-    jobs, threads = at_a_time(list(cells.values()), jobs)
+    jobs, threads = at_a_time(next(iter(cells.values())).device, len(cells), jobs)
     commands = {name: command_of(cell) for name, cell in cells.items()}
     began, n_ended, broken = time.perf_counter(), 0, {}
     total = n_before + len(cells)
@@ -362,18 +350,6 @@ def report(out, broken, cells):
     others = {run["folder"].name for run in runs} - cells.keys()
     if others and cells:
         print(f"the table includes other cells of this folder: {', '.join(sorted(others))}")
-
-
-def take_jobs(argv):
-    """Take --jobs N out of a command line, a list. Returns N, or None. Raises InputError."""
-    if "--jobs" not in argv:
-        return None
-    at = argv.index("--jobs")
-    jobs = "".join(argv[at + 1 : at + 2])
-    if not (jobs.isascii() and jobs.isdigit() and len(jobs) < 5 and int(jobs) > 0):
-        raise InputError("--jobs takes the number of runs at a time")
-    del argv[at : at + 2]
-    return int(jobs)
 
 
 def main(check=check_cells):

@@ -40,10 +40,11 @@ from report.sweep import read_results
 from report.tables import listed
 from support import files
 from support.files import InputError, run_script, write_json, write_text
+from support.jobs import take_jobs
 from support.machine import pick_device, provenance
 from support.run import find_checkpoint
 from support.settings import check, key, nearest, usage
-from sweep import check_folder, prepare_cell, read_cells, run, take_jobs
+from sweep import check_folder, prepare_cell, read_cells, run
 from train import Config, read_values
 
 

@@ -29,7 +29,7 @@ from locality import schedule
 from prepare_data import get_encoding
 from support.console import duration
 from support.files import InputError, remove_stale, run_script
-from support.jobs import run_jobs
+from support.jobs import at_a_time, run_jobs, take_jobs
 from support.machine import compiles, describe_device, pick_device
 from support.settings import read_flags
 from train import Config
@@ -168,7 +168,7 @@ def prepare(left, finished, jobs, held):
     the results of the others. Raises InputError."""
     cells = list(left.values())
     try:
-        jobs, threads = sweep.at_a_time(cells, jobs)
+        jobs, threads = at_a_time(cells[0].device, len(cells), jobs)
     except InputError:  # a check below gives the reason
         jobs, threads = min(jobs or 1, len(cells)), None
     n_bytes = check_needs(cells, jobs)
@@ -192,7 +192,7 @@ def main():
         argv = [CONFIG, *argv]
     if "--quick" in sys.argv:
         words = [word for word in argv if word != "--report"]
-        sweep.take_jobs(words)
+        take_jobs(words)
         flags = {**QUICK, "out": f"runs/{Path(argv[0]).stem}_quick"}
         if any("seed" in table for table in sweep.tables_of(sweep.read_sweep(words))):
             flags["seed"] = "1,2"

@@ -5,8 +5,33 @@ import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
+import torch
+
 from support.files import InputError, open_own
-from support.machine import stop_signals
+from support.machine import n_cores, pick_device, stop_signals
+
+
+def take_jobs(argv):
+    """Take --jobs N out of a command line, a list. Returns N, or None. Raises InputError."""
+    if "--jobs" not in argv:
+        return None
+    at = argv.index("--jobs")
+    jobs = "".join(argv[at + 1 : at + 2])
+    if not (jobs.isascii() and jobs.isdigit() and len(jobs) < 5 and int(jobs) > 0):
+        raise InputError("--jobs takes the number of runs at a time")
+    del argv[at : at + 2]
+    return int(jobs)
+
+
+def at_a_time(name, n, jobs):
+    """How many of n jobs run at a time on a device, given its name: `jobs`, or (if None) what its
+    memory allows; and how many threads each of them gets, or None. Raises InputError."""
+    device = pick_device(name)
+    cuda = device.type == "cuda"
+    if jobs is None:  # a small model leaves a large GPU idle
+        jobs = torch.cuda.mem_get_info(device)[0] // 2**35 if cuda else 1
+    jobs = max(1, min(jobs, n))
+    return jobs, max(1, n_cores() // jobs) if jobs > 1 and not cuda else None
 
 
 def run_jobs(commands, n, held=None, threads=None, meanwhile=lambda: None, kill=False):

@@ -119,7 +119,7 @@ def no_bfloat16(monkeypatch):
     monkeypatch.setattr("support.machine.fast_bfloat16", lambda device: False)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "GeForce GTX 1080")
     device = namedtuple("device", "type")("cuda")
-    for name in ("sweep.pick_device", "experiments.replicate.pick_device"):
+    for name in ("support.jobs.pick_device", "experiments.replicate.pick_device"):
         monkeypatch.setattr(name, lambda name: device)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (8 << 30, 8 << 30))
     return {"dtype": "bfloat16"}
