@@ -38,6 +38,7 @@ CONFIG = "configs/sweep_gpt2.toml"
 QUICK = {"max_steps": 2, "warmup_steps": 1, "eval_interval": 2, "eval_contexts": 1}
 QUICK |= {"log_interval": 1, "batch_size": 1, "block_size": 64, "val": 0.02, "test": 0.02}
 QUICK |= {"device": "auto", "dtype": "auto", "compile": "false"}
+UNKNOWN = "not checked"  # how the reason begins if a check depends on one that failed
 STEPS, LOOK = 6, 3  # of a trial: steps, and after how many the validation split is evaluated
 
 # --------------------------------------------------------------------------------------------------
@@ -52,7 +53,8 @@ def need(name, failed):
         yield lambda line: print(f"{name:<11}{line}", flush=True)
     except (InputError, OSError) as e:
         failed[name] = str(e)
-        print(f"{name:<11}NOT OK: {e}", flush=True)
+        mark = "" if str(e).startswith(UNKNOWN) else "NOT OK: "
+        print(f"{name:<11}{mark}{e}", flush=True)
 
 
 def check_needs(cells, jobs):
@@ -69,7 +71,7 @@ def check_needs(cells, jobs):
             show(f"{name}, {get_encoding(name).n_vocab:,} tokens")
     with need("text", failed) as show:
         if "tokenizer" in failed:
-            raise InputError("not checked, because the tokenizer is missing")
+            raise InputError(f"{UNKNOWN}, because the tokenizer is missing")
         for data in {str(data.folder): data for data in map(sweep.prepare_cell, cells)}.values():
             sizes = [f"{stats['tokens']:,} ({s})" for s, stats in data.meta["splits"].items()]
             show(f"{data.meta['source']}, {data.meta['partition']}; tokens: {', '.join(sizes)}")
@@ -78,9 +80,9 @@ def check_needs(cells, jobs):
         show(f"{', '.join(sorted({c.init_from for c in cells}))}, {n_parameters:,} parameters")
     with need("disk", failed) as show:
         if not n_parameters:
-            raise InputError("not checked, because the size of the model is not known")
+            raise InputError(f"{UNKNOWN}, because the size of the model is not known")
         show(check_disk(cells, jobs, 4 * n_parameters))
-    missing = {name: why for name, why in failed.items() if not why.startswith("not checked")}
+    missing = {name: why for name, why in failed.items() if not why.startswith(UNKNOWN)}
     if len(missing) > 1:
         raise InputError(f"{', '.join(missing)}: not OK, for the reasons above; no run was started")
     for name, why in missing.items():
