@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
@@ -259,6 +260,23 @@ def test_a_trial_runs_first_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert len(started) == 5 and not list(Path("sweep").glob(".trial*"))
     results = [json.loads(path.read_text()) for path in Path("sweep").glob("*/results.json")]
     assert [r["steps"] for r in results] == [13, 13]
+
+
+def test_a_trial_ends_at_once_if_it_is_stopped(tmp_path, monkeypatch, capsys):
+    """Its model is so large that a step would take minutes."""
+    monkeypatch.chdir(tmp_path)
+    large = {"n_embd": 512, "n_layer": 12, "n_head": 8, "block_size": 1024, "batch_size": 64}
+    write_sweep("sweep.toml", {"seed": [1]}, max_steps=100, **large)
+
+    def start(command, **options):
+        if command[0] == sys.executable:
+            threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return forked(command, **options)
+
+    monkeypatch.setattr("support.jobs.subprocess.Popen", start)
+    assert replicated("sweep.toml") == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped; run the same command to continue\n"
+    assert not Path("sweep").exists()
 
 
 # --------------------------------------------------------------------------------------------------
