@@ -175,10 +175,8 @@ def prepare(left, finished, jobs, held):
         jobs, threads = min(jobs or 1, len(cells)), None
     n_bytes = check_needs(cells, jobs)
     line = f"runs: {len(cells)}, {jobs} at a time, {disk_use(cells, n_bytes) / 1e9:.1f} GB on disk"
-    slowest, seconds = (
-        max(cells, key=cost),
-        max((r["seconds"] for r in finished.values()), default=0),
-    )
+    slowest = max(cells, key=cost)
+    seconds = max((results["seconds"] for results in finished.values()), default=0)
     if not finished and slowest.max_steps > 2 * STEPS:
         seconds = time_trial(slowest, jobs, threads, held)
     if seconds:
@@ -187,12 +185,12 @@ def prepare(left, finished, jobs, held):
 
 
 def main():
-    argv = [word for word in sys.argv[1:] if word != "--quick"]
+    quick, argv = "--quick" in sys.argv, [word for word in sys.argv[1:] if word != "--quick"]
     if {"-h", "--help"} & set(argv):
         return print(__doc__)
     if not argv or argv[0].startswith("-"):
         argv = [CONFIG, *argv]
-    if "--quick" in sys.argv:
+    if quick:
         words = [word for word in argv if word != "--report"]
         take_jobs(words)
         flags = {**QUICK, "out": f"runs/{Path(argv[0]).stem}_quick"}
@@ -204,8 +202,8 @@ def main():
     try:
         sweep.main(prepare)
     except SystemExit:
-        if "--max_steps=2" in argv:
-            print("\nThis was a rehearsal: two steps of small batches. Its numbers mean nothing.")
+        if quick:
+            print("\nThis was a rehearsal: a few steps of small batches. Its numbers mean nothing.")
         raise
 
 

@@ -108,7 +108,7 @@ def test_a_rehearsal_without_a_gpu_leads_from_two_addresses_to_the_table(
         assert "last.pt" not in kept
     assert replicated(*REHEARSAL, "--report") == 0
     assert capsys.readouterr().out.endswith(
-        "rehearsal: two steps of small batches. Its numbers mean nothing.\n"
+        "rehearsal: a few steps of small batches. Its numbers mean nothing.\n"
     )
 
 
@@ -300,11 +300,25 @@ def test_the_configs_of_gpt2_are_cells_of_the_sweep(monkeypatch):
         assert differ == ({"partition", "max_lookback"} if path.stem == "gpt2_window" else set())
 
 
-def test_what_the_user_gives_takes_the_place_of_what_a_rehearsal_would_set(monkeypatch):
+def test_what_the_user_gives_takes_the_place_of_what_a_rehearsal_would_set(monkeypatch, capsys):
     given = {}
-    monkeypatch.setattr("sweep.main", lambda check: given.update(read_sweep(sys.argv[1:])))
-    monkeypatch.setattr(sys, "argv", ["replicate.py", "--quick", "--max-steps=3", "--seed", "7"])
+
+    def main(check):
+        given.update(read_sweep(sys.argv[1:]))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("sweep.main", main)
     monkeypatch.chdir(ROOT)
-    replicate.main()
-    assert given["max_steps"] == 3 and given["sweep"][0]["seed"] == [7]
-    assert given["block_size"] == 64 and given["out"] == "runs/sweep_gpt2_quick"
+    for words, steps, seeds, out in (
+        (["--quick", "--max-steps=3", "--seed", "7"], 3, [7], "runs/sweep_gpt2_quick"),
+        (["--max_steps=2"], 2, [1, 2, 3, 4, 5], "runs/sweep_gpt2"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["replicate.py", *words])
+        with pytest.raises(SystemExit):
+            replicate.main()
+        assert given["max_steps"] == steps and given["sweep"][0]["seed"] == seeds
+        assert given["out"] == out and given.get("block_size") == (
+            64 if "--quick" in words else None
+        )
+        assert ("rehearsal" in capsys.readouterr().out) == ("--quick" in words)
+        given.clear()
