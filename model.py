@@ -83,15 +83,17 @@ def in_block(lookback, anchor=False, first=0):
     return inside | (position == 0) if anchor else inside
 
 
-def attention_weights(q, k, block, locality):
+def attention_weights(q, k, block, locality, visible=None):
     """The definition: attention over the context, blended with attention over the block.
 
     q: (B, H, n, D), the last n of the T tokens of k, (B, H, T, D); block: (B, 1, n, T) booleans
-    from `in_block`; locality: lambda of this layer.
+    from `in_block`; locality: lambda of this layer; visible: booleans like block, if the context is
+    not every earlier token.
     Returns the attention probabilities, (B, H, n, T). Rows sum to 1.
     """
-    n, T = q.size(2), k.size(2)
-    visible = torch.ones(n, T, dtype=torch.bool, device=q.device).tril(T - n)  # causal
+    if visible is None:
+        n, T = q.size(2), k.size(2)
+        visible = torch.ones(n, T, dtype=torch.bool, device=q.device).tril(T - n)  # causal
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, n, T)
     if locality < 1:
         a = scores.masked_fill(~visible, -math.inf).softmax(-1)

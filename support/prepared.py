@@ -207,9 +207,13 @@ def are_statistics(split):
 
 def is_identity(text):
     """Whether this is what `Prepared.identity` returned, and perhaps more."""
-    if not fits(text, TEXT):
+    return fits(text, TEXT) and (text["background"] is None or is_background(text["background"]))
+
+
+def is_background(background):
+    """Whether this is what locality.count_background returned."""
+    if not fits(background, TEXT["background"][1]):
         return False
-    background = text["background"] or {"total": 1, "words": [], "counts": []}
     words, counts = background["words"], background["counts"]
     in_range = all(0 <= word < N_WORD_IDS for word in words) and all(n >= 0 for n in counts)
     return in_range and len(words) == len(counts) and background["total"] > 0

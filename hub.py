@@ -1,0 +1,412 @@
+"""The dial on models of `transformers`: localized attention for its decoders, whatever tokens they
+read.
+
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+    tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
+    model = hub.localize(model, tokenizer, schedule="quintic", floor=1.0, partition="semantic")
+    model(**tokenizer(text, return_tensors="pt"))  # blocks are found from input_ids
+    model.set_locality([...])                      # the dial, one number per layer
+    model.save_pretrained("localized")             # hub.load("localized") has the same dial
+
+The rest works as before: training, padding, `generate` with its caches and beams. If attention
+weights are requested (`output_attentions=True`), they are the blended ones.
+
+What it costs: both halves use dense masks, (B, 1, n, T) for n queries and T keys; a layer whose
+locality is 0 or 1 computes only one half. Blocks are found on the CPU.
+
+This is the only file that needs `transformers`, version 5 or newer.
+"""
+
+import copy
+import inspect
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import cached_file
+
+import locality
+from fast.attention import BlockMask, blended_attention
+from model import attention_weights
+from support.files import InputError, fits, write_json
+from support.prepared import is_background
+from support.sentences import END_OF_TEXT
+from support.published import BYTES
+
+# --------------------------------------------------------------------------------------------------
+# attention
+
+
+def localized_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
+):
+    """The attention of a localized layer, which `transformers` knows as "localist".
+
+    query: (B, H, n, D); key, value: (B, groups, T, D); attention_mask: what `distances` returned;
+    kwargs: what `Blocks.before` added, and others.
+    Returns the output, (B, n, H, D), and, if requested, the weights, (B, H, n, T). Raises
+    InputError for attention of another kind.
+    """
+    lookback, first = kwargs.get("lookback"), kwargs.get("first")  # (B, n)
+    if lookback is None:
+        raise InputError("blocks are unknown here: call the model that hub.localize returned")
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        raise InputError("a localized model needs attention masks of the shape (B, T)")
+    if kwargs.get("softcap") is not None:
+        raise InputError("attention with soft-capped scores cannot be localized")
+    visible = attention_mask >= 0  # (B, 1, n, T)
+    block = visible & (attention_mask <= lookback[:, None, :, None].to(query.device))
+    if first is not None:
+        block |= visible & (attention_mask == first[:, None, :, None].to(query.device))
+    dial = module.config.locality[module.layer_idx]
+    k, v = (x.repeat_interleave(query.size(1) // key.size(1), 1) for x in (key, value))
+    q = query if scaling is None else query * (scaling * math.sqrt(query.size(-1)))
+    if not kwargs.get("blended_weights"):
+        mask = BlockMask(dense=block, visible=visible)
+        return blended_attention(q, k, v, mask, dial, dropout).transpose(1, 2), None
+    a = attention_weights(q.float(), k.float(), block, dial, visible).to(v.dtype)  # (B, H, n, T)
+    return (F.dropout(a, dropout) @ v).transpose(1, 2), a
+
+
+def distances(q_length, kv_length, q_offset=0, kv_offset=0, device="cpu", **kwargs):
+    """The attention mask of a localized model: how many places before each query a key is, or -1 if
+    the query does not see it: because it comes later, is padding, or outside the layer's window.
+
+    Returns (B, 1, n, T) int32. Even a query that is padding sees itself.
+    """
+    kwargs |= {"q_length": q_length, "kv_length": kv_length, "device": device}
+    kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset}
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    query = torch.arange(q_length, device=device) + q_offset
+    key = torch.arange(kv_length, device=device) + kv_offset
+    distance = (query[:, None] - key).int()  # (n, T)
+    return torch.where(sdpa_mask(**kwargs) | (distance == 0), distance, -1)
+
+
+AttentionInterface.register("localist", localized_attention)
+AttentionMaskInterface.register("localist", distances)
+
+# --------------------------------------------------------------------------------------------------
+# blocks
+
+
+class Blocks:
+    """Finds the block of every token that a localized model reads. Its arguments: see localize."""
+
+    def __init__(self, model, tokenizer, partition, max_lookback, anchor, background):
+        vocabulary = read_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+        self.unread = locality.Partitioner(vocabulary, partition, max_lookback, background)
+        self.tokenizer, self.anchor, self.background = tokenizer, anchor, background
+        self.partitioners = {}  # of the last call, by the tokens that they have read
+        self.texts, self.hooks = None, []  # of the last call: see `read`
+
+    def attach(self, model):
+        """Find the blocks of all that this model reads from now on."""
+        before = model.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.hooks = [before, model.register_forward_hook(self.after)]
+
+    @torch.compiler.disable
+    def before(self, model, args, kwargs):
+        """The hook that gives a call of the model what `localized_attention` needs."""
+        call = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        call |= call.pop("kwargs", {})
+        weights = call.get("output_attentions")
+        kwargs["blended_weights"] = model.config.output_attentions if weights is None else weights
+        return args, kwargs if "lookback" in kwargs else kwargs | self.read(call)
+
+    @torch.compiler.disable
+    def after(self, model, args, output):
+        """The hook that labels a cache that the model has made in this call."""
+        for value in output.values() if isinstance(output, dict) else output:
+            if isinstance(value, Cache):
+                remember(value, self.texts)
+
+    def read(self, call):
+        """The blocks of the n new tokens of a call. call: the arguments, by name.
+
+        Returns {"lookback": places from each token back to the start of its block, (B, n) int64;
+        "first": to the first token of its text, if that is an anchor}. Raises InputError.
+        """
+        ids, mask, position = map(call.get, ("input_ids", "attention_mask", "position_ids"))
+        cache = next((value for value in call.values() if isinstance(value, Cache)), None)
+        n_old = 0 if cache is None else int(cache.get_seq_length())
+        old = getattr(cache, "texts", None)
+        if ids is None:
+            raise InputError("blocks are found from input_ids, which this call lacks")
+        if n_old and (old is None or len(old) != len(ids) or old.size(1) < n_old):
+            raise InputError("the cache contains tokens that the localized model has not read")
+        begins = torch.zeros_like(ids)
+        if mask is None and position is not None and position.dim() == 2:  # packed texts
+            begins[:, 1:] = position.diff() != 1
+        texts = torch.stack((ids, begins), 2).cpu()  # (B, n, 2)
+        self.texts = torch.cat((old[:, :n_old], texts), 1) if n_old else texts  # (B, T, 2)
+        if cache is not None:
+            remember(cache, self.texts)
+        shape = self.texts.shape[:2]
+        mask = torch.ones(shape) if mask is None else mask
+        if mask.shape != shape:
+            raise InputError(
+                f"the attention mask has the shape {tuple(mask.shape)}, but {tuple(shape)} tokens "
+                "have been read"
+            )
+        arrays = self.find(self.texts.numpy(), mask.bool().cpu().numpy(), n_old)
+        lookback, first = (torch.from_numpy(x[:, n_old:]).to(ids.device) for x in arrays)
+        return {"lookback": lookback, "first": first if self.anchor else None}
+
+    def find(self, texts, kept, n_old):
+        """`read` without tensors: texts, (B, T, 2) int64, has the ids, and a 1 if a text begins.
+
+        kept: (B, T) booleans, false for padding; n_old: how many of the T have been read before.
+        Returns two arrays of integers, (B, T), whose first n_old columns mean nothing.
+        """
+        lookback, first = np.zeros(kept.shape, np.int64), np.zeros(kept.shape, np.int64)
+        before, self.partitioners = self.partitioners, {}
+        for row, (text, keep) in enumerate(zip(texts, kept)):
+            places = np.flatnonzero(keep)
+            for at in np.split(places, np.flatnonzero(text[places, 1])):
+                tokens, n = text[at, 0], np.searchsorted(at, n_old)  # n of them are known
+                if n == len(at):
+                    continue
+                partitioner = fork(before.get(tokens[:n].tobytes(), self.unread))
+                partitioner.push(tokens[partitioner.n_tokens : n])
+                back = partitioner.push(tokens[n:])
+                lookback[row, at[n:]] = at[n:] - at[np.arange(n, len(at)) - back]
+                first[row, at[n:]] = at[n:] - at[0]
+                self.partitioners[tokens.tobytes()] = partitioner
+        return lookback, first
+
+
+def fork(partitioner):
+    """A copy of a Partitioner, which continues by itself; what never changes is shared."""
+    names = "token_bytes", "vocabulary", "n_bytes", "first_byte", "word_ids"
+    shared = [getattr(partitioner, name) for name in names]
+    if partitioner.change_points:
+        shared.append(partitioner.change_points.evidence.base)
+    return copy.deepcopy(partitioner, {id(value): value for value in shared})
+
+
+def remember(cache, texts):
+    """Label a cache with the texts that it contains, (B, T, 2), and keep the label right when beam
+    search moves its rows."""
+    cache.texts = texts
+    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
+        if name not in vars(cache):
+            setattr(cache, name, partial(move_rows, cache, name))
+
+
+def move_rows(cache, name, rows):
+    """Call the method `name` of a cache. rows: the row that becomes each row, integers; or how many
+    copies there will be of each."""
+    getattr(type(cache), name)(cache, rows)
+    old = torch.arange(len(cache.texts))
+    cache.texts = cache.texts[old.repeat_interleave(rows) if isinstance(rows, int) else rows.cpu()]
+
+
+# the byte that each character of byte-level BPE means; those of BYTES are in order of the tokens
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = dict(zip(BYTES, (bytes([i]) for i in sorted(range(256), key=lambda i: i not in PRINTED))))
+SAMPLE = "The cat's tail (it was late).\n\nNobody came, not 1 of 10."
+
+
+def read_vocabulary(tokenizer, size):
+    """The bytes of the tokens of a tokenizer of `transformers`: a list of at least `size`.
+
+    They are known for byte-level BPE (GPT-2, Llama 3, Qwen) and for SentencePiece (Llama 2,
+    Mistral, Gemma). Special tokens are not text, but <|endoftext|> ends a document, and so does the
+    eos_token, unless the chat template uses it: then it ends a turn. Raises InputError for
+    tokenizers of another kind.
+    """
+    ids, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
+    eos, template = tokenizer.eos_token, str(getattr(tokenizer, "chat_template", None))
+    in_chats = eos is not None and ("eos_token" in template or eos in template)
+    byte_level = "\u0120" in ids and "\u2581" not in ids  # how the two kinds write a space
+    vocabulary = [b""] * max(size, 1 + max(ids.values()))
+    for token, i in ids.items():
+        if token == "<|endoftext|>" or token == eos and not in_chats:
+            vocabulary[i] = END_OF_TEXT
+        elif i in added and i not in special:
+            vocabulary[i] = token.encode()
+        elif i not in special and byte_level:
+            vocabulary[i] = b"".join(BYTE_OF.get(char, b"?") for char in token)
+        elif i not in special and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            vocabulary[i] = bytes.fromhex(token[3:5])
+        elif i not in special:
+            vocabulary[i] = token.replace("\u2581", " ").encode()
+    text = b"".join(vocabulary[i] for i in tokenizer.encode(SAMPLE, add_special_tokens=False))
+    if text.lstrip() != SAMPLE.encode():
+        raise InputError(
+            f"the tokens of this {type(tokenizer).__name__} are not pieces of a text; hub.localize "
+            "needs byte-level BPE or SentencePiece"
+        )
+    return vocabulary
+
+
+# --------------------------------------------------------------------------------------------------
+# the dial
+
+
+def localize(
+    model,
+    tokenizer,
+    schedule="quintic",
+    floor=1.0,
+    partition="semantic",
+    max_lookback=512,
+    anchor=False,
+    background=None,
+):
+    """Give a model of `transformers` the dial, in place, and return it.
+
+    model: a decoder; tokenizer: its own. schedule, floor: see locality.schedule. partition,
+    max_lookback, background: see locality.Partitioner. anchor: the first token of a text belongs to
+    every block. A second call replaces the first.
+    Raises InputError for a model or a tokenizer that cannot be localized, and leaves it as it was.
+    """
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__} is not a decoder of transformers")
+    config = model.config.get_text_config()
+    dial = locality.schedule(schedule, config.num_hidden_layers, floor)
+    blocks = Blocks(model, tokenizer, partition, max_lookback, anchor, background)
+    if hasattr(model, "localist"):
+        for hook in model.localist.hooks:
+            hook.remove()
+    else:
+        try_out(model, config)
+    blocks.attach(model)
+    model.localist = blocks
+    model.set_locality = partial(set_locality, model)
+    model.save_pretrained = partial(save_pretrained, model)
+    model.create_masks_for_generate = keep_mask
+    settings = {"partition": partition, "max_lookback": max_lookback, "anchor": anchor}
+    config.localist = {**getattr(config, "localist", {}), **settings}
+    model.set_locality(dial)
+    return model
+
+
+@torch.no_grad()
+def try_out(model, config):
+    """Exchange the attention of a model, and check with eight tokens that this is all it takes.
+
+    Raises InputError if not, with the model's own attention in place.
+    """
+    original, was_training = config._attn_implementation, model.training
+    if original not in ("sdpa", "eager"):
+        raise InputError(
+            f"the attention {original!r} cannot be localized; load the model with "
+            "attn_implementation='sdpa'"
+        )
+    ids = torch.arange(8, device=model.device)[None] * (config.vocab_size // 8)  # (1, 8)
+    first, last = ids.clone(), ids.clone()
+    first[0, 0] = last[0, -1] = ids[0, 3]
+    alone = {"lookback": torch.zeros_like(ids)}  # every token is a block
+    model.eval()
+    problem = None
+    try:
+        y, y_last = logits(model, ids), logits(model, last)
+        if not close(y[:, :-1], y_last[:, :-1]):
+            problem = "its tokens see later ones"
+        else:
+            exchange(model, config, "localist")
+            config.locality = [0.0] * config.num_hidden_layers
+            same = logits(model, ids, **alone)
+            config.locality = [1.0] * config.num_hidden_layers
+            local, local_first = logits(model, ids, **alone), logits(model, first, **alone)
+            if not close(y, same):
+                problem = "its attention has parts that hub.py does not know"
+            elif not close(local[:, 1:], local_first[:, 1:]):
+                problem = "its tokens learn of each other by more than attention"
+    except Exception as e:  # a model may raise anything
+        problem = str(e).strip().split("\n")[0]
+    model.train(was_training)
+    if problem:
+        vars(config).pop("locality", None)
+        if config._attn_implementation != original:
+            exchange(model, config, original)
+        raise InputError(f"{type(model).__name__} cannot be localized: {problem}")
+
+
+def logits(model, ids, **kwargs):
+    """What the model says of the ids, (B, T): (B, T, V) or, without an output head, (B, T, C)."""
+    return model(input_ids=ids, use_cache=False, **kwargs)[0]
+
+
+def close(a, b):
+    """Whether two outputs of a model are equal except for rounding."""
+    tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.05
+    return torch.allclose(a, b, 0, tolerance * float(a.abs().max()))
+
+
+def exchange(model, config, attention):
+    """Set the attention function of a model or, if it reads more than text, of its text part."""
+    part = next(
+        (name for name in model.config.sub_configs if getattr(model.config, name) is config), None
+    )
+    model.set_attn_implementation({part: attention} if part else attention)
+    if config._attn_implementation != attention:
+        raise InputError("transformers cannot exchange its attention")
+
+
+def set_locality(model, dial):
+    """Turn the dial of a localized model: one number in [0, 1] per layer. It holds from the next
+    forward pass on. Raises InputError for anything else."""
+    config = model.config.get_text_config()
+    n = config.num_hidden_layers
+    if len(dial) != n or not all(0 <= x <= 1 for x in dial):
+        raise InputError(f"set_locality takes {n} numbers in [0, 1], not {list(dial)}")
+    config.locality = [float(x) for x in dial]
+    config.localist["floor"] = max(config.locality)
+
+
+def keep_mask(attention_mask=None, **_):
+    """Leaves it to the forward pass to make masks; `generate` would make those of some caches."""
+    return attention_mask
+
+
+# --------------------------------------------------------------------------------------------------
+# to disk and back
+
+SAVED = {"dial": [float], "partition": str, "max_lookback": int, "anchor": bool}
+
+
+def save_pretrained(model, folder, *args, **kwargs):
+    """save_pretrained of `transformers`, which also writes the dial, the tokenizer and the
+    background. Without this file, `transformers` reads the folder as the model that it was."""
+    type(model).save_pretrained(model, folder, *args, **kwargs)
+    model.localist.tokenizer.save_pretrained(folder)
+    path = Path(folder, "background.json")
+    path.unlink(missing_ok=True)
+    if model.localist.background:
+        write_json(path, model.localist.background)
+
+
+def load(folder, **kwargs):
+    """A localized model from a folder or a repository, with its dial.
+
+    folder: what save_pretrained wrote, of this file or of GPT; kwargs: of from_pretrained. Raises
+    InputError if it does not say how blocks are found.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    config = model.config.get_text_config()
+    path = cached_file(folder, "background.json", _raise_exceptions_for_missing_entries=False)
+    saved = {"dial": getattr(config, "locality", None), **(getattr(config, "localist", None) or {})}
+    saved["background"] = json.loads(Path(path).read_bytes()) if path else None
+    if not fits(saved, SAVED) or not (
+        saved["background"] is None or is_background(saved["background"])
+    ):
+        raise InputError(
+            f"{folder} does not say how its blocks are found; give the model to hub.localize"
+        )
+    names = "partition", "max_lookback", "anchor", "background"
+    model = localize(model, tokenizer, **{name: saved[name] for name in names})
+    model.set_locality(saved["dial"])
+    return model
