@@ -213,7 +213,7 @@ def move_rows(cache, name, rows):
 # the byte that each character of byte-level BPE means; those of BYTES are in order of the tokens
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = dict(zip(BYTES, (bytes([i]) for i in sorted(range(256), key=lambda i: i not in PRINTED))))
-SAMPLE = "The cat's tail (it was late).\n\nNobody came, not 1 of 10."
+SAMPLE = "The cat's tail (at the café).\n\nNobody came, not 1 of 10."
 
 
 def read_vocabulary(tokenizer, size):
@@ -242,7 +242,7 @@ def read_vocabulary(tokenizer, size):
         elif i not in special:
             vocabulary[i] = token.replace("\u2581", " ").encode()
     text = b"".join(vocabulary[i] for i in tokenizer.encode(SAMPLE, add_special_tokens=False))
-    if text.lstrip() != SAMPLE.encode():
+    if text.lstrip() not in (SAMPLE.encode(), SAMPLE.replace("é", "").encode()):  # é: unknown
         raise InputError(
             f"the tokens of this {type(tokenizer).__name__} are not pieces of a text; hub.localize "
             "needs byte-level BPE or SentencePiece"
