@@ -13,10 +13,9 @@ import torch
 
 import eval
 from model import GPT, GPTConfig
-from prepare_data import check_tokenizer, vocabulary_size
 from support import weights
 from support.files import InputError
-from support.published import BYTES
+from support.tokenizers import BYTES, check_tokenizer, vocabulary_size
 
 SHAPE = {"vocab_size": 101, "block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 48}
 
