@@ -170,17 +170,16 @@ def digest(tokens):
 
 
 def read_tokens(file, n):
-    """The first n tokens of a vocabulary file, in the order of their ids, as strings; of another
-    kind of tokenizer, none. Raises InputError, AttributeError, KeyError or TypeError."""
+    """The first n tokens of a vocabulary file, in the order of their ids, as strings; None for an
+    id without a token, as in another kind of tokenizer. Raises InputError, AttributeError, KeyError
+    or TypeError."""
     if file.name == "merges.txt":
         merges = [line.split() for line in read_text(file).splitlines() if line[:8] != "#version"]
         return [*BYTES, *map("".join, merges), "<|endoftext|>"]
-    if file.name == "vocab.json":
-        vocabulary = read_json(file)
-    elif file.name == "tokenizer.json" and read_json(file)["model"].get("type", "BPE") == "BPE":
-        vocabulary = read_json(file)["model"]["vocab"]
-    else:
-        return []
+    vocabulary = read_json(file) if file.suffix == ".json" else {}
+    if file.name == "tokenizer.json":
+        model = vocabulary["model"]
+        vocabulary = model["vocab"] if model.get("type", "BPE") == "BPE" else {}
     tokens = {i: token for token, i in vocabulary.items()}
     return [tokens.get(i) for i in range(n)]
 
@@ -292,8 +291,7 @@ def find_encoding(tokenizer, folder):
         return tokenizer and get_encoding(tokenizer)
     except InputError as e:
         print(
-            f"{folder} is written without a tokenizer; to have one there, export again after this: "
-            f"{e}",
+            f"{folder} will have no tokenizer until you export again: {e}",
             file=sys.stderr,
         )
         return None
