@@ -27,14 +27,6 @@ SHA256 = "a65aba16a7c6dff304d676cc20b67df7659d88725d1dd8e0430792a345403afb"  # o
 BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 VISIBLE = {ord(character) for character in BYTES[:188]}  # bytes that are their own characters
 SPELLING = dict(zip(sorted(range(256), key=lambda byte: byte not in VISIBLE), BYTES))
-# The patterns as Oniguruma reads them, the regular expressions of `tokenizers`: its $ also matches
-# before a newline, and its \w contains other characters than tiktoken's.
-WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{200c}\x{200d}"
-ONIGURUMA = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "sample": rf"'(?:[sdmt]|ll|ve|re)| ?[{WORD}&&[^\p{{Nd}}_]]+| ?\p{{Nd}}+"
-    rf"| ?(?:[^\s{WORD}]|_)+|\s+(?!\S)|\s+",
-}
 
 # --------------------------------------------------------------------------------------------------
 # by name, and by size
@@ -188,27 +180,28 @@ def write_tokenizer(encoding, n_positions, folder):
     """
     tokens, special = spell(encoding), [*encoding.special_tokens_set]
     ids = {token: i for i, token in enumerate(tokens)}
-    # tiktoken merges any two neighbors that are a token together, the first token first
+    # tiktoken merges any two neighbors that make a token, so all such pairs are listed, by the rank
+    # of the token. Of the pairs that make the same token, only one ever occurs in a text.
     splits = ((t[:i], t[i:]) for t in tokens if t not in special for i in range(1, len(t)))
-    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": ids[t], "content": t, **added, "special": True} for t in special]
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    to_bytes |= {"trim_offsets": True}
-    steps = [to_bytes]
-    if pattern := ONIGURUMA.get(encoding.name.partition(":")[0]):
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-        steps = [{**split, "invert": False}, to_bytes]
     merges = [[a, b] for a, b in splits if a in ids and b in ids]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    # ByteLevel spells a text like `spell`; with use_regex, it first splits it like GPT-2
+    spelled = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps = [{**spelled, "use_regex": True}]
+    if encoding.name == "sample":
+        # \w has a few other members there, but none of them is in a token of several bytes
+        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
+        steps = [{**split, "invert": False}, {**spelled, "use_regex": False}]
     tokenizer = {
         "version": "1.0",
-        "added_tokens": added,
+        "added_tokens": [{"id": ids[t], "content": t, **flags, "special": True} for t in special],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": to_bytes,
+        "decoder": {**spelled, "use_regex": False},
         "model": {"type": "BPE", "vocab": ids, "merges": merges},
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": n_positions}
     config |= dict.fromkeys(("bos_token", "eos_token"), special[0]) if special else {}
-    # GPT-2 has no token types: `transformers` would add the embedding of token 0 everywhere
+    # not token_type_ids, whose embeddings would be added to those of the tokens
     config |= {"model_input_names": ["input_ids", "attention_mask"]}
     config |= {"clean_up_tokenization_spaces": False}
     write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False) + "\n")
