@@ -37,16 +37,7 @@ from locality import (
     schedule,
 )
 from model import GPT, attention_weights, clamp_lookback, in_block
-from prepare_data import (
-    TextConfig,
-    check_partition,
-    check_tokenizer,
-    get_encoding,
-    prepare,
-    read_contexts,
-    token_bytes,
-    vocabulary_size,
-)
+from prepare_data import TextConfig, check_partition, prepare, read_contexts
 from report import plots
 from report.blocks import choose_stretch
 from report.stats import paired, resampled_losses
@@ -55,8 +46,9 @@ from support import weights
 from support.files import InputError, check_writable, is_replaceable, run_script, write_json
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
-from support.published import is_export, tokenizer_by_size
+from support.published import exported_tokenizer
 from support.run import find_checkpoint, is_run, read_checkpoint
+from support.tokenizers import get_encoding, token_bytes, tokenizer_by_size, vocabulary_size
 
 # --------------------------------------------------------------------------------------------------
 # a model from disk
@@ -103,15 +95,11 @@ def load_published(name, device, source, plain):
     model = GPT.from_state(state, path, plain=plain)
     size = model.config.vocab_size
     tokenizer = tokenizer_by_size(size)
-    if tokenizer != "gpt2" and not is_export(path, size):
+    if tokenizer not in ("gpt2", exported_tokenizer(path)):
         raise InputError(
             f"{path} has {size:,} tokens and no vocabulary beside it; if it reads GPT-2's tokens, "
             "put GPT-2's vocab.json and merges.txt there"
         )
-    try:
-        check_tokenizer(tokenizer)
-    except InputError:
-        raise InputError(f"{name} has {size} tokens, which fits none of our tokenizers") from None
     get_encoding(tokenizer)
     if tokenizer != "gpt2":
         print(f"{name} has {size} tokens; using the tokenizer {tokenizer}", file=sys.stderr)

@@ -167,6 +167,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.partition = self.background = None  # of the run that it is from; exports keep them
         self.init_weights()
 
     def init_weights(self):
@@ -296,13 +297,13 @@ class GPT(nn.Module):
         shapes = {name: p.shape for name, p in model.state_dict().items()}
         tensors = published.fit(tensors, shapes, model.config.vocab_size, path)
         model.to_empty(device="cpu").load_state_dict(tensors)
+        model.partition, model.background = published.origin_of(state)
         return model
 
     def save_pretrained(self, folder):
-        """Write pytorch_model.bin and config.json, which `transformers` loads as GPT2LMHeadModel.
+        """Write the model and its tokenizer, which `transformers` loads as a plain GPT-2.
 
-        An export does not contain the locality. Raises InputError if it cannot be written.
+        config.json keeps the dial as it is now: see support/published.py. Raises InputError if the
+        export cannot be written.
         """
-        state = self.state_dict()
-        state["wte.weight"] = state["wte.weight"][: self.config.vocab_size]
-        published.publish(state, self.config, folder)
+        published.publish(self, folder)

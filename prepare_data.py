@@ -36,12 +36,13 @@ from locality import (
 )
 from report import blocks
 from report.blocks import block_stats
-from support import bpe, files, prepared, sentences, settings
+from support import files, prepared, sentences, settings
 from support.files import InputError
 from support.prepared import SPLITS
 from support.sentences import END_OF_TEXT
 from support.settings import key
 from support.sources import pieces, slug
+from support.tokenizers import check_tokenizer, get_encoding, token_bytes
 
 STRETCH = 1 << 22  # tokens in memory at a time
 
@@ -83,66 +84,6 @@ class TextConfig:
 
 # --------------------------------------------------------------------------------------------------
 # tokens
-
-
-SIZES = {"gpt2": 50257, "sample": 1001, "bytes": 256}  # tokens of each tokenizer
-
-
-def check_tokenizer(name):
-    """Raises InputError for a name that `get_encoding` does not know."""
-    kind, _, n = name.partition(":")
-    small = kind == "gpt2" and n.isascii() and n.isdigit() and len(n) < 6 and 257 <= int(n) < 50257
-    if name not in SIZES and not (small and int(n) not in SIZES.values()):
-        raise InputError(
-            "tokenizer must be gpt2, gpt2:N with N in 257 ... 50256 (except 1001), sample or "
-            f"bytes, not {json.dumps(name)}"
-        )
-
-
-def vocabulary_size(name):
-    """The number of tokens of a tokenizer, by its name."""
-    return SIZES.get(name) or int(name.partition(":")[2])
-
-
-def get_encoding(name):
-    """A tokenizer as a tiktoken.Encoding.
-
-    tiktoken downloads `gpt2` once. `gpt2:N` has the N - 1 tokens that GPT-2's byte pair encoding
-    learned first, and <|endoftext|>. The others need no download: `sample` has 1,000 tokens learned
-    from data/sample.txt, and <|endoftext|>; `bytes` has 256 tokens.
-    Raises InputError for another name, or if the download fails.
-    """
-    check_tokenizer(name)
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
-    if name == "sample":
-        pattern, first = bpe.PATTERN, bpe.sample_tokens()
-    else:
-        gpt2 = download_gpt2()
-        if name == "gpt2":
-            return gpt2
-        ranks, n = gpt2._mergeable_ranks, vocabulary_size(name) - 1
-        pattern, first = gpt2._pat_str, sorted(ranks, key=ranks.get)[:n]
-    ranks = {token: rank for rank, token in enumerate(first)}
-    special = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def download_gpt2():
-    """GPT-2's tokenizer, from the network or from tiktoken's cache. Raises InputError."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as e:  # requests' errors are OSErrors, a bad hash is a ValueError
-        raise InputError(
-            f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); check the network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer sample or bytes"
-        ) from None
-
-
-def token_bytes(encoding):
-    """The bytes of every token id, a list: what a partitioner reads instead of ids."""
-    return [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
 
 
 def encode(paths, encoding, out):

@@ -24,9 +24,9 @@ from eval import add_model_arguments, load, turn
 from fast.attention import BlockMask
 from locality import Partitioner
 from model import clamp_lookback
-from prepare_data import get_encoding, token_bytes
 from support.files import InputError, run_script
 from support.machine import pick_device
+from support.tokenizers import get_encoding, token_bytes
 
 # --------------------------------------------------------------------------------------------------
 # generation

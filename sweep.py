@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from locality import partition_text
-from prepare_data import TextConfig, get_encoding, prepare, token_bytes, vocabulary_size
+from prepare_data import TextConfig, prepare
 from report.sweep import canonical, read_results, read_runs, write_report
 from support.console import duration
 from support.files import InputError, alone, run_script, write_text, writing
@@ -38,6 +38,7 @@ from support.jobs import at_a_time, run_jobs, take_jobs
 from support.machine import code_version, compiles, pick_device, precision
 from support.run import is_ours
 from support.settings import parse, read_flags, to_toml, usage
+from support.tokenizers import get_encoding, token_bytes, vocabulary_size
 from train import Config, build_model, check_splits, read_config, read_values
 
 ROOT = Path(__file__).resolve().parent

@@ -28,15 +28,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from eval import evaluate, figure
 from locality import SCHEDULES, Partitioner, schedule
 from model import GPT, GPTConfig
-from prepare_data import (
-    TextConfig,
-    describe,
-    get_encoding,
-    prepare,
-    read_contexts,
-    token_bytes,
-    vocabulary_size,
-)
+from prepare_data import TextConfig, describe, prepare, read_contexts
 from report import plots
 from report.blocks import mark_blocks
 from report.page import is_page
@@ -48,6 +40,7 @@ from support.machine import precision
 from support.prepared import SPLITS
 from support.run import Diverged, Run, check_finite, check_resumable, check_same_run, diagnose
 from support.settings import key
+from support.tokenizers import get_encoding, token_bytes, vocabulary_size
 from view import quick_page
 
 

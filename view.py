@@ -26,16 +26,16 @@ from tqdm import tqdm
 
 from eval import add_model_arguments, attention_maps, check_other, entropy_of, fidelity_of, load
 from locality import CHUNK, Partitioner, partition_names, schedule
-from prepare_data import TextConfig, get_encoding, prepare, token_bytes
+from prepare_data import TextConfig, prepare
 from report.blocks import liveliest
 from report.excerpt import Text, cut, draw_foreign, find_words
 from report.page import Page, check_page, fill, page_name, store
-from support.bpe import SAMPLE
 from support.files import InputError, run_script, visible, write_text
 from support.machine import pick_device, provenance
 from support.prepared import SPLITS
 from support.run import is_run
 from support.sources import pieces
+from support.tokenizers import SAMPLE, get_encoding, token_bytes
 
 TOKENS, MOST = 512, 4096  # tokens on a page: the default, the maximum
 LIKELIEST = 10  # next tokens that are shown

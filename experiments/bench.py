@@ -51,13 +51,13 @@ from eval import evaluate
 from fast.attention import blended_attention, block_mask, local_attention, tiled_mask
 from locality import Partitioner, count_background, partition_text, schedule
 from model import GPT, GPTConfig, in_block
-from prepare_data import get_encoding, token_bytes
 from report.tables import aligned, number
 from sample import generate
 from support import machine
 from support.console import flops_per_token
 from support.ddp import Process
 from support.files import InputError, check_writable, run_script, write_json
+from support.tokenizers import get_encoding, token_bytes
 from train import Config, build_optimizers, random_batch
 
 W = 256  # max_lookback of everything that does not name another

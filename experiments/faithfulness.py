@@ -35,7 +35,6 @@ from eval import load
 from experiments import faithful_measure, faithful_report
 from experiments.faithful_measure import contexts_of, measure, starts_of
 from locality import schedule
-from prepare_data import get_encoding, token_bytes
 from report.sweep import read_results
 from report.tables import listed
 from support import files
@@ -44,6 +43,7 @@ from support.jobs import take_jobs
 from support.machine import pick_device, provenance
 from support.run import find_checkpoint
 from support.settings import check, key, nearest, usage
+from support.tokenizers import get_encoding, token_bytes
 from sweep import check_folder, prepare_cell, read_cells, run
 from train import Config, read_values
 

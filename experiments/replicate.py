@@ -26,12 +26,12 @@ from pathlib import Path
 
 import sweep
 from locality import schedule
-from prepare_data import get_encoding
 from support.console import duration
 from support.files import InputError, remove_stale, run_script
 from support.jobs import at_a_time, run_jobs, take_jobs
 from support.machine import compiles, describe_device, pick_device
 from support.settings import read_flags
+from support.tokenizers import get_encoding
 from train import Config
 
 CONFIG = "configs/sweep_gpt2.toml"

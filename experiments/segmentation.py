@@ -33,12 +33,12 @@ import numpy as np
 
 import locality
 from locality import Partitioner, count_background, partition_text
-from prepare_data import get_encoding, token_bytes
 from report.blocks import block_moves
 from report.plots import COLORS, bare, check_suffix, pyplot, save_figure
 from report.tables import aligned
 from support.files import InputError, check_writable, run_script, write_json
 from support.sentences import END_OF_TEXT, WordIds, first_bytes
+from support.tokenizers import get_encoding, token_bytes
 
 PIECES = 10  # of a document
 SETS = {"3-11": (3, 11), "3-5": (3, 5), "6-8": (6, 8), "9-11": (9, 11)}  # sentences of a piece

@@ -3,6 +3,7 @@
 The tensors of a checkpoint of train.py pass through here, too.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,7 +14,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from support.files import InputError, write_json, writing
+from support.files import InputError, filling, fits, remove_stale, write_json, write_text, writing
+from support.prepared import is_identity
+from support.tokenizers import (
+    BYTES,
+    check_tokenizer,
+    get_encoding,
+    spell,
+    tokenizer_by_size,
+    vocabulary_size,
+    write_tokenizer,
+)
 from support.weights import read_json, read_text, save
 
 # the tensors of a layer of GPT-2
@@ -22,11 +33,11 @@ LAYER = [f"{part}.{kind}" for part in PARTS for kind in ("weight", "bias")]
 # published weights store these as (in, out); nn.Linear wants (out, in)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "vocab.txt", "spiece.model")
-# GPT-2's tokens as vocab.json writes them, with a character for every byte: single bytes, in this
-# order, what its merges make, and the end of a text. The sha256 is that of their list as JSON.
-BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+# the sha256 of GPT-2's tokens, as `spell` writes them, in a JSON list
 GPT2_TOKENS = "ae640db5fc48332d32101df91998abf45c421979a55c96d0df9f812b7d32d806"
-EXPORTED = "localist-gpt: tokenizer "  # so begins the tokenizer_class of an export
+# what an export consists of
+EXPORT = ("pytorch_model.bin", "tokenizer.json", "tokenizer_config.json", "background.json")
+EXPORT += ("config.json",)
 
 # --------------------------------------------------------------------------------------------------
 # the GPT-2 in a file
@@ -124,53 +135,64 @@ def read_n_head(path, n_layer, n_embd):
 
 
 def read_vocabulary(path, n_rows):
-    """The number of tokens of published weights with n_rows embeddings: GPT-2's 50257 if its
-    vocabulary is beside the file `path`, as any further rows are padding or special tokens; n_rows
-    if no vocabulary is there. Raises InputError if there is another one, whose ids mean other
-    tokens."""
+    """The number of tokens of published weights with n_rows embeddings: that of the vocabulary
+    beside the file `path`, as any further rows are padding or special tokens; n_rows if no
+    vocabulary is there. Raises InputError unless it is GPT-2's, or, beside an export, that of its
+    tokenizer: its ids would mean other tokens."""
     beside = [file for name in VOCABULARIES if (file := Path(path).with_name(name)).exists()]
+    if not beside:
+        return n_rows
+    tokenizer = exported_tokenizer(path) or "gpt2"
+    size, expected = vocabulary_size(tokenizer), GPT2_TOKENS
+    if tokenizer != "gpt2":
+        expected = digest(spell(get_encoding(tokenizer)))
+    title = "GPT-2" if tokenizer == "gpt2" else f"the tokenizer {tokenizer}"
     for file in beside:
         try:
-            tokens = json.dumps(read_tokens(file)).encode()
+            tokens = read_tokens(file, size)
         except (AttributeError, KeyError, TypeError):
-            tokens = b""
-        if hashlib.sha256(tokens).hexdigest() != GPT2_TOKENS:
+            tokens = []
+        if digest(tokens) != expected:
             raise InputError(
-                f"{file} is not GPT-2's vocabulary; models with other vocabularies cannot be used"
+                f"{file} is not the vocabulary of {title}; models with other vocabularies cannot "
+                "be used"
             )
-    if beside and n_rows < 50257:
-        raise InputError(f"{path} has {n_rows:,} tokens, but GPT-2's vocabulary beside it 50,257")
-    if beside and n_rows > 50257:
-        print(f"{path} has {n_rows:,} tokens; using the 50,257 of GPT-2", file=sys.stderr)
-    return 50257 if beside else n_rows
+    if n_rows < size:
+        raise InputError(f"{path} has {n_rows:,} tokens, but the vocabulary beside it {size:,}")
+    if n_rows > size:
+        print(f"{path} has {n_rows:,} tokens; using the {size:,} of {title}", file=sys.stderr)
+    return size
 
 
-def read_tokens(file):
-    """The first 50257 tokens of a vocabulary file, in the order of their ids, as strings; of
-    another kind of tokenizer, none. Raises InputError, AttributeError, KeyError or TypeError."""
+def digest(tokens):
+    """sha256 of a list of strings: hex digits."""
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def read_tokens(file, n):
+    """The first n tokens of a vocabulary file, in the order of their ids, as strings; None for an
+    id without a token, as in another kind of tokenizer. Raises InputError, AttributeError, KeyError
+    or TypeError."""
     if file.name == "merges.txt":
         merges = [line.split() for line in read_text(file).splitlines() if line[:8] != "#version"]
         return [*BYTES, *map("".join, merges), "<|endoftext|>"]
-    if file.name == "vocab.json":
-        vocabulary = read_json(file)
-    elif file.name == "tokenizer.json" and read_json(file)["model"].get("type", "BPE") == "BPE":
-        vocabulary = read_json(file)["model"]["vocab"]
-    else:
-        return []
+    vocabulary = read_json(file) if file.suffix == ".json" else {}
+    if file.name == "tokenizer.json":
+        model = vocabulary["model"]
+        vocabulary = model["vocab"] if model.get("type", "BPE") == "BPE" else {}
     tokens = {i: token for token, i in vocabulary.items()}
-    return [tokens.get(i) for i in range(50257)]
+    return [tokens.get(i) for i in range(n)]
 
 
-def tokenizer_by_size(vocab_size):
-    """The name of our tokenizer with so many tokens."""
-    return {50257: "gpt2", 1001: "sample", 256: "bytes"}.get(vocab_size, f"gpt2:{vocab_size}")
-
-
-def is_export(path, vocab_size):
-    """Whether the config.json beside the file `path` says that this project wrote the weights, and
-    with so many tokens."""
+def exported_tokenizer(path):
+    """The name of our tokenizer whose ids the weights in the file `path` read, according to the
+    config.json beside it; "" if this is not an export, or one without a tokenizer of ours."""
     config = read_json(Path(path).with_name("config.json"))
-    return config.get("tokenizer_class") == EXPORTED + tokenizer_by_size(vocab_size)
+    if fits(config, {"localist": {"tokenizer": str}}):
+        with contextlib.suppress(InputError):
+            check_tokenizer(config["localist"]["tokenizer"])
+            return config["localist"]["tokenizer"]
+    return ""
 
 
 def fit(tensors, shapes, vocab_size, path):
@@ -200,36 +222,98 @@ def fit(tensors, shapes, vocab_size, path):
 # the export
 
 
-def publish(state, config, folder):
-    """Write pytorch_model.bin and config.json, the published format, to `folder`, or raise
-    InputError. state: the tensors of the model by name, without padding; config: its GPTConfig.
+def origin_of(state):
+    """The partition and the background of the run that saved a checkpoint, the content of a file;
+    of anything else, (None, None)."""
+    if fits(state, {"config": {"partition": str}, "text": dict}) and is_identity(state["text"]):
+        return state["config"]["partition"], state["text"]["background"]
+    return None, None
+
+
+def publish(model, folder):
+    """Write a GPT to `folder` in the published format, whole or not at all. Raises InputError.
+
+    pytorch_model.bin, config.json: the weights and the shape, with the dial in the keys "locality",
+    lambda of every layer, and "localist", the rest of what localizes the attention.
+    tokenizer.json, tokenizer_config.json: the tokenizer. It is left out if the size of the
+    vocabulary is that of none of ours, or, with a message, if it cannot be downloaded.
+    background.json: the background of the partition, if the model is from a run and has one.
 
     The folder must be new or empty or contain an earlier export: other weights there, or another
     vocabulary, would be read instead of these, or with them.
     """
-    folder, tensors = Path(folder), {}
+    folder, config = Path(folder), model.config
+    check_folder(folder)
+    tokenizer = tokenizer_by_size(config.vocab_size)
+    encoding = find_encoding(tokenizer, folder)
+    about = shape_of(config, tokenizer) | {"locality": model.locality}
+    about["localist"] = {
+        "tokenizer": tokenizer,
+        "partition": model.partition,
+        "max_lookback": config.max_lookback,
+        "anchor": config.anchor,
+        "floor": max(model.locality),
+    }
+    if not encoding:  # no class of transformers: AutoTokenizer would make up one without tokens
+        about["tokenizer_class"] = "localist-gpt: this export has no tokenizer"
+    remove_stale(folder, ".preparing-{}")
+    with filling(folder, last="config.json") as work:
+        save(published_tensors(model), work / "pytorch_model.bin")
+        if encoding:
+            write_tokenizer(encoding, config.block_size, work)
+        if model.background:
+            write_text(work / "background.json", json.dumps(model.background) + "\n")
+        write_json(work / "config.json", about)
+        for name in EXPORT:  # of an earlier export
+            if not (work / name).exists():
+                (folder / name).unlink(missing_ok=True)
+
+
+def check_folder(folder):
+    """Create the folder of an export. Raises InputError if it contains anything but an earlier
+    one."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        names = {p.name for p in folder.iterdir() if p.suffix != ".tmp" and p.name[0] != "."}
-    if str(read_json(folder / "config.json").get("tokenizer_class")).startswith(EXPORTED):
-        names -= {"pytorch_model.bin", "config.json"}
+        names = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    if "localist" in read_json(folder / "config.json"):
+        names -= {*EXPORT}
     if names:
         raise InputError(
             f"{folder} contains files that are not of an earlier export ({min(names)}); export to "
             "an empty folder"
         )
-    for name, v in state.items():
+
+
+def find_encoding(tokenizer, folder):
+    """The tokenizer to export to a folder, by its name; None, with a message, if it cannot be
+    downloaded or learned, or if the name is None."""
+    try:
+        return tokenizer and get_encoding(tokenizer)
+    except InputError as e:
+        print(
+            f"{folder} will have no tokenizer until you export again: {e}",
+            file=sys.stderr,
+        )
+        return None
+
+
+def published_tensors(model):
+    """The tensors of a GPT by their published names and in their shapes, on the CPU: a dict."""
+    tensors = {}
+    for name, v in model.state_dict().items():
+        v = v[: model.config.vocab_size] if name == "wte.weight" else v
         v = v.t() if name.endswith(TRANSPOSED) else v
         tensors[f"transformer.{name}"] = v.detach().cpu().contiguous()
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    save(tensors, folder / "pytorch_model.bin")
+    return {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]}
+
+
+def shape_of(config, tokenizer):
+    """What `transformers` has to know about a GPT: keys of its GPT2Config, a dict."""
     shape = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     shape |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
     shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    shape |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
+    end_of_text = None if tokenizer in ("bytes", None) else config.vocab_size - 1
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text)
     shape |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     shape |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-    shape |= {"initializer_range": 0.02, "tie_word_embeddings": True}
-    # no class of transformers: otherwise AutoTokenizer would make up a tokenizer without tokens
-    shape |= {"tokenizer_class": EXPORTED + tokenizer_by_size(config.vocab_size)}
-    write_json(folder / "config.json", shape)
+    return shape | {"initializer_range": 0.02, "tie_word_embeddings": True}

@@ -24,10 +24,10 @@ import torch  # noqa: E402
 
 import sample  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from prepare_data import get_encoding  # noqa: E402
 from support import files  # noqa: E402
 from support.files import InputError  # noqa: E402
 from support.prepared import read_meta  # noqa: E402
+from support.tokenizers import get_encoding  # noqa: E402
 
 
 def pytest_collection_finish():

@@ -81,6 +81,22 @@ def test_eval_measures_a_run_on_another_text(place, measure):
             assert results["loss"] > expected["loss"] + 0.3
 
 
+def test_an_export_of_a_run_keeps_its_blocks_and_the_dial(place, tmp_path):
+    run, folder = place / "runs" / "tiny", tmp_path / "exported"
+    trained, config, trained_on = load(run)
+    blocks = {name: config[name] for name in ("tokenizer", "partition", "max_lookback", "anchor")}
+    for model in (GPT.from_pretrained(run), trained):
+        model.save_pretrained(folder)
+        exported = json.loads((folder / "config.json").read_text())
+        assert exported["locality"] == model.locality
+        assert exported["localist"] == {**blocks, "floor": max(model.locality)}
+        background = json.loads((folder / "background.json").read_text())
+        assert background == trained_on["background"] and background["counts"]
+    assert max(trained.locality) == config["floor"]
+    GPT.from_pretrained(folder).save_pretrained(folder)  # published weights have no partition
+    assert not (folder / "background.json").exists()
+
+
 def test_a_dial_sweep_goes_through_every_schedule(place, measure):
     few = "runs/tiny", "--contexts", 2
     results, printed, _ = measure(*few, "--dial-sweep", "--figure", "d.png")

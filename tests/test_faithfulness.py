@@ -16,10 +16,10 @@ from experiments import faithful_report as fr
 from experiments import faithfulness
 from locality import Partitioner, schedule
 from model import GPT, GPTConfig
-from prepare_data import get_encoding, token_bytes
 from report.stats import bootstrap_weights, holm, paired
 from support.files import InputError, run_script
 from support.settings import to_toml
+from support.tokenizers import get_encoding, token_bytes
 from sweep import prepare_cell
 from train import Config
 

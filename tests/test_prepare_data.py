@@ -5,10 +5,8 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,12 +21,13 @@ from conftest import ROOT, flags, script_here
 from fast import evidence
 from forks import started
 from locality import Partitioner, partition_text
-from prepare_data import TextConfig, default_folder, encode, get_encoding, prepare, token_bytes
+from prepare_data import TextConfig, default_folder, encode, prepare
 from report import blocks
-from support import bpe, files, sentences, sources
+from support import files, sentences, sources
 from support.files import InputError
 from support.prepared import SPLITS, Prepared, read_meta
 from support.sources import pieces
+from support.tokenizers import get_encoding, token_bytes
 
 PARTITIONS = ["semantic", "semantic:closed", "sentence", "window:20", "block:20", "shifted:200"]
 TEXT = (ROOT / "data" / "sample.txt").read_text(encoding="utf-8")
@@ -580,53 +579,3 @@ def test_processes_that_prepare_the_same_data_at_the_same_moment_all_succeed():
     assert not any("rebuilding" in text for text in outputs)
     assert any("waiting for another process" in text for text in outputs)
     assert len(os.listdir("out7")) == 7
-
-
-# --------------------------------------------------------------------------------------------------
-# the tokenizer that is learned from the sample
-
-
-def most_frequent_pairs(text, n):
-    """The definition of `learn`: count all pairs again for every new token."""
-    words = [[bytes([b]) for b in word.encode()] for word in re.findall(bpe.PATTERN, text)]
-    tokens = [bytes([b]) for b in range(256)]
-    while len(tokens) < n:
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
-        pair = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        tokens.append(b"".join(pair))
-        words = [bpe.merge(word, pair) for word in words]
-    return tokens
-
-
-@pytest.mark.parametrize(
-    "text", [TEXT[:6000], "aaaaaaa aaa baaab abab " * 9, "né né né\n\nnéné 12"]
-)
-def test_a_byte_pair_encoding_merges_the_most_frequent_pair(text):
-    n = 260 if len(text) < 100 else 300 if len(text) > 1000 else 268
-    tokens = bpe.learn(text, n)
-    assert tokens == most_frequent_pairs(text, n) and len(set(tokens)) == n
-    assert bpe.merge([b"a", b"a", b"a", b"b"], (b"a", b"a")) == [b"aa", b"a", b"b"]
-
-
-def test_the_sample_tokenizer_needs_no_network_and_no_text_that_is_held_out(monkeypatch):
-    monkeypatch.setattr(prepare_data, "download_gpt2", None)
-    encoding, sample = get_encoding("sample"), bpe.SAMPLE.read_text(encoding="utf-8")
-    assert encoding.n_vocab == prepare_data.vocabulary_size("sample")
-    tokens = encoding.encode_ordinary(sample)
-    assert encoding.decode(tokens) == sample and 2.7 < len(sample) / len(tokens) < 3
-    for text in ("", "naïve 語🧠\r\n\t  x_y's 3.14", "\x00\ufeff a"):
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
-    share = TextConfig().val  # of the validation split, and of the test split
-    n_bytes = len(sample[: bpe.N_CHARACTERS].encode())
-    assert n_bytes < len(sample.encode()) * (1 - 2 * share)
-
-
-def test_a_sample_that_was_changed_has_no_tokenizer(monkeypatch, tmp_path):
-    changed = tmp_path / "sample.txt"
-    changed.write_bytes(bpe.SAMPLE.read_bytes().replace(b"the", b"teh"))
-    monkeypatch.setattr(bpe, "SAMPLE", changed)
-    bpe.sample_tokens.cache_clear()
-    for _ in ("changed", "missing"):
-        with pytest.raises(InputError, match="sample.txt is missing or was changed"):
-            get_encoding("sample")
-        changed.unlink(missing_ok=True)

@@ -13,10 +13,10 @@ from conftest import ROOT, prepared_folder
 from forks import started
 from locality import Partitioner, partition_text, schedule
 from model import GPT, GPTConfig
-from prepare_data import get_encoding, token_bytes
 from sample import KVCache, generate, sample_token, write
 from support.files import InputError
 from support.prepared import Prepared
+from support.tokenizers import get_encoding, token_bytes
 
 VOCABULARY = [b"ab. "[i % 4 : i % 4 + 1] for i in range(101)]
 

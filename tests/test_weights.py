@@ -13,10 +13,9 @@ import torch
 
 import eval
 from model import GPT, GPTConfig
-from prepare_data import check_tokenizer, vocabulary_size
-from support import weights
+from support import tokenizers, weights
 from support.files import InputError
-from support.published import BYTES
+from support.tokenizers import check_tokenizer, get_encoding, spell, vocabulary_size
 
 SHAPE = {"vocab_size": 101, "block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 48}
 
@@ -356,12 +355,9 @@ def test_a_config_json_that_is_none_is_named(tmp_path, content):
 @pytest.fixture
 def vocabularies(gpt2_tokenizer):
     """{name of a file: its content, GPT-2's}; in tests, a part of a merge may be of any length."""
-    ranks = gpt2_tokenizer._mergeable_ranks
-    single = [bytes for bytes in sorted(ranks, key=ranks.get) if len(bytes) == 1]
-    characters = {byte[0]: character for byte, character in zip(single, BYTES)}
-    tokens = ["".join(map(characters.get, token)) for token in sorted(ranks, key=ranks.get)]
-    merges = [f"{token[0]} {token[1:]}" for token in tokens[256:]]
-    ids = {token: i for i, token in enumerate([*tokens, "<|endoftext|>", "<pad>"])}
+    tokens = spell(gpt2_tokenizer)
+    merges = [f"{token[0]} {token[1:]}" for token in tokens[256:-1]]
+    ids = {token: i for i, token in enumerate([*tokens, "<pad>"])}
     tokenizer = {"model": {"type": "BPE", "vocab": ids, "merges": merges}}
     return {
         "vocab.json": json.dumps(ids, ensure_ascii=False),
@@ -371,6 +367,7 @@ def vocabularies(gpt2_tokenizer):
 
 
 WIDE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8}
+SHALLOW = {**WIDE, "block_size": 32}
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
@@ -402,6 +399,7 @@ ODD = ['{"a": [1]}', '{"model": 3}', "[1]", "", "{", '{"model": {"vocab": {"a": 
 @pytest.mark.parametrize("name", ANOTHER)
 def test_another_vocabulary_of_the_same_size_is_refused(tmp_path, vocabularies, name):
     published(tmp_path, vocab_size=50257, **WIDE)
+    (tmp_path / "tokenizer.json").unlink()
     text = vocabularies.get(name, "")
     for content in (ANOTHER[name](text), *ODD):
         assert content != text or not text
@@ -416,22 +414,31 @@ def test_weights_without_a_vocabulary_are_read_only_if_their_tokenizer_is_known(
 ):
     published(tmp_path, vocab_size=300, **WIDE)
     assert eval.load(tmp_path)[1]["tokenizer"] == "gpt2:300"  # an export
-    (tmp_path / "vocab.json").write_text(vocabularies["vocab.json"], encoding="utf-8")
-    with pytest.raises(InputError, match="300 tokens, but GPT-2's vocabulary beside it 50,257"):
-        eval.load(tmp_path)
-    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "tokenizer.json").unlink()
+    assert eval.load(tmp_path)[1]["tokenizer"] == "gpt2:300"
     config = json.loads((tmp_path / "config.json").read_text())
-    for other in ("GPT2Tokenizer", "localist-gpt: tokenizer gpt2:299", None, 3):
-        (tmp_path / "config.json").write_text(json.dumps({**config, "tokenizer_class": other}))
+    for other in ({"tokenizer": "gpt2:299"}, {"tokenizer": "a"}, {"tokenizer": None}, {}, None, 3):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "localist": other}))
         with pytest.raises(InputError, match="300 tokens and no vocabulary beside it"):
             eval.load(tmp_path)
         assert GPT.from_pretrained(tmp_path).config.vocab_size == 300
+    (tmp_path / "vocab.json").write_text(vocabularies["vocab.json"], encoding="utf-8")
+    with pytest.raises(InputError, match="300 tokens, but the vocabulary beside it 50,257"):
+        eval.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sample", "bytes", "gpt2:257"])
 def test_an_export_is_read_with_the_tokenizer_of_the_run(tmp_path, gpt2_tokenizer, name):
     published(tmp_path, vocab_size=vocabulary_size(name), **WIDE)
     assert eval.load(tmp_path)[1]["tokenizer"] == name
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    path.write_text(json.dumps(tokenizer))
+    for load in (eval.load, GPT.from_pretrained):
+        with pytest.raises(InputError, match=f"json is not the vocabulary of .*{name};"):
+            load(tmp_path)
     n = vocabulary_size("sample")  # one size, one tokenizer
     with pytest.raises(InputError, match=f"except {n}"):
         check_tokenizer(f"gpt2:{n}")
@@ -468,11 +475,82 @@ def test_an_export_does_not_replace_the_weights_of_others(tmp_path):
         GPT(GPTConfig(**SHAPE)).save_pretrained(tmp_path / "pytorch_model.bin")
 
 
-def test_transformers_finds_no_tokenizer_in_an_export(tmp_path):
+def files_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_an_export_leaves_nothing_of_an_earlier_one(tmp_path, file_size):
+    model = GPT(GPTConfig(256, **WIDE))
+    model.partition, model.background = "semantic", {"total": 9, "words": [1, 7], "counts": [4, 5]}
+    model.save_pretrained(tmp_path)
+    names = {"config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"}
+    assert files_in(tmp_path) == {*names, "background.json"}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert json.loads(before["background.json"]) == model.background
+    file_size(20000)
+    with pytest.raises(InputError, match="could not be written"):
+        GPT(GPTConfig(101, **{**WIDE, "n_embd": 64})).save_pretrained(tmp_path)
+    file_size(None)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    GPT(GPTConfig(1001, **WIDE)).save_pretrained(tmp_path)
+    assert files_in(tmp_path) == names and eval.load(tmp_path)[1]["tokenizer"] == "sample"
+    GPT(GPTConfig(101, **WIDE)).save_pretrained(tmp_path)
+    assert files_in(tmp_path) == {"config.json", "pytorch_model.bin"}
+
+
+def test_an_export_keeps_the_dial(tmp_path):
+    model = GPT(GPTConfig(256, **WIDE, max_lookback=7, anchor=True))
+    blocks = {"partition": None, "max_lookback": 7, "anchor": True}
+    for x in (0, 0.25, 1):
+        model.set_locality([x])
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["locality"] == [x]
+        assert config["localist"] == {"tokenizer": "bytes", **blocks, "floor": x}
+        assert GPT.from_pretrained(tmp_path).locality == [0]
+
+
+@pytest.mark.parametrize("size", [101, 50257])
+def test_transformers_finds_no_tokenizer_in_an_export_without_one(
+    tmp_path, monkeypatch, capsys, size
+):
     transformers = pytest.importorskip("transformers")
-    GPT(GPTConfig(50257, **WIDE)).save_pretrained(tmp_path)
+
+    def unreachable(name):
+        raise ConnectionError
+
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", unreachable)
+    GPT(GPTConfig(size, **WIDE)).save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config.vocab_size == size
     with pytest.raises((ValueError, AttributeError)):  # rather than one that has no tokens
         transformers.AutoTokenizer.from_pretrained(tmp_path)
+    error = capsys.readouterr().err
+    assert ("no tokenizer until you export again: the gpt2" in error) == (size == 50257)
+    assert error.count("\n") == (size == 50257)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2:300", "sample", "bytes"])
+def test_transformers_reads_a_text_with_an_export_and_its_tokenizer(tmp_path, request, name):
+    transformers = pytest.importorskip("transformers")
+    if name.startswith("gpt2"):
+        request.getfixturevalue("gpt2_tokenizer")
+    model = GPT(GPTConfig(vocabulary_size(name), **SHALLOW)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(theirs) is transformers.GPT2LMHeadModel
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    ids = torch.tensor([get_encoding(name).encode("It's a text.")])
+    with torch.no_grad():
+        logits = theirs(**tokenizer("It's a text.", return_tensors="pt")).logits
+        expected = model(ids)[0]
+        assert torch.allclose(logits, expected, atol=1e-5)
+    # a token more, in a row more
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    theirs.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    again, config, _ = eval.load(tmp_path / "theirs")
+    assert torch.equal(again(ids)[0], expected) and config["tokenizer"] == name
 
 
 def test_the_export_says_what_the_model_is(tmp_path):
