@@ -21,7 +21,6 @@ import copy
 import inspect
 import json
 import math
-import re
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +35,10 @@ from transformers.utils import cached_file
 import locality
 from fast.attention import BlockMask, blended_attention
 from model import attention_weights
+from prepare_data import check_partition
 from support.files import InputError, fits, write_json
 from support.prepared import is_background
-from support.sentences import END_OF_TEXT
-from support.published import BYTES
+from support.tokenizers import read_vocabulary
 
 # --------------------------------------------------------------------------------------------------
 # attention
@@ -210,46 +209,6 @@ def move_rows(cache, name, rows):
     cache.texts = cache.texts[old.repeat_interleave(rows) if isinstance(rows, int) else rows.cpu()]
 
 
-# the byte that each character of byte-level BPE means; those of BYTES are in order of the tokens
-PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = dict(zip(BYTES, (bytes([i]) for i in sorted(range(256), key=lambda i: i not in PRINTED))))
-SAMPLE = "The cat's tail (at the café).\n\nNobody came, not 1 of 10."
-
-
-def read_vocabulary(tokenizer, size):
-    """The bytes of the tokens of a tokenizer of `transformers`: a list of at least `size`.
-
-    They are known for byte-level BPE (GPT-2, Llama 3, Qwen) and for SentencePiece (Llama 2,
-    Mistral, Gemma). Special tokens are not text, but <|endoftext|> ends a document, and so does the
-    eos_token, unless the chat template uses it: then it ends a turn. Raises InputError for
-    tokenizers of another kind.
-    """
-    ids, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
-    eos, template = tokenizer.eos_token, str(getattr(tokenizer, "chat_template", None))
-    in_chats = eos is not None and ("eos_token" in template or eos in template)
-    byte_level = "\u0120" in ids and "\u2581" not in ids  # how the two kinds write a space
-    vocabulary = [b""] * max(size, 1 + max(ids.values()))
-    for token, i in ids.items():
-        if token == "<|endoftext|>" or token == eos and not in_chats:
-            vocabulary[i] = END_OF_TEXT
-        elif i in added and i not in special:
-            vocabulary[i] = token.encode()
-        elif i not in special and byte_level:
-            vocabulary[i] = b"".join(BYTE_OF.get(char, b"?") for char in token)
-        elif i not in special and re.fullmatch("<0x[0-9A-F]{2}>", token):
-            vocabulary[i] = bytes.fromhex(token[3:5])
-        elif i not in special:
-            vocabulary[i] = token.replace("\u2581", " ").encode()
-    text = b"".join(vocabulary[i] for i in tokenizer.encode(SAMPLE, add_special_tokens=False))
-    if text.lstrip() not in (SAMPLE.encode(), SAMPLE.replace("é", "").encode()):  # é: unknown
-        raise InputError(
-            f"the tokens of this {type(tokenizer).__name__} are not pieces of a text; hub.localize "
-            "needs byte-level BPE or SentencePiece"
-        )
-    return vocabulary
-
-
 # --------------------------------------------------------------------------------------------------
 # the dial
 
@@ -275,6 +234,7 @@ def localize(
         raise InputError(f"{type(model).__name__} is not a decoder of transformers")
     config = model.config.get_text_config()
     dial = locality.schedule(schedule, config.num_hidden_layers, floor)
+    check_partition(partition, max_lookback)
     blocks = Blocks(model, tokenizer, partition, max_lookback, anchor, background)
     if hasattr(model, "localist"):
         for hook in model.localist.hooks:
@@ -347,10 +307,8 @@ def close(a, b):
 
 def exchange(model, config, attention):
     """Set the attention function of a model or, if it reads more than text, of its text part."""
-    part = next(
-        (name for name in model.config.sub_configs if getattr(model.config, name) is config), None
-    )
-    model.set_attn_implementation({part: attention} if part else attention)
+    parts = {"text_config": attention}
+    model.set_attn_implementation(attention if config is model.config else parts)
     if config._attn_implementation != attention:
         raise InputError("transformers cannot exchange its attention")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import tiktoken
 
 from support.files import InputError, read_text, write_json, write_text
+from support.sentences import END_OF_TEXT
 
 SIZES = {"gpt2": 50257, "sample": 1001, "bytes": 256}  # tokens of each tokenizer
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.txt"
@@ -27,6 +28,9 @@ SHA256 = "a65aba16a7c6dff304d676cc20b67df7659d88725d1dd8e0430792a345403afb"  # o
 BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 VISIBLE = {ord(character) for character in BYTES[:188]}  # bytes that are their own characters
 SPELLING = dict(zip(sorted(range(256), key=lambda byte: byte not in VISIBLE), BYTES))
+BYTE_OF = {character: bytes([byte]) for byte, character in SPELLING.items()}
+# a text to try a tokenizer on
+TRIAL = "The cat's tail (at the café).\n\nNobody came, not 1 of 10."
 
 # --------------------------------------------------------------------------------------------------
 # by name, and by size
@@ -206,3 +210,37 @@ def write_tokenizer(encoding, n_positions, folder):
     config |= {"clean_up_tokenization_spaces": False}
     write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False) + "\n")
     write_json(folder / "tokenizer_config.json", config)
+
+
+def read_vocabulary(tokenizer, size):
+    """The bytes of the tokens of a tokenizer of `transformers`: a list of at least `size`.
+
+    They are known for byte-level BPE (GPT-2, Llama 3, Qwen) and for SentencePiece (Llama 2,
+    Mistral, Gemma). Special tokens are not text, but <|endoftext|> ends a document, and so does the
+    eos_token, unless the chat template uses it: then it ends a turn. Raises InputError for
+    tokenizers of another kind.
+    """
+    ids, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
+    eos, template = tokenizer.eos_token, str(getattr(tokenizer, "chat_template", None))
+    in_chats = eos is not None and ("eos_token" in template or eos in template)
+    byte_level = "\u0120" in ids and "\u2581" not in ids  # how the two kinds write a space
+    vocabulary = [b""] * max(size, 1 + max(ids.values()))
+    for token, i in ids.items():
+        if token == "<|endoftext|>" or token == eos and not in_chats:
+            vocabulary[i] = END_OF_TEXT
+        elif i in added and i not in special:
+            vocabulary[i] = token.encode()
+        elif i not in special and byte_level:
+            vocabulary[i] = b"".join(BYTE_OF.get(char, b"?") for char in token)
+        elif i not in special and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            vocabulary[i] = bytes.fromhex(token[3:5])
+        elif i not in special:
+            vocabulary[i] = token.replace("\u2581", " ").encode()
+    text = b"".join(vocabulary[i] for i in tokenizer.encode(TRIAL, add_special_tokens=False))
+    if text.lstrip() not in (TRIAL.encode(), TRIAL.replace("é", "").encode()):  # é: unknown
+        raise InputError(
+            f"the tokens of this {type(tokenizer).__name__} are not pieces of a text; hub.localize "
+            "needs byte-level BPE or SentencePiece"
+        )
+    return vocabulary

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from conftest import ROOT
-from locality import SCHEDULES, Partitioner, count_background, partition_text, schedule
+from locality import SCHEDULES, count_background, partition_text, schedule
 from model import GPT, GPTConfig, attention_weights, in_block
 from support.files import InputError
 from support.sentences import END_OF_TEXT
-from support.tokenizers import get_encoding, token_bytes
+from support.tokenizers import get_encoding, read_vocabulary, token_bytes
 
 tf = pytest.importorskip("transformers")
 tf.logging.set_verbosity_error()
@@ -90,7 +90,7 @@ def model(request):
 
 def lookback_of(ids, tokenizer, partition, *rules):
     """What prepare_data.py would find, (1, n) int64."""
-    vocabulary = hub.read_vocabulary(tokenizer, 400)
+    vocabulary = read_vocabulary(tokenizer, 400)
     back = partition_text(ids[0].numpy(), vocabulary, partition, *rules)
     return torch.from_numpy(back.astype(np.int64))[None]
 
@@ -98,7 +98,7 @@ def lookback_of(ids, tokenizer, partition, *rules):
 # ---- the attention
 
 
-@pytest.mark.parametrize("partition", ["window:16", "semantic", "block:32"])
+@pytest.mark.parametrize("partition", ["window:16", "semantic", "block:20"])
 @pytest.mark.parametrize("anchor", [False, True])
 def test_an_export_through_the_hub_equals_model_py_at_every_dial(tmp_path, partition, anchor):
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_an_export_through_the_hub_equals_model_py_at_every_dial(tmp_path, parti
             hub.localize(theirs, tokenizer, name, floor, **rules)
             expected, actual = ours(ids, lookback)[0], theirs(ids).logits
             assert close(actual, expected)
-            assert all(not torch.allclose(actual, other, atol=0.01) for other in seen)
+            assert not any(close(actual, other, 1e-4) for other in seen)
             seen += [actual] if name != "distributed" else []
 
 
@@ -198,27 +198,26 @@ def test_gradients_flow_with_checkpoints_and_without(model, tokenizer, ids):
 # ---- generation
 
 
-def grow(model, ids, n=30, **options):
+def grow(model, ids, n=20, **options):
     mask = torch.ones_like(ids) if "attention_mask" not in options else None
     options = {"attention_mask": mask, "do_sample": False, **options}
     return model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)[:, ids.size(1) :]
 
 
-GENERATIONS = {
-    "greedy": {},
-    "sampling": {"do_sample": True},
-    "beams": {"num_beams": 3},
-    "static": {"cache_implementation": "static"},
-    "chunked": {"prefill_chunk_size": 32},
-}
-
-
-@pytest.mark.parametrize("kind", GENERATIONS)
-@pytest.mark.parametrize("partition", ["semantic:closed", "window:6"])
-def test_generates_the_same_with_a_cache_and_without(model, tokenizer, ids, partition, kind):
-    hub.localize(model, tokenizer, partition=partition, max_lookback=40)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 32},
+    ],
+    ids=str,
+)
+def test_generates_the_same_with_a_cache_and_without(model, tokenizer, ids, options):
+    hub.localize(model, tokenizer, partition="semantic:closed", max_lookback=40)
     model.set_locality(DIAL)
-    options = GENERATIONS[kind]
     torch.manual_seed(1)
     cached = grow(model, ids[:, :90], **options)
     without = {k: v for k, v in options.items() if k in ("do_sample", "num_beams")}
@@ -236,7 +235,7 @@ def test_texts_of_a_batch_do_not_depend_on_padding(model, tokenizer, ids):
     rest = torch.zeros(1, 60, dtype=torch.int64), torch.ones_like(short)
     left = torch.cat((ids[:, :150], torch.cat((pad, short), 1)))
     left_mask = torch.cat((torch.ones(1, 150), torch.cat(rest, 1))).long()
-    for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+    for options in ({"num_beams": 2}, {"cache_implementation": "static"}):
         both = grow(model, left, attention_mask=left_mask, **options)
         assert torch.equal(both[:1], grow(model, ids[:, :150], **options))
         assert torch.equal(both[1:], grow(model, short, **options))
@@ -305,7 +304,7 @@ def test_what_a_call_lacks_is_said(tokenizer, ids):
 
 
 def test_blocks_are_those_that_prepare_data_would_find(model, tokenizer, ids):
-    vocabulary = hub.read_vocabulary(tokenizer, 400)
+    vocabulary = read_vocabulary(tokenizer, 400)
     background = count_background(ids[0].numpy(), vocabulary)
     for partition in ("semantic", "semantic:closed", "sentence", "document", "aligned:20"):
         for known in (None, background):
@@ -318,11 +317,11 @@ def test_blocks_are_those_that_prepare_data_would_find(model, tokenizer, ids):
 def test_the_vocabulary_of_gpt2_is_the_one_that_prepare_data_reads(gpt2_tokenizer, tmp_path):
     GPT(GPTConfig(50257, 8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
     theirs = tf.AutoTokenizer.from_pretrained(tmp_path)
-    assert hub.read_vocabulary(theirs, 50257) == token_bytes(gpt2_tokenizer)
+    assert read_vocabulary(theirs, 50257) == token_bytes(gpt2_tokenizer)
     added = copy.deepcopy(theirs)
     added.add_tokens(["<think>"])
     added.add_special_tokens({"pad_token": "<pad>"})
-    assert hub.read_vocabulary(added, 50300)[50257:] == [b"<think>", *[b""] * 42]
+    assert read_vocabulary(added, 50300)[50257:] == [b"<think>", *[b""] * 42]
 
 
 def sentencepiece_like(**options):
@@ -344,7 +343,7 @@ ODD_TEXT = "The café's 猫 🙂\n\nNobody, not 1\tof 10."
 
 
 def read_text(tokenizer, text):
-    vocabulary = hub.read_vocabulary(tokenizer, 0)
+    vocabulary = read_vocabulary(tokenizer, 0)
     ids = tokenizer.encode(text, add_special_tokens=False)
     return b"".join(vocabulary[i] for i in ids)
 
@@ -436,6 +435,7 @@ def test_other_attention_functions_and_bad_rules_are_refused(tokenizer):
         {"schedule": "cubik"},
         {"floor": 0},
         {"partition": "windows"},
+        {"partition": "window:600"},
         {"max_lookback": 0},
     ):
         with pytest.raises(InputError):
@@ -447,7 +447,7 @@ def test_other_attention_functions_and_bad_rules_are_refused(tokenizer):
 
 def test_a_saved_model_has_its_dial_and_is_otherwise_what_it_was(model, tokenizer, ids, tmp_path):
     before = model(ids).logits
-    vocabulary = hub.read_vocabulary(tokenizer, 400)
+    vocabulary = read_vocabulary(tokenizer, 400)
     background = count_background(ids[0].numpy(), vocabulary)
     rules = {"partition": "semantic:closed", "max_lookback": 40, "anchor": True}
     hub.localize(model, tokenizer, **rules, background=background)

@@ -15,7 +15,7 @@ FILES = [
 TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in FILES}
 # each may import what comes before it, and in a folder also what is beside it
 ORDER = ["files", "support", "fast report", "locality model", "prepare_data", "eval", "sample"]
-ORDER += ["view", "train", "sweep", "experiments"]
+ORDER += ["view", "train", "sweep hub", "experiments"]
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
 
 
