@@ -11,6 +11,7 @@ blend:     two ways to compute the blend of global and local attention (only on 
 small:     a training step of a small model: AdamW, Muon
 evaluate:  eval.py's evaluation: perplexity, all measures; also its memory
 generate:  sampling: the whole context read for every token, the key-value cache
+hub:       a GPT-2 of `transformers`, untouched and with the dial: reading a text, generating
 data:      encoding a text with tiktoken, partitioning it into blocks; 1, 4 and 16 times the text
 
 The contestants of a section take turns, round after round, so that other load on the machine slows
@@ -57,7 +58,7 @@ from support import machine
 from support.console import flops_per_token
 from support.ddp import Process
 from support.files import InputError, check_writable, run_script, write_json
-from support.tokenizers import get_encoding, token_bytes
+from support.tokenizers import SAMPLE, get_encoding, token_bytes, vocabulary_size
 from train import Config, build_optimizers, random_batch
 
 W = 256  # max_lookback of everything that does not name another
@@ -488,6 +489,43 @@ def bench_generate(args, table):
         table.add("generate", {f"{name}, after {length}": row for name, row in rows.items()})
 
 
+def bench_hub(args, table):
+    if not importlib.util.find_spec("transformers"):
+        return print("transformers is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hub import localize
+
+    T, n = (64, 8) if args.quick else (1024, 64)
+    shape = {**(SMALL if args.quick else GPT2), "block_size": T + n}
+    shape["vocab_size"] = vocabulary_size("sample")  # a tokenizer that needs no download
+    ids = torch.tensor([get_encoding("sample").encode(SAMPLE.read_text("utf-8"))[:T]])
+    ids = ids.to(args.device)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        new_model(shape, "distributed", CPU).save_pretrained(folder)
+        untouched, model = (
+            AutoModelForCausalLM.from_pretrained(folder).to(args.device) for _ in range(2)
+        )
+        localize(model, AutoTokenizer.from_pretrained(folder), max_lookback=min(W, T))
+        print(f"{shape}, {T} tokens of the sample, semantic blocks")
+
+        def read(model, name, n=None):
+            if name:
+                model.set_locality(schedule(name, shape["n_layer"]))
+            options = {"min_new_tokens": n, "do_sample": False}
+            return model.generate(ids, max_new_tokens=n, **options) if n else model(ids)
+
+        turns = {"untouched": partial(read, untouched, None)}
+        turns |= {
+            name: partial(read, model, name) for name in ("distributed", "quintic", "localist")
+        }
+        rows = race(turns, args.device, args.rounds, T)
+        table.add("hub", {f"reading {T} tokens, {name}": row for name, row in rows.items()})
+        turns = {name: partial(turn, n=n) for name, turn in turns.items()}
+        rows = race(turns, args.device, min(args.rounds, 3), n)
+        table.add("hub", {f"{n} new tokens, {name}": row for name, row in rows.items()})
+
+
 def watch(samples, done):
     """Append the MB that this process and its children hold, without files, until `done` is set."""
     with contextlib.suppress(OSError):  # not Linux
@@ -527,7 +565,7 @@ def bench_data(args, table):
 
 
 SECTIONS = [bench_attention, bench_step, bench_long, bench_blend]
-SECTIONS += [bench_small, bench_evaluate, bench_generate, bench_data]
+SECTIONS += [bench_small, bench_evaluate, bench_generate, bench_hub, bench_data]
 SECTIONS = {section.__name__.removeprefix("bench_"): section for section in SECTIONS}
 
 
