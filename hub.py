@@ -14,7 +14,7 @@ weights are requested (`output_attentions=True`), they are the blended ones.
 What it costs: both halves use dense masks, (B, 1, n, T) for n queries and T keys; a layer whose
 locality is 0 or 1 computes only one half. Blocks are found on the CPU.
 
-This is the only file that needs `transformers`, version 5 or newer.
+This is the only file that needs `transformers`. docs/HUB.md says which models were tried.
 """
 
 import copy
@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import cached_file
+from transformers.utils.versions import require_version
 
 import locality
 from fast.attention import BlockMask, blended_attention
@@ -39,6 +40,8 @@ from prepare_data import check_partition
 from support.files import InputError, fits, write_json
 from support.prepared import is_background
 from support.tokenizers import read_vocabulary
+
+require_version("transformers>=5.6", 'hub.py needs it: pip install "transformers>=5.6"')
 
 # --------------------------------------------------------------------------------------------------
 # attention
