@@ -97,8 +97,9 @@ def load_published(name, device, source, plain):
     tokenizer = tokenizer_by_size(size)
     if tokenizer not in ("gpt2", exported_tokenizer(path)):
         raise InputError(
-            f"{path} has {size:,} tokens and no vocabulary beside it; if it reads GPT-2's tokens, "
-            "put GPT-2's vocab.json and merges.txt there"
+            f"{path} has {size:,} tokens and no vocabulary beside it, and is no export with one "
+            "of our tokenizers; if it reads GPT-2's tokens, put GPT-2's vocab.json and merges.txt "
+            "there"
         )
     get_encoding(tokenizer)
     if tokenizer != "gpt2":

@@ -35,9 +35,10 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "vocab.txt", "spiece.model")
 # the sha256 of GPT-2's tokens, as `spell` writes them, in a JSON list
 GPT2_TOKENS = "ae640db5fc48332d32101df91998abf45c421979a55c96d0df9f812b7d32d806"
-# what an export consists of
-EXPORT = ("pytorch_model.bin", "tokenizer.json", "tokenizer_config.json", "background.json")
-EXPORT += ("config.json",)
+# the files of an export, some of which it may lack
+EXPORT = (
+    "pytorch_model.bin tokenizer.json tokenizer_config.json background.json config.json".split()
+)
 
 # --------------------------------------------------------------------------------------------------
 # the GPT-2 in a file
@@ -275,7 +276,7 @@ def check_folder(folder):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir() if path.name[0] != "."}
-    if "localist" in read_json(folder / "config.json"):
+    if fits(read_json(folder / "config.json"), {"localist": {"tokenizer": (str, None)}}):
         names -= {*EXPORT}
     if names:
         raise InputError(

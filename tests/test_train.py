@@ -561,7 +561,7 @@ def test_a_wrong_value_is_named(setting):
 # the command line
 
 
-def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path):
+def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # no tokenizer, and
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
@@ -575,6 +575,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         (place / f"{name}.toml").write_text(text)
     GPT(GPTConfig(1000, 128, n_layer=2, n_head=2, n_embd=32)).save_pretrained(place / "w1000")
     GPT(GPTConfig(100, 8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(place / "odd")
+    capsys.readouterr()  # one of them has no tokenizer
     x = f"train.py {TINY} --out runs/x"
     sample = "--source data/sample.txt"
     mistakes = [
@@ -612,7 +613,7 @@ def test_mistakes_end_in_one_line_and_status_2(place, run, monkeypatch, tmp_path
         ("eval.py gpt2", "--source"),  # before anything is downloaded
         (f"eval.py nowhere {sample}", "nowhere"),
         (f"eval.py w1000 {sample}", "TIKTOKEN_CACHE_DIR"),
-        (f"eval.py odd {sample}", "none of our tokenizers"),
+        (f"eval.py odd {sample}", "one of our tokenizers"),
         ("eval.py runs/tiny --source nowhere.txt", "nowhere.txt"),
         ("eval.py runs/tiny --partition shifted:9000", "a quarter of"),
         ("eval.py runs/tiny --floor 0.5 --floor 0.9", "--dial-sweep"),
