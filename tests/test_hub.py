@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from conftest import ROOT
+from eval import load
 from locality import SCHEDULES, count_background, partition_text, schedule
 from model import GPT, GPTConfig, attention_weights, in_block
+from prepare_data import TextConfig, prepare
 from support.files import InputError
 from support.sentences import END_OF_TEXT
 from support.tokenizers import get_encoding, read_vocabulary, token_bytes
@@ -443,6 +445,23 @@ def test_other_attention_functions_and_bad_rules_are_refused(tokenizer):
 
 
 # ---- to disk and back
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sample"])
+def test_a_run_is_the_same_model_through_the_hub(train, tmp_path, tokenizer):
+    """With its dial, and with the blocks that its prepared data has."""
+    with torch.enable_grad():
+        folder = train(f"hub-{tokenizer}", floor=0.9, tokenizer=tokenizer)
+    ours, config, trained_on = load(folder)
+    ours.save_pretrained(tmp_path)
+    theirs = hub.load(tmp_path)
+    assert theirs.config.locality == ours.locality == [0.0, 0.9]
+    prepared = prepare(TextConfig.of(config), trained_on)
+    values = (torch.from_numpy(x[:192].astype(np.int64))[None] for x in prepared.split("val"))
+    tokens, lookback = values
+    assert prepared.meta["background"] == theirs.localist.background
+    assert torch.equal(theirs.localist.read({"input_ids": tokens})["lookback"], lookback)
+    assert close(theirs(tokens).logits, ours(tokens, lookback)[0])
 
 
 def test_a_saved_model_has_its_dial_and_is_otherwise_what_it_was(model, tokenizer, ids, tmp_path):
