@@ -23,6 +23,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,25 +54,26 @@ def localized_attention(
     """The attention of a localized layer, which `transformers` knows as "localist".
 
     query: (B, H, n, D); key, value: (B, groups, T, D); attention_mask: what `distances` returned;
-    kwargs: what `Blocks.before` added, and others.
+    kwargs: "localist", which `Blocks.before` added, and others.
     Returns the output, (B, n, H, D), and, if requested, the weights, (B, H, n, T). Raises
     InputError for attention of another kind.
     """
-    lookback, first = kwargs.get("lookback"), kwargs.get("first")  # (B, n)
-    if lookback is None:
-        raise InputError("blocks are unknown here: call the model that hub.localize returned")
+    found = kwargs.get("localist")
+    if found is None:
+        raise InputError("the blocks did not reach this layer: call the model, not a part of it")
     if attention_mask is None or attention_mask.dtype != torch.int32:
         raise InputError("a localized model needs attention masks of the shape (B, T)")
     if kwargs.get("softcap") is not None:
         raise InputError("attention with soft-capped scores cannot be localized")
     visible = attention_mask >= 0  # (B, 1, n, T)
-    block = visible & (attention_mask <= lookback[:, None, :, None].to(query.device))
-    if first is not None:
-        block |= visible & (attention_mask == first[:, None, :, None].to(query.device))
+    block = attention_mask <= found.lookback[:, None, :, None].to(query.device)
+    if found.first is not None:
+        block |= attention_mask == found.first[:, None, :, None].to(query.device)
+    block &= visible
     dial = module.config.locality[module.layer_idx]
     k, v = (x.repeat_interleave(query.size(1) // key.size(1), 1) for x in (key, value))
     q = query if scaling is None else query * (scaling * math.sqrt(query.size(-1)))
-    if not kwargs.get("blended_weights"):
+    if not found.weights:
         mask = BlockMask(dense=block, visible=visible)
         return blended_attention(q, k, v, mask, dial, dropout).transpose(1, 2), None
     a = attention_weights(q.float(), k.float(), block, dial, visible).to(v.dtype)  # (B, H, n, T)
@@ -100,6 +102,15 @@ AttentionMaskInterface.register("localist", distances)
 # blocks
 
 
+class Found(NamedTuple):
+    """What `localized_attention` needs to know of the n new tokens of a call."""
+
+    lookback: torch.Tensor  # (B, n) int64: places from each token back to the start of its block
+    first: torch.Tensor | None = None  # and to the first token of its text, if that is an anchor
+    weights: bool = False  # whether the attention weights are requested
+    texts: torch.Tensor | None = None  # (B, T, 2) int64: the ids so far, and where a text begins
+
+
 class Blocks:
     """Finds the block of every token that a localized model reads. Its arguments: see localize."""
 
@@ -108,35 +119,33 @@ class Blocks:
         self.unread = locality.Partitioner(vocabulary, partition, max_lookback, background)
         self.tokenizer, self.anchor, self.background = tokenizer, anchor, background
         self.partitioners = {}  # of the last call, by the tokens that they have read
-        self.texts, self.hooks = None, []  # of the last call: see `read`
+        self.hooks = []
 
     def attach(self, model):
         """Find the blocks of all that this model reads from now on."""
+        model = model.base_model  # some programs call the forward of the model around it, unhooked
         before = model.register_forward_pre_hook(self.before, with_kwargs=True)
-        self.hooks = [before, model.register_forward_hook(self.after)]
+        self.hooks = [before, model.register_forward_hook(self.after, with_kwargs=True)]
 
     @torch.compiler.disable
     def before(self, model, args, kwargs):
-        """The hook that gives a call of the model what `localized_attention` needs."""
+        """The hook that gives a call of the model the keyword argument "localist"."""
         call = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
-        weights = call.get("output_attentions")
-        kwargs["blended_weights"] = model.config.output_attentions if weights is None else weights
-        return args, kwargs if "lookback" in kwargs else kwargs | self.read(call)
+        if call.get("output_attentions") is None:
+            call["output_attentions"] = model.config.output_attentions
+        return args, {**kwargs, "localist": self.read(call)}
 
     @torch.compiler.disable
-    def after(self, model, args, output):
+    def after(self, model, args, kwargs, output):
         """The hook that labels a cache that the model has made in this call."""
         for value in output.values() if isinstance(output, dict) else output:
             if isinstance(value, Cache):
-                remember(value, self.texts)
+                remember(value, kwargs["localist"].texts)
 
     def read(self, call):
-        """The blocks of the n new tokens of a call. call: the arguments, by name.
-
-        Returns {"lookback": places from each token back to the start of its block, (B, n) int64;
-        "first": to the first token of its text, if that is an anchor}. Raises InputError.
-        """
+        """The blocks of the new tokens of a call of the model, Found. call: its arguments, by name.
+        Raises InputError."""
         ids, mask, position = map(call.get, ("input_ids", "attention_mask", "position_ids"))
         cache = next((value for value in call.values() if isinstance(value, Cache)), None)
         n_old = 0 if cache is None else int(cache.get_seq_length())
@@ -149,19 +158,20 @@ class Blocks:
         if mask is None and position is not None and position.dim() == 2:  # packed texts
             begins[:, 1:] = position.diff() != 1
         texts = torch.stack((ids, begins), 2).cpu()  # (B, n, 2)
-        self.texts = torch.cat((old[:, :n_old], texts), 1) if n_old else texts  # (B, T, 2)
+        texts = torch.cat((old[:, :n_old], texts), 1) if n_old else texts  # (B, T, 2)
         if cache is not None:
-            remember(cache, self.texts)
-        shape = self.texts.shape[:2]
+            remember(cache, texts)
+        shape = texts.shape[:2]
         mask = torch.ones(shape) if mask is None else mask
         if mask.shape != shape:
             raise InputError(
                 f"the attention mask has the shape {tuple(mask.shape)}, but {tuple(shape)} tokens "
                 "have been read"
             )
-        arrays = self.find(self.texts.numpy(), mask.bool().cpu().numpy(), n_old)
+        arrays = self.find(texts.numpy(), mask.bool().cpu().numpy(), n_old)
         lookback, first = (torch.from_numpy(x[:, n_old:]).to(ids.device) for x in arrays)
-        return {"lookback": lookback, "first": first if self.anchor else None}
+        first = first if self.anchor else None
+        return Found(lookback, first, call.get("output_attentions"), texts)
 
     def find(self, texts, kept, n_old):
         """`read` without tensors: texts, (B, T, 2) int64, has the ids, and a 1 if a text begins.
@@ -270,7 +280,7 @@ def try_out(model, config):
     ids = torch.arange(8, device=model.device)[None] * (config.vocab_size // 8)  # (1, 8)
     first, last = ids.clone(), ids.clone()
     first[0, 0] = last[0, -1] = ids[0, 3]
-    alone = {"lookback": torch.zeros_like(ids)}  # every token is a block
+    alone = {"localist": Found(torch.zeros_like(ids))}  # every token is a block
     model.eval()
     problem = None
     try:

@@ -258,6 +258,14 @@ def test_packed_texts_are_as_if_each_were_read_by_itself(model, tokenizer, ids):
     assert close(packed, alone)
 
 
+def test_the_model_inside_finds_its_blocks_too(model, tokenizer, ids):
+    """Programs that wrap a model call its forward, or the model without its output head."""
+    hub.localize(model, tokenizer, partition="window:8")
+    logits = model(ids).logits
+    assert torch.equal(model.forward(ids).logits, logits)
+    assert close(model.lm_head(model.base_model(ids).last_hidden_state), logits)
+
+
 def test_a_cache_can_be_used_by_hand(model, tokenizer, ids):
     """Piece by piece, its rows moved, its end cut off: always as if the whole had been read."""
     hub.localize(model, tokenizer, partition="semantic:closed", max_lookback=40)
@@ -295,8 +303,6 @@ def test_what_a_call_lacks_is_said(tokenizer, ids):
         model(ids[:, :9], attention_mask=torch.zeros(1, 1, 9, 9))
     with pytest.raises(InputError, match=r"the shape \(1, 8\), but \(1, 9\)"):
         model(ids[:, :9], attention_mask=torch.ones(1, 8))
-    with pytest.raises(InputError, match="call the model that hub.localize returned"):
-        model.model(ids[:, :9])
     for dial in ([1, 1], [0, 0, 2], [0, 0, float("nan")]):
         with pytest.raises(InputError, match="set_locality takes 3 numbers"):
             model.set_locality(dial)
@@ -311,7 +317,7 @@ def test_blocks_are_those_that_prepare_data_would_find(model, tokenizer, ids):
     for partition in ("semantic", "semantic:closed", "sentence", "document", "aligned:20"):
         for known in (None, background):
             hub.localize(model, tokenizer, partition=partition, background=known)
-            found = model.localist.read({"input_ids": ids})["lookback"]
+            found = model.localist.read({"input_ids": ids}).lookback
             assert torch.equal(found, lookback_of(ids, tokenizer, partition, 512, known))
     assert len(found.unique()) > 20
 
@@ -460,7 +466,7 @@ def test_a_run_is_the_same_model_through_the_hub(train, tmp_path, tokenizer):
     values = (torch.from_numpy(x[:192].astype(np.int64))[None] for x in prepared.split("val"))
     tokens, lookback = values
     assert prepared.meta["background"] == theirs.localist.background
-    assert torch.equal(theirs.localist.read({"input_ids": tokens})["lookback"], lookback)
+    assert torch.equal(theirs.localist.read({"input_ids": tokens}).lookback, lookback)
     assert close(theirs(tokens).logits, ours(tokens, lookback)[0])
 
 
