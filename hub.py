@@ -121,15 +121,24 @@ class Blocks:
         self.partitioners = {}  # of the last call, by the tokens that they have read
         self.hooks = []
 
-    def attach(self, model):
-        """Find the blocks of all that this model reads from now on."""
-        model = model.base_model  # some programs call the forward of the model around it, unhooked
-        before = model.register_forward_pre_hook(self.before, with_kwargs=True)
-        self.hooks = [before, model.register_forward_hook(self.after, with_kwargs=True)]
+    def attach(self, model, config):
+        """Find the blocks of all that this model reads from now on, or the models in it that have
+        this config: adapters call a forward without its hooks, but not those of the models in it.
+        """
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and part.config.get_text_config() is config:
+                self.hooks.append(part.register_forward_pre_hook(self.before, with_kwargs=True))
+                self.hooks.append(part.register_forward_hook(self.after, with_kwargs=True))
+
+    def detach(self):
+        for hook in self.hooks:
+            hook.remove()
 
     @torch.compiler.disable
     def before(self, model, args, kwargs):
         """The hook that gives a call of the model the keyword argument "localist"."""
+        if "localist" in kwargs:  # from the model around this one
+            return args, kwargs
         call = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         if call.get("output_attentions") is None:
@@ -250,11 +259,10 @@ def localize(
     check_partition(partition, max_lookback)
     blocks = Blocks(model, tokenizer, partition, max_lookback, anchor, background)
     if hasattr(model, "localist"):
-        for hook in model.localist.hooks:
-            hook.remove()
+        model.localist.detach()
+        blocks.attach(model, config)
     else:
-        try_out(model, config)
-    blocks.attach(model)
+        try_out(model, config, blocks)
     model.localist = blocks
     model.set_locality = partial(set_locality, model)
     model.save_pretrained = partial(save_pretrained, model)
@@ -266,7 +274,7 @@ def localize(
 
 
 @torch.no_grad()
-def try_out(model, config):
+def try_out(model, config, blocks):
     """Exchange the attention of a model, and check with eight tokens that this is all it takes.
 
     Raises InputError if not, with the model's own attention in place.
@@ -289,8 +297,9 @@ def try_out(model, config):
             problem = "its tokens see later ones"
         else:
             exchange(model, config, "localist")
+            blocks.attach(model, config)
             config.locality = [0.0] * config.num_hidden_layers
-            same = logits(model, ids, **alone)
+            same = logits(model, ids)
             config.locality = [1.0] * config.num_hidden_layers
             local, local_first = logits(model, ids, **alone), logits(model, first, **alone)
             if not close(y, same):
@@ -301,6 +310,7 @@ def try_out(model, config):
         problem = str(e).strip().split("\n")[0]
     model.train(was_training)
     if problem:
+        blocks.detach()
         vars(config).pop("locality", None)
         if config._attn_implementation != original:
             exchange(model, config, original)

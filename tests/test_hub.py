@@ -266,6 +266,14 @@ def test_the_model_inside_finds_its_blocks_too(model, tokenizer, ids):
     assert close(model.lm_head(model.base_model(ids).last_hidden_state), logits)
 
 
+def test_a_part_that_the_model_itself_does_not_call_does_no_harm(tokenizer, ids):
+    """The output head of OPT calls the decoder of its model, but not the model."""
+    size = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 48, "ffn_dim": 64}
+    model = tf.OPTForCausalLM(tf.OPTConfig(vocab_size=400, word_embed_proj_dim=48, **size)).eval()
+    hub.localize(model, tokenizer, partition="window:8")
+    assert torch.equal(model.forward(ids).logits, model(ids).logits)
+
+
 def test_a_cache_can_be_used_by_hand(model, tokenizer, ids):
     """Piece by piece, its rows moved, its end cut off: always as if the whole had been read."""
     hub.localize(model, tokenizer, partition="semantic:closed", max_lookback=40)
