@@ -17,6 +17,7 @@ locality is 0 or 1 computes only one half. Blocks are found on the CPU.
 This is the only file that needs `transformers`. docs/HUB.md says which models were tried.
 """
 
+import contextlib
 import copy
 import inspect
 import json
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import cached_file
 from transformers.utils.versions import require_version
@@ -139,11 +140,13 @@ class Blocks:
         """The hook that gives a call of the model the keyword argument "localist"."""
         if "localist" in kwargs:  # from the model around this one
             return args, kwargs
+        if model.config.get_text_config()._attn_implementation != "localist":
+            raise InputError("the attention was exchanged since; call hub.localize again")
         call = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         if call.get("output_attentions") is None:
             call["output_attentions"] = model.config.output_attentions
-        return args, {**kwargs, "localist": self.read(call)}
+        return args, {**kwargs, "localist": self.read(**call)}
 
     @torch.compiler.disable
     def after(self, model, args, kwargs, output):
@@ -152,9 +155,9 @@ class Blocks:
             if isinstance(value, Cache):
                 remember(value, kwargs["localist"].texts)
 
-    def read(self, call):
-        """The blocks of the new tokens of a call of the model, Found. call: its arguments, by name.
-        Raises InputError."""
+    def read(self, **call):
+        """The blocks of the new tokens of a call of the model, Found. call: the arguments of the
+        call, as a tokenizer returns them. Raises InputError."""
         ids, mask, position = map(call.get, ("input_ids", "attention_mask", "position_ids"))
         cache = next((value for value in call.values() if isinstance(value, Cache)), None)
         n_old = 0 if cache is None else int(cache.get_seq_length())
@@ -162,7 +165,10 @@ class Blocks:
         if ids is None:
             raise InputError("blocks are found from input_ids, which this call lacks")
         if n_old and (old is None or len(old) != len(ids) or old.size(1) < n_old):
-            raise InputError("the cache contains tokens that the localized model has not read")
+            raise InputError(
+                "the cache contains tokens that the localized model has not read; start with an "
+                "empty one"
+            )
         begins = torch.zeros_like(ids)
         if mask is None and position is not None and position.dim() == 2:  # packed texts
             begins[:, 1:] = position.diff() != 1
@@ -172,10 +178,10 @@ class Blocks:
             remember(cache, texts)
         shape = texts.shape[:2]
         mask = torch.ones(shape) if mask is None else mask
-        if mask.shape != shape:
+        if getattr(mask, "shape", None) != shape:
             raise InputError(
-                f"the attention mask has the shape {tuple(mask.shape)}, but {tuple(shape)} tokens "
-                "have been read"
+                f"the attention mask must have the shape {tuple(shape)}, with a 0 for padding and "
+                "a 1 for each other token"
             )
         arrays = self.find(texts.numpy(), mask.bool().cpu().numpy(), n_old)
         lookback, first = (torch.from_numpy(x[:, n_old:]).to(ids.device) for x in arrays)
@@ -254,15 +260,18 @@ def localize(
     """
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         raise InputError(f"{type(model).__name__} is not a decoder of transformers")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"{type(tokenizer).__name__} is not a tokenizer of transformers")
+    if background is not None and not is_background(background):
+        raise InputError("background must be what locality.count_background returns, or None")
     config = model.config.get_text_config()
     dial = locality.schedule(schedule, config.num_hidden_layers, floor)
     check_partition(partition, max_lookback)
     blocks = Blocks(model, tokenizer, partition, max_lookback, anchor, background)
     if hasattr(model, "localist"):
         model.localist.detach()
-        blocks.attach(model, config)
-    else:
-        try_out(model, config, blocks)
+        exchange(model, config, "sdpa")
+    try_out(model, config, blocks)
     model.localist = blocks
     model.set_locality = partial(set_locality, model)
     model.save_pretrained = partial(save_pretrained, model)
@@ -293,8 +302,10 @@ def try_out(model, config, blocks):
     problem = None
     try:
         y, y_last = logits(model, ids), logits(model, last)
-        if not close(y[:, :-1], y_last[:, :-1]):
-            problem = "its tokens see later ones"
+        if y.dim() != 3 or y.size(1) != 8:
+            problem = "it does not give an output for every token"
+        elif not close(y[:, :-1], y_last[:, :-1]):
+            problem = "its tokens see later ones, so it is not a decoder"
         else:
             exchange(model, config, "localist")
             blocks.attach(model, config)
@@ -337,14 +348,17 @@ def exchange(model, config, attention):
 
 
 def set_locality(model, dial):
-    """Turn the dial of a localized model: one number in [0, 1] per layer. It holds from the next
-    forward pass on. Raises InputError for anything else."""
-    config = model.config.get_text_config()
+    """Turn the dial of a localized model: one number in [0, 1] per layer, such as those of
+    locality.schedule. It holds from the next forward pass on. Raises InputError for anything else.
+    """
+    config, numbers = model.config.get_text_config(), []
+    with contextlib.suppress(TypeError, ValueError):
+        numbers = [float(x) for x in dial]
     n = config.num_hidden_layers
-    if len(dial) != n or not all(0 <= x <= 1 for x in dial):
-        raise InputError(f"set_locality takes {n} numbers in [0, 1], not {list(dial)}")
-    config.locality = [float(x) for x in dial]
-    config.localist["floor"] = max(config.locality)
+    if len(numbers) != n or not all(0 <= x <= 1 for x in numbers):
+        raise InputError(f"set_locality takes {n} numbers in [0, 1], not {dial!r}")
+    config.locality = numbers
+    config.localist["floor"] = max(numbers)
 
 
 def keep_mask(attention_mask=None, **_):
@@ -373,21 +387,25 @@ def load(folder, **kwargs):
     """A localized model from a folder or a repository, with its dial.
 
     folder: what save_pretrained wrote, of this file or of GPT; kwargs: of from_pretrained. Raises
-    InputError if it does not say how blocks are found.
+    InputError if there is no language model, or if it does not say how its blocks are found.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        raise InputError(f"{folder} has no config.json; if it is a run, docs/HUB.md exports it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        options = {"output_loading_info": True, **kwargs}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        path = cached_file(folder, "background.json", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{folder} cannot be loaded: {str(e).split(chr(10))[0]}") from None
+    if info["missing_keys"]:
+        raise InputError(f"{folder} is not a whole language model: it has no output head, or less")
     config = model.config.get_text_config()
-    path = cached_file(folder, "background.json", _raise_exceptions_for_missing_entries=False)
     saved = {"dial": getattr(config, "locality", None), **(getattr(config, "localist", None) or {})}
-    saved["background"] = json.loads(Path(path).read_bytes()) if path else None
-    if not fits(saved, SAVED) or not (
-        saved["background"] is None or is_background(saved["background"])
-    ):
-        raise InputError(
-            f"{folder} does not say how its blocks are found; give the model to hub.localize"
-        )
-    names = "partition", "max_lookback", "anchor", "background"
-    model = localize(model, tokenizer, **{name: saved[name] for name in names})
+    if not fits(saved, SAVED):
+        raise InputError(f"{folder} does not say how its blocks are found; use hub.localize")
+    background = json.loads(Path(path).read_bytes()) if path else None
+    rules = {name: saved[name] for name in ("partition", "max_lookback", "anchor")}
+    model = localize(model, tokenizer, **rules, background=background)
     model.set_locality(saved["dial"])
     return model

@@ -213,13 +213,19 @@ def write_tokenizer(encoding, n_positions, folder):
 
 
 def read_vocabulary(tokenizer, size):
-    """The bytes of the tokens of a tokenizer of `transformers`: a list of at least `size`.
+    """The bytes of the tokens of a tokenizer of `transformers`, for a model with `size` of them: a
+    list of at least so many.
 
     They are known for byte-level BPE (GPT-2, Llama 3, Qwen) and for SentencePiece (Llama 2,
     Mistral, Gemma). Special tokens are not text, but <|endoftext|> ends a document, and so does the
     eos_token, unless the chat template uses it: then it ends a turn. Raises InputError for
     tokenizers of another kind.
     """
+    if tokenizer.vocab_size > size:  # tokens that were added may have no embedding
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {size:,}; they do "
+            "not belong together"
+        )
     ids, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
     eos, template = tokenizer.eos_token, str(getattr(tokenizer, "chat_template", None))

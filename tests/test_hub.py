@@ -307,11 +307,10 @@ def test_what_a_call_lacks_is_said(tokenizer, ids):
         model(ids[:, 9:12], past_key_values=cache)
     with pytest.raises(InputError, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, 48))
-    with pytest.raises(InputError, match=r"shape \(B, T\)|the shape \(1, 1, 9, 9\)"):
-        model(ids[:, :9], attention_mask=torch.zeros(1, 1, 9, 9))
-    with pytest.raises(InputError, match=r"the shape \(1, 8\), but \(1, 9\)"):
-        model(ids[:, :9], attention_mask=torch.ones(1, 8))
-    for dial in ([1, 1], [0, 0, 2], [0, 0, float("nan")]):
+    for mask in (torch.zeros(1, 1, 9, 9), torch.ones(1, 8), {"full_attention": None}):
+        with pytest.raises(InputError, match=r"mask must have the shape \(1, 9\)"):
+            model(ids[:, :9], attention_mask=mask)
+    for dial in ([1, 1], [0, 0, 2], [0, 0, float("nan")], 0.5, "quintic", [None] * 3):
         with pytest.raises(InputError, match="set_locality takes 3 numbers"):
             model.set_locality(dial)
 
@@ -325,7 +324,7 @@ def test_blocks_are_those_that_prepare_data_would_find(model, tokenizer, ids):
     for partition in ("semantic", "semantic:closed", "sentence", "document", "aligned:20"):
         for known in (None, background):
             hub.localize(model, tokenizer, partition=partition, background=known)
-            found = model.localist.read({"input_ids": ids}).lookback
+            found = model.localist.read(input_ids=ids).lookback
             assert torch.equal(found, lookback_of(ids, tokenizer, partition, 512, known))
     assert len(found.unique()) > 20
 
@@ -338,6 +337,12 @@ def test_the_vocabulary_of_gpt2_is_the_one_that_prepare_data_reads(gpt2_tokenize
     added.add_tokens(["<think>"])
     added.add_special_tokens({"pad_token": "<pad>"})
     assert read_vocabulary(added, 50300)[50257:] == [b"<think>", *[b""] * 42]
+
+
+def word_level(n):
+    """A tokenizer of n tokens that do not matter."""
+    words = tokenizers.models.WordLevel({f"word{i}": i for i in range(n)}, "word0")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
 
 
 def sentencepiece_like(**options):
@@ -359,7 +364,7 @@ ODD_TEXT = "The café's 猫 🙂\n\nNobody, not 1\tof 10."
 
 
 def read_text(tokenizer, text):
-    vocabulary = read_vocabulary(tokenizer, 0)
+    vocabulary = read_vocabulary(tokenizer, 1000)
     ids = tokenizer.encode(text, add_special_tokens=False)
     return b"".join(vocabulary[i] for i in ids)
 
@@ -408,6 +413,7 @@ def test_tokens_that_are_not_pieces_of_the_text_are_refused(tmp_path, ids):
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48, "vocab_size": 400}
 OTHERS = {
+    "every token": lambda: tf.LlamaForSequenceClassification(make("Llama").config),
     "see later ones": lambda: tf.BertForMaskedLM(tf.BertConfig(**LAYERS)),
     "not a decoder": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(vocab_size=400, d_model=48, num_layers=2, num_heads=4, d_kv=12, d_ff=64)
@@ -447,7 +453,13 @@ def test_other_attention_functions_and_bad_rules_are_refused(tokenizer):
         hub.localize(model, tokenizer)
     with pytest.raises(InputError, match="is not a decoder"):
         hub.localize(torch.nn.Linear(2, 2), tokenizer)
+    for wrong in (None, "gpt2", tokenizer.backend_tokenizer):
+        with pytest.raises(InputError, match="is not a tokenizer"):
+            hub.localize(make("Llama"), wrong)
+    with pytest.raises(InputError, match="401 tokens, the model only 400"):
+        hub.localize(make("Llama"), word_level(401))
     for rules in (
+        {"background": {"total": 1}},
         {"schedule": "cubik"},
         {"floor": 0},
         {"partition": "windows"},
@@ -474,7 +486,7 @@ def test_a_run_is_the_same_model_through_the_hub(train, tmp_path, tokenizer):
     values = (torch.from_numpy(x[:192].astype(np.int64))[None] for x in prepared.split("val"))
     tokens, lookback = values
     assert prepared.meta["background"] == theirs.localist.background
-    assert torch.equal(theirs.localist.read({"input_ids": tokens}).lookback, lookback)
+    assert torch.equal(theirs.localist.read(input_ids=tokens).lookback, lookback)
     assert close(theirs(tokens).logits, ours(tokens, lookback)[0])
 
 
@@ -507,11 +519,34 @@ def test_a_copy_has_a_dial_of_its_own(tokenizer, ids):
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_a_dial_that_was_switched_off_is_missed(tokenizer, ids):
+    model = hub.localize(make("Llama"), tokenizer, partition="window:4")
+    expected = model(ids).logits
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(InputError, match="exchanged since; call hub.localize again"):
+        model(ids)
+    hub.localize(model, tokenizer, partition="window:4")
+    assert torch.equal(model(ids).logits, expected)
+
+
 def test_a_second_call_replaces_the_first(tokenizer, ids):
     model = hub.localize(make("Llama"), tokenizer, "linear", partition="window:4")
     hub.localize(model, tokenizer, "localist", 0.5, partition="block:9")
     once = hub.localize(make("Llama"), tokenizer, "localist", 0.5, partition="block:9")
     assert torch.equal(model(ids).logits, once(ids).logits)
+
+
+def test_a_folder_without_a_whole_model_is_refused(tokenizer, tmp_path):
+    base = tf.LlamaModel(make("Llama").config)
+    hub.localize(base, tokenizer).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match="no output head"):
+        hub.load(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="run has no config.json; if it is a run"):
+        hub.load(tmp_path / "run")
+    for name in (tmp_path / "nowhere", "nowhere/at-all"):
+        with pytest.raises(InputError, match="^[^\n]*cannot be loaded: [^\n]+$"):
+            hub.load(name)
 
 
 @pytest.mark.parametrize(
