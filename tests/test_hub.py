@@ -562,8 +562,7 @@ def test_a_folder_without_a_dial_is_refused(tokenizer, tmp_path, change):
 
 
 def test_the_examples_of_the_documents_work(tokenizer, tmp_path, monkeypatch):
-    size = {**GROUPED, "num_hidden_layers": 28, "hidden_size": 16, "head_dim": 4}
-    tf.Qwen3ForCausalLM(tf.Qwen3Config(**size)).save_pretrained(tmp_path / "qwen")
+    tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED)).save_pretrained(tmp_path / "qwen")
     tokenizer.save_pretrained(tmp_path / "qwen")
     monkeypatch.chdir(tmp_path)
     for name in ("README.md", "docs/HUB.md"):
@@ -571,5 +570,5 @@ def test_the_examples_of_the_documents_work(tokenizer, tmp_path, monkeypatch):
         example = text.partition("```")[0].replace("Qwen/Qwen3-0.6B", "qwen")
         scope = {"hub": hub, "text": TEXT[:500]}
         exec(example, scope)
-        assert scope["model"].config.locality == [0.0] * 28
-    assert hub.load("localized").config.locality == [0.0] * 28
+        assert scope["model"].config.locality == [0.0] * 3
+    assert hub.load("localized").config.locality == schedule("quintic", 3)
