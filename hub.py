@@ -85,7 +85,8 @@ def distances(q_length, kv_length, q_offset=0, kv_offset=0, device="cpu", **kwar
     """The attention mask of a localized model: how many places before each query a key is, or -1 if
     the query does not see it: because it comes later, is padding, or outside the layer's window.
 
-    Returns (B, 1, n, T) int32. Even a query that is padding sees itself.
+    Returns (B, 1, n, T) int32. Even a query that is padding sees itself. Later keys that it sees,
+    those of its own image, are at distance 0: in its block.
     """
     kwargs |= {"q_length": q_length, "kv_length": kv_length, "device": device}
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset}
@@ -93,7 +94,7 @@ def distances(q_length, kv_length, q_offset=0, kv_offset=0, device="cpu", **kwar
     query = torch.arange(q_length, device=device) + q_offset
     key = torch.arange(kv_length, device=device) + kv_offset
     distance = (query[:, None] - key).int()  # (n, T)
-    return torch.where(sdpa_mask(**kwargs) | (distance == 0), distance, -1)
+    return torch.where(sdpa_mask(**kwargs) | (distance == 0), distance.clamp(min=0), -1)
 
 
 AttentionInterface.register("localist", localized_attention)
@@ -162,8 +163,8 @@ class Blocks:
         cache = next((value for value in call.values() if isinstance(value, Cache)), None)
         n_old = 0 if cache is None else int(cache.get_seq_length())
         old = getattr(cache, "texts", None)
-        if ids is None:
-            raise InputError("blocks are found from input_ids, which this call lacks")
+        if ids is None or ids.dim() != 2:
+            raise InputError("blocks are found from input_ids, (B, n), which this call lacks")
         if n_old and (old is None or len(old) != len(ids) or old.size(1) < n_old):
             raise InputError(
                 "the cache contains tokens that the localized model has not read; start with an "
@@ -276,7 +277,7 @@ def localize(
     model.set_locality = partial(set_locality, model)
     model.save_pretrained = partial(save_pretrained, model)
     model.create_masks_for_generate = keep_mask
-    settings = {"partition": partition, "max_lookback": max_lookback, "anchor": anchor}
+    settings = {"partition": partition, "max_lookback": blocks.unread.cap, "anchor": bool(anchor)}
     config.localist = {**getattr(config, "localist", {}), **settings}
     model.set_locality(dial)
     return model
@@ -310,13 +311,15 @@ def try_out(model, config, blocks):
             exchange(model, config, "localist")
             blocks.attach(model, config)
             config.locality = [0.0] * config.num_hidden_layers
-            same = logits(model, ids)
+            same = model(input_ids=ids, output_attentions=True, use_cache=False, return_dict=True)
             config.locality = [1.0] * config.num_hidden_layers
             local, local_first = logits(model, ids, **alone), logits(model, first, **alone)
-            if not close(y, same):
+            if not close(y, same[0]):
                 problem = "its attention has parts that hub.py does not know"
             elif not close(local[:, 1:], local_first[:, 1:]):
                 problem = "its tokens learn of each other by more than attention"
+            elif len(same.attentions) != config.num_hidden_layers:
+                problem = "the number of its layers is not num_hidden_layers"
     except Exception as e:  # a model may raise anything
         problem = str(e).strip().split("\n")[0]
     model.train(was_training)
@@ -372,12 +375,12 @@ def keep_mask(attention_mask=None, **_):
 SAVED = {"dial": [float], "partition": str, "max_lookback": int, "anchor": bool}
 
 
-def save_pretrained(model, folder, *args, **kwargs):
+def save_pretrained(model, save_directory, *args, **kwargs):
     """save_pretrained of `transformers`, which also writes the dial, the tokenizer and the
     background. Without this file, `transformers` reads the folder as the model that it was."""
-    type(model).save_pretrained(model, folder, *args, **kwargs)
-    model.localist.tokenizer.save_pretrained(folder)
-    path = Path(folder, "background.json")
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    model.localist.tokenizer.save_pretrained(save_directory)
+    path = Path(save_directory, "background.json")
     path.unlink(missing_ok=True)
     if model.localist.background:
         write_json(path, model.localist.background)

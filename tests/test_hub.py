@@ -266,6 +266,29 @@ def test_the_model_inside_finds_its_blocks_too(model, tokenizer, ids):
     assert close(model.lm_head(model.base_model(ids).last_hidden_state), logits)
 
 
+def test_a_model_that_reads_images_too_is_its_untouched_self_at_0(tokenizer, ids):
+    """The tokens of an image see each other, also later ones: these are in their blocks."""
+    text = {**GROUPED, "layer_types": WINDOWS, "sliding_window": 24}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    special = {"image_token_index": 399, "boi_token_index": 398, "eoi_token_index": 397}
+    config = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4, **special}
+    torch.manual_seed(0)
+    model = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(**config)).eval()
+    ids = ids[:, :60].clone()
+    ids[ids > 396] = 5
+    ids[0, 20:26] = torch.tensor([398, 399, 399, 399, 399, 397])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28)}
+    inputs["token_type_ids"] = (ids == 399).long()
+    untouched = model(**inputs).logits
+    hub.localize(model, tokenizer, "distributed", partition="window:4")
+    assert close(model(**inputs).logits, untouched, 1e-5)
+    model.set_locality([0.5, 0.5, 0.9])
+    assert not close(model(**inputs).logits, untouched, 1e-3)
+    for a in model(**inputs, output_attentions=True).attentions:
+        assert (a[0, :, 21:25, 21:25].sum(-1) > 0).all()
+
+
 def test_a_part_that_the_model_itself_does_not_call_does_no_harm(tokenizer, ids):
     """The output head of OPT calls the decoder of its model, but not the model."""
     size = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 48, "ffn_dim": 64}
@@ -418,6 +441,16 @@ OTHERS = {
     "not a decoder": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(vocab_size=400, d_model=48, num_layers=2, num_heads=4, d_kv=12, d_ff=64)
     ),
+    "not num_hidden_layers": lambda: tf.BartForCausalLM(
+        tf.BartConfig(
+            vocab_size=400,
+            d_model=48,
+            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+            encoder_layers=4,
+            decoder_layers=2,
+        )
+    ),
     "cannot exchange": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=400, hidden_size=48, n_layer=2, n_head=4)
     ),
@@ -498,7 +531,7 @@ def test_a_saved_model_has_its_dial_and_is_otherwise_what_it_was(model, tokenize
     hub.localize(model, tokenizer, **rules, background=background)
     model.set_locality(DIAL)
     expected = model(ids).logits
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(save_directory=tmp_path)
     again = hub.load(tmp_path)
     assert torch.equal(again(ids).logits, expected)
     config = again.config.get_text_config()
