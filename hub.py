@@ -1,5 +1,4 @@
-"""The dial on models of `transformers`: localized attention for its decoders, whatever tokens they
-read.
+"""The dial on models of `transformers`: localized attention for decoders, blocks for their tokens.
 
     model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
     tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
@@ -39,9 +38,10 @@ import locality
 from fast.attention import BlockMask, blended_attention
 from model import attention_weights
 from prepare_data import check_partition
-from support.files import InputError, fits, write_json
+from support.files import InputError, fits, write_text
 from support.prepared import is_background
 from support.tokenizers import read_vocabulary
+from support.weights import read_json
 
 require_version("transformers>=5.6", 'hub.py needs it: pip install "transformers>=5.6"')
 
@@ -121,7 +121,7 @@ class Blocks:
         self.unread = locality.Partitioner(vocabulary, partition, max_lookback, background)
         self.tokenizer, self.anchor, self.background = tokenizer, anchor, background
         self.partitioners = {}  # of the last call, by the tokens that they have read
-        self.hooks = []
+        self.hooks, self.original = [], None  # original: the attention of the untouched model
 
     def attach(self, model, config):
         """Find the blocks of all that this model reads from now on, or the models in it that have
@@ -142,7 +142,7 @@ class Blocks:
         if "localist" in kwargs:  # from the model around this one
             return args, kwargs
         if model.config.get_text_config()._attn_implementation != "localist":
-            raise InputError("the attention was exchanged since; call hub.localize again")
+            raise InputError("the attention was exchanged after hub.localize; call it again")
         call = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         if call.get("output_attentions") is None:
@@ -271,7 +271,7 @@ def localize(
     blocks = Blocks(model, tokenizer, partition, max_lookback, anchor, background)
     if hasattr(model, "localist"):
         model.localist.detach()
-        exchange(model, config, "sdpa")
+        exchange(model, config, model.localist.original)
     try_out(model, config, blocks)
     model.localist = blocks
     model.set_locality = partial(set_locality, model)
@@ -290,6 +290,7 @@ def try_out(model, config, blocks):
     Raises InputError if not, with the model's own attention in place.
     """
     original, was_training = config._attn_implementation, model.training
+    blocks.original = original
     if original not in ("sdpa", "eager"):
         raise InputError(
             f"the attention {original!r} cannot be localized; load the model with "
@@ -345,7 +346,8 @@ def close(a, b):
 
 
 def exchange(model, config, attention):
-    """Set the attention function of a model or, if it reads more than text, of its text part."""
+    """Set the attention function of a model or, if it reads more than text, of its text part.
+    Raises InputError if that is impossible."""
     parts = {"text_config": attention}
     model.set_attn_implementation(attention if config is model.config else parts)
     if config._attn_implementation != attention:
@@ -374,7 +376,8 @@ def keep_mask(attention_mask=None, **_):
 # --------------------------------------------------------------------------------------------------
 # to disk and back
 
-SAVED = {"dial": [float], "partition": str, "max_lookback": int, "anchor": bool}
+RULES = {"partition": str, "max_lookback": int, "anchor": bool}
+SAVED = {"locality": [float], "localist": RULES}  # in config.json
 
 
 def save_pretrained(model, save_directory, *args, **kwargs):
@@ -385,7 +388,7 @@ def save_pretrained(model, save_directory, *args, **kwargs):
     path = Path(save_directory, "background.json")
     path.unlink(missing_ok=True)
     if model.localist.background:
-        write_json(path, model.localist.background)
+        write_text(path, json.dumps(model.localist.background) + "\n")
 
 
 def load(folder, **kwargs):
@@ -406,11 +409,10 @@ def load(folder, **kwargs):
     if info["missing_keys"]:
         raise InputError(f"{folder} is not a whole language model: it has no output head, or less")
     config = model.config.get_text_config()
-    saved = {"dial": getattr(config, "locality", None), **(getattr(config, "localist", None) or {})}
+    saved = {name: getattr(config, name, None) for name in SAVED}
     if not fits(saved, SAVED):
         raise InputError(f"{folder} does not say how its blocks are found; use hub.localize")
-    background = json.loads(Path(path).read_bytes()) if path else None
-    rules = {name: saved[name] for name in ("partition", "max_lookback", "anchor")}
-    model = localize(model, tokenizer, **rules, background=background)
-    model.set_locality(saved["dial"])
+    rules = {name: saved["localist"][name] for name in RULES}
+    localize(model, tokenizer, **rules, background=read_json(path) if path else None)
+    model.set_locality(saved["locality"])
     return model

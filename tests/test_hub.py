@@ -556,7 +556,7 @@ def test_a_dial_that_was_switched_off_is_missed(tokenizer, ids):
     model = hub.localize(make("Llama"), tokenizer, partition="window:4")
     expected = model(ids).logits
     model.set_attn_implementation("sdpa")
-    with pytest.raises(InputError, match="exchanged since; call hub.localize again"):
+    with pytest.raises(InputError, match="exchanged after hub.localize; call it again"):
         model(ids)
     hub.localize(model, tokenizer, partition="window:4")
     assert torch.equal(model(ids).logits, expected)
@@ -567,6 +567,11 @@ def test_a_second_call_replaces_the_first(tokenizer, ids):
     hub.localize(model, tokenizer, "localist", 0.5, partition="block:9")
     once = hub.localize(make("Llama"), tokenizer, "localist", 0.5, partition="block:9")
     assert torch.equal(model(ids).logits, once(ids).logits)
+    size = {"n_embd": 48, "n_layer": 3, "n_head": 4, "dff": 64}  # and it knows no SDPA
+    model = tf.CTRLLMHeadModel(tf.CTRLConfig(vocab_size=400, **size)).eval()
+    for partition in ("window:4", "block:9"):
+        hub.localize(model, tokenizer, partition=partition)
+    assert model.config.localist["partition"] == "block:9"
 
 
 def test_a_folder_without_a_whole_model_is_refused(tokenizer, tmp_path):
@@ -584,7 +589,13 @@ def test_a_folder_without_a_whole_model_is_refused(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"localist": None}, {"localist": {"partition": 3}}, {"locality": [1]}, {"locality": None}],
+    [
+        {"localist": None},
+        {"localist": 3},
+        {"localist": {"partition": 3}},
+        {"locality": [1]},
+        {"locality": None},
+    ],
 )
 def test_a_folder_without_a_dial_is_refused(tokenizer, tmp_path, change):
     hub.localize(make("Llama"), tokenizer).save_pretrained(tmp_path)
