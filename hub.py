@@ -21,7 +21,7 @@ import copy
 import inspect
 import json
 import math
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,20 +81,20 @@ def localized_attention(
     return (F.dropout(a, dropout) @ v).transpose(1, 2), a
 
 
-def distances(q_length, kv_length, q_offset=0, kv_offset=0, device="cpu", **kwargs):
+def distances(**kwargs):
     """The attention mask of a localized model: how many places before each query a key is, or -1 if
     the query does not see it: because it comes later, is padding, or outside the layer's window.
 
-    Returns (B, 1, n, T) int32. Even a query that is padding sees itself. Later keys that it sees,
-    those of its own image, are at distance 0: in its block.
+    kwargs: those of transformers' mask functions. Returns (B, 1, n, T) int32. Even a query that is
+    padding sees itself. Later keys that it sees, those of its own image, are at distance 0: in its
+    block.
     """
-    kwargs |= {"q_length": q_length, "kv_length": kv_length, "device": device}
-    kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset}
-    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    query = torch.arange(q_length, device=device) + q_offset
-    key = torch.arange(kv_length, device=device) + kv_offset
+    skip = dict.fromkeys(("allow_is_causal_skip", "allow_is_bidirectional_skip"), False)
+    visible = sdpa_mask(**{**kwargs, **skip})  # (B, 1, n, T)
+    query = torch.arange(kwargs["q_length"], device=visible.device) + kwargs["q_offset"]
+    key = torch.arange(kwargs["kv_length"], device=visible.device) + kwargs["kv_offset"]
     distance = (query[:, None] - key).int()  # (n, T)
-    return torch.where(sdpa_mask(**kwargs) | (distance == 0), distance.clamp(min=0), -1)
+    return torch.where(visible | (distance == 0), distance.clamp(min=0), -1)
 
 
 AttentionInterface.register("localist", localized_attention)
@@ -154,7 +154,7 @@ class Blocks:
         """The hook that labels a cache that the model has made in this call."""
         for value in output.values() if isinstance(output, dict) else output:
             if isinstance(value, Cache):
-                remember(value, kwargs["localist"].texts)
+                value.texts = kwargs["localist"].texts
 
     def read(self, **call):
         """The blocks of the new tokens of a call of the model, Found. call: the arguments of the
@@ -176,7 +176,7 @@ class Blocks:
         texts = torch.stack((ids, begins), 2).cpu()  # (B, n, 2)
         texts = torch.cat((old[:, :n_old], texts), 1) if n_old else texts  # (B, T, 2)
         if cache is not None:
-            remember(cache, texts)
+            cache.texts = texts  # beam search moves them: see with_texts
         shape = texts.shape[:2]
         mask = torch.ones(shape) if mask is None else mask
         if getattr(mask, "shape", None) != shape:
@@ -221,22 +221,25 @@ def fork(partitioner):
     return copy.deepcopy(partitioner, {id(value): value for value in shared})
 
 
-def remember(cache, texts):
-    """Label a cache with the texts that it contains, (B, T, 2), and keep the label right when beam
-    search moves its rows."""
-    cache.texts = texts
-    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
-        if name not in vars(cache):
-            setattr(cache, name, partial(move_rows, cache, name))
+def with_texts(method):
+    """A method of Cache that moves the rows of a cache, and now those of `cache.texts`, too. Its
+    argument is the row that becomes each row, integers, or how many copies there will be of each.
+    """
+
+    @wraps(method)
+    def move(self, *args, **kwargs):
+        method(self, *args, **kwargs)
+        (how,) = *args, *kwargs.values()
+        if hasattr(self, "texts"):
+            rows = torch.arange(len(self.texts))
+            rows = rows.repeat_interleave(how) if isinstance(how, int) else how.cpu()
+            self.texts = self.texts[rows]
+
+    return move
 
 
-def move_rows(cache, name, rows):
-    """Call the method `name` of a cache. rows: the row that becomes each row, integers; or how many
-    copies there will be of each."""
-    getattr(type(cache), name)(cache, rows)
-    old = torch.arange(len(cache.texts))
-    cache.texts = cache.texts[old.repeat_interleave(rows) if isinstance(rows, int) else rows.cpu()]
-
+for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
+    setattr(Cache, name, with_texts(getattr(Cache, name)))
 
 # --------------------------------------------------------------------------------------------------
 # the dial
@@ -259,7 +262,9 @@ def localize(
     every block. A second call replaces the first.
     Raises InputError for a model or a tokenizer that cannot be localized, and leaves it as it was.
     """
-    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+    if not isinstance(model, PreTrainedModel) or (
+        model.config.is_encoder_decoder or getattr(model.config, "add_cross_attention", False)
+    ):
         raise InputError(f"{type(model).__name__} is not a decoder of transformers")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"{type(tokenizer).__name__} is not a tokenizer of transformers")
@@ -269,10 +274,7 @@ def localize(
     dial = locality.schedule(schedule, config.num_hidden_layers, floor)
     check_partition(partition, max_lookback)
     blocks = Blocks(model, tokenizer, partition, max_lookback, anchor, background)
-    if hasattr(model, "localist"):
-        model.localist.detach()
-        exchange(model, config, model.localist.original)
-    try_out(model, config, blocks)
+    exchange_attention(model, config, blocks)
     model.localist = blocks
     model.set_locality = partial(set_locality, model)
     model.save_pretrained = partial(save_pretrained, model)
@@ -283,55 +285,74 @@ def localize(
     return model
 
 
+def exchange_attention(model, config, blocks):
+    """Give a model localized attention, with these Blocks. Raises InputError if it does not pass
+    `try_out`, and leaves it as it was."""
+    old, dial = getattr(model, "localist", None), vars(config).get("locality")
+    blocks.original = old.original if old else config._attn_implementation
+    if blocks.original not in ("sdpa", "eager"):
+        raise InputError(
+            f"the attention {blocks.original!r} cannot be localized; load the model with "
+            "attn_implementation='sdpa'"
+        )
+    problem = "interrupted"
+    try:
+        if old:
+            old.detach()
+            set_attention(model, config, old.original)
+        problem = try_out(model, config, blocks)
+    except Exception as e:  # a model may raise anything
+        problem = str(e).strip().split("\n")[0] or type(e).__name__
+    finally:
+        if problem:
+            blocks.detach()
+            vars(config).pop("locality", None)
+            if dial is not None:
+                config.locality = dial
+            if old:
+                old.attach(model, config)
+            attention = "localist" if old else blocks.original
+            if config._attn_implementation != attention:
+                set_attention(model, config, attention)
+    if problem:
+        raise InputError(f"{type(model).__name__} cannot be localized: {problem}")
+
+
 @torch.no_grad()
 def try_out(model, config, blocks):
     """Exchange the attention of a model, and check with eight tokens that this is all it takes.
 
-    Raises InputError if not, with the model's own attention in place.
+    Returns None, or what is wrong, a string.
     """
-    original, was_training = config._attn_implementation, model.training
-    blocks.original = original
-    if original not in ("sdpa", "eager"):
-        raise InputError(
-            f"the attention {original!r} cannot be localized; load the model with "
-            "attn_implementation='sdpa'"
-        )
     ids = torch.arange(8, device=model.device)[None] * (config.vocab_size // 8)  # (1, 8)
     first, last = ids.clone(), ids.clone()
     first[0, 0] = last[0, -1] = ids[0, 3]
     parts = (part for part in model.modules() if getattr(part, "config", None) is config)
     layers = {part.layer_idx for part in parts if hasattr(part, "layer_idx")}
     alone = {"localist": Found(torch.zeros_like(ids))}  # every token is a block
+    was_training = model.training
     model.eval()
-    problem = None
     try:
         y, y_last = logits(model, ids), logits(model, last)
         if y.dim() != 3 or y.size(1) != 8:
-            problem = "it does not give an output for every token"
-        elif not close(y[:, :-1], y_last[:, :-1]):
-            problem = "its tokens see later ones, so it is not a decoder"
-        else:
-            exchange(model, config, "localist")
-            blocks.attach(model, config)
-            config.locality = [0.0] * config.num_hidden_layers
-            same = logits(model, ids)
-            config.locality = [1.0] * config.num_hidden_layers
-            local, local_first = logits(model, ids, **alone), logits(model, first, **alone)
-            if not close(y, same):
-                problem = "its attention has parts that hub.py does not know"
-            elif not close(local[:, 1:], local_first[:, 1:]):
-                problem = "its tokens learn of each other by more than attention"
-            elif layers != {*range(config.num_hidden_layers)}:
-                problem = "the number of its layers is not num_hidden_layers"
-    except Exception as e:  # a model may raise anything
-        problem = str(e).strip().split("\n")[0]
-    model.train(was_training)
-    if problem:
-        blocks.detach()
-        vars(config).pop("locality", None)
-        if config._attn_implementation != original:
-            exchange(model, config, original)
-        raise InputError(f"{type(model).__name__} cannot be localized: {problem}")
+            return "it does not give an output for every token"
+        if not y.isfinite().all():
+            return "its outputs are not finite"
+        if not close(y[:, :-1], y_last[:, :-1]):
+            return "its tokens see later ones, so it is not a decoder"
+        set_attention(model, config, "localist")
+        blocks.attach(model, config)
+        config.locality = [0.0] * config.num_hidden_layers
+        if not close(y, logits(model, ids)):
+            return "its attention has parts that hub.py does not know"
+        config.locality = [1.0] * config.num_hidden_layers
+        local, local_first = logits(model, ids, **alone), logits(model, first, **alone)
+        if not close(local[:, 1:], local_first[:, 1:]):
+            return "its tokens learn of each other by more than attention"
+        if layers != {*range(config.num_hidden_layers)}:
+            return "the number of its layers is not num_hidden_layers"
+    finally:
+        model.train(was_training)
 
 
 def logits(model, ids, **kwargs):
@@ -340,12 +361,12 @@ def logits(model, ids, **kwargs):
 
 
 def close(a, b):
-    """Whether two outputs of a model are equal except for rounding."""
+    """Whether two outputs of a model, of the same shape, are equal except for rounding."""
     tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.05
     return torch.allclose(a, b, 0, tolerance * float(a.abs().max()))
 
 
-def exchange(model, config, attention):
+def set_attention(model, config, attention):
     """Set the attention function of a model or, if it reads more than text, of its text part.
     Raises InputError if that is impossible."""
     parts = {"text_config": attention}
@@ -369,7 +390,7 @@ def set_locality(model, dial):
 
 
 def keep_mask(attention_mask=None, **_):
-    """Leaves it to the forward pass to make masks; `generate` would make those of some caches."""
+    """Makes no mask, so that the model gets that of `generate` with its two dimensions, (B, T)."""
     return attention_mask
 
 
@@ -397,13 +418,18 @@ def load(folder, **kwargs):
     folder: what save_pretrained wrote, of this file or of GPT; kwargs: of from_pretrained. Raises
     InputError if there is no language model, or if it does not say how its blocks are found.
     """
-    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+    place = "subfolder", "revision", "token", "cache_dir", "local_files_only"
+    place = {name: kwargs[name] for name in place if name in kwargs}
+    inside = Path(folder, kwargs.get("subfolder", ""))
+    if inside.is_dir() and not (inside / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; if it is a run, docs/HUB.md exports it")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **place)
         options = {"output_loading_info": True, **kwargs}
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-        path = cached_file(folder, "background.json", _raise_exceptions_for_missing_entries=False)
+        path = cached_file(
+            folder, "background.json", _raise_exceptions_for_missing_entries=False, **place
+        )
     except (OSError, ValueError) as e:
         raise InputError(f"{folder} cannot be loaded: {str(e).split(chr(10))[0]}") from None
     if info["missing_keys"]:

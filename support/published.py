@@ -265,6 +265,7 @@ def publish(model, folder):
         if model.background:
             write_text(work / "background.json", json.dumps(model.background) + "\n")
         write_json(work / "config.json", about)
+        (folder / "config.json").unlink(missing_ok=True)  # without it, nothing here can be read
         for name in EXPORT:  # of an earlier export
             if not (work / name).exists():
                 (folder / name).unlink(missing_ok=True)

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -200,7 +203,7 @@ def test_gradients_flow_with_checkpoints_and_without(model, tokenizer, ids):
 # ---- generation
 
 
-def grow(model, ids, n=20, **options):
+def grow(model, ids, n=14, **options):
     mask = torch.ones_like(ids) if "attention_mask" not in options else None
     options = {"attention_mask": mask, "do_sample": False, **options}
     return model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)[:, ids.size(1) :]
@@ -211,7 +214,7 @@ def grow(model, ids, n=20, **options):
     [
         {},
         {"do_sample": True},
-        {"num_beams": 3},
+        {"num_beams": 2},
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 32},
     ],
@@ -226,6 +229,7 @@ def test_generates_the_same_with_a_cache_and_without(model, tokenizer, ids, opti
     torch.manual_seed(1)
     assert torch.equal(cached, grow(model, ids[:, :90], use_cache=False, **without))
     model.set_locality([0, 0, 0])
+    torch.manual_seed(1)
     assert not torch.equal(cached, grow(model, ids[:, :90], **options))  # the dial matters
 
 
@@ -305,6 +309,11 @@ def test_a_cache_can_be_used_by_hand(model, tokenizer, ids):
     expected = model(batch, use_cache=False).logits
     out = model(batch[:, :60], use_cache=True)
     cache = out.past_key_values
+    shallow = copy.copy(cache)
+    shallow.layers = copy.deepcopy(cache.layers)
+    shallow.reorder_cache(beam_idx=torch.tensor([1, 0]))
+    out = model(batch[[1, 0], 60:80], past_key_values=shallow)
+    assert close(out.logits, expected[[1, 0], 60:80])
     forked = copy.deepcopy(cache)
     for i in range(60, 100, 20):
         out = model(batch[:, i : i + 20], past_key_values=cache)
@@ -320,6 +329,44 @@ def test_a_cache_can_be_used_by_hand(model, tokenizer, ids):
         forked.crop(-20)
         out = model(batch[:1, 80:90].repeat(2, 1), past_key_values=forked)
         assert close(out.logits, expected[:1, 80:90].repeat(2, 1, 1))
+
+
+def test_calls_from_several_threads_do_not_mix(tokenizer, ids):
+    model = hub.localize(make("Llama"), tokenizer, partition="semantic:closed", max_lookback=40)
+    model.set_locality(DIAL)
+
+    def read(text, wait=lambda: None):
+        with torch.no_grad():
+            cache = model(text[:, :60], use_cache=True).past_key_values
+            wait()
+            return model(text[:, 60:100], past_key_values=cache).logits
+
+    texts, barrier = (ids[:, :100], ids[:, 100:]), threading.Barrier(2, timeout=30)
+    hook = model.model.register_forward_pre_hook(lambda *_: print(barrier.wait()))
+    with ThreadPoolExecutor(2) as pool:
+        actual = list(pool.map(partial(read, wait=barrier.wait), texts))
+    hook.remove()
+    assert all(map(torch.equal, actual, map(read, texts)))
+
+
+def test_a_compiled_model_follows_the_dial(tokenizer, ids):
+    model = hub.localize(make("Qwen3"), tokenizer, partition="window:8")
+    compiled = torch.compile(model, backend="eager")
+    for dial in (DIAL, [0.0, 0.0, 0.5]):
+        model.set_locality(dial)
+        assert close(compiled(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_in_the_untouched_model(tokenizer, ids, dtype):
+    errors = []
+    for localized in (False, True):
+        model = make("Llama")
+        if localized:
+            hub.localize(model, tokenizer, partition="window:8")
+        expected = model(ids).logits
+        errors.append((model.to(dtype)(ids).logits - expected).std())
+    assert errors[1] < 1.5 * errors[0]
 
 
 def test_what_a_call_lacks_is_said(tokenizer, ids):
@@ -396,6 +443,13 @@ def test_the_tokens_of_sentencepiece_are_read_as_text():
     tokenizer = sentencepiece_like()
     assert read_text(tokenizer, ODD_TEXT) == b" " + ODD_TEXT.encode()
     assert read_text(tokenizer, "the end</s>") == b" the end" + END_OF_TEXT
+    spaces = [tf.AddedToken("▁▁", normalized=False), tf.AddedToken("▁▁▁▁", normalized=False)]
+    tokenizer.add_tokens(spaces)  # as Gemma has runs of spaces
+    text = "I sat.  The cat    ran."
+    tokens = [tokenizer.convert_tokens_to_ids(piece) for piece in ("▁the", "▁▁", "the", "▁▁▁▁")]
+    vocabulary = read_vocabulary(tokenizer, 1000)
+    assert b"".join(vocabulary[i] for i in tokens if i) == b" the      "
+    assert read_text(tokenizer, text).decode().split() == text.split()
 
 
 def test_a_slow_sentencepiece_tokenizer_is_read_as_text(tmp_path):
@@ -560,6 +614,22 @@ def test_a_dial_that_was_switched_off_is_missed(tokenizer, ids):
         model(ids)
     hub.localize(model, tokenizer, partition="window:4")
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_second_call_that_fails_leaves_the_first(tokenizer, ids):
+    model = hub.localize(make("Llama"), tokenizer, "localist", partition="window:4")
+    expected, weight = model(ids).logits, model.lm_head.weight.clone()
+    model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        hub.localize(model, tokenizer, partition="window:9")
+    model.lm_head.weight.copy_(weight)
+    assert torch.equal(model(ids).logits, expected)
+    assert model.config.localist["partition"] == "window:4"
+
+
+def test_the_whole_of_a_folder_is_of_one_place(tokenizer, tmp_path):
+    hub.localize(make("Llama"), tokenizer, "linear").save_pretrained(tmp_path / "a" / "b")
+    assert hub.load(tmp_path / "a", subfolder="b").config.locality == [0.0, 0.5, 1.0]
 
 
 def test_a_second_call_replaces_the_first(tokenizer, ids):
