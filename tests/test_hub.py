@@ -632,13 +632,13 @@ def test_the_whole_of_a_folder_is_of_one_place(tokenizer, tmp_path):
     assert hub.load(tmp_path / "a", subfolder="b").config.locality == [0.0, 0.5, 1.0]
 
 
-def test_a_second_call_replaces_the_first(tokenizer, ids):
+def test_a_second_call_replaces_the_first(tokenizer, ids, monkeypatch):
     model = hub.localize(make("Llama"), tokenizer, "linear", partition="window:4")
     hub.localize(model, tokenizer, "localist", 0.5, partition="block:9")
     once = hub.localize(make("Llama"), tokenizer, "localist", 0.5, partition="block:9")
     assert torch.equal(model(ids).logits, once(ids).logits)
-    size = {"n_embd": 48, "n_layer": 3, "n_head": 4, "dff": 64}  # and it knows no SDPA
-    model = tf.CTRLLMHeadModel(tf.CTRLConfig(vocab_size=400, **size)).eval()
+    monkeypatch.setattr(tf.LlamaPreTrainedModel, "_supports_sdpa", False)  # as in older models
+    model = make("Llama", attn_implementation="eager")
     for partition in ("window:4", "block:9"):
         hub.localize(model, tokenizer, partition=partition)
     assert model.config.localist["partition"] == "block:9"
