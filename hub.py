@@ -239,7 +239,8 @@ def with_texts(method):
 
 
 for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
-    setattr(Cache, name, with_texts(getattr(Cache, name)))
+    # unwrap: if this file is loaded again, the rows are still moved once
+    setattr(Cache, name, with_texts(inspect.unwrap(getattr(Cache, name))))
 
 # --------------------------------------------------------------------------------------------------
 # the dial

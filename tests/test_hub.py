@@ -1,6 +1,7 @@
 """The dial on models of `transformers` is the dial of model.py, whatever they are and read."""
 
 import copy
+import importlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -329,6 +330,14 @@ def test_a_cache_can_be_used_by_hand(model, tokenizer, ids):
         forked.crop(-20)
         out = model(batch[:1, 80:90].repeat(2, 1), past_key_values=forked)
         assert close(out.logits, expected[:1, 80:90].repeat(2, 1, 1))
+
+
+def test_rows_are_moved_once_even_if_the_file_is_loaded_again():
+    importlib.reload(hub)
+    cache = tf.DynamicCache()
+    cache.texts = torch.arange(3)
+    cache.reorder_cache(torch.tensor([1, 2, 0]))
+    assert cache.texts.tolist() == [1, 2, 0]
 
 
 def test_calls_from_several_threads_do_not_mix(tokenizer, ids):
