@@ -236,13 +236,15 @@ def read_vocabulary(tokenizer, size):
     for token, i in ids.items():
         if token == "<|endoftext|>" or token == eos and not in_chats:
             vocabulary[i] = END_OF_TEXT
-        elif i in added and i not in special and byte_level:
+        elif i in special:
+            continue
+        elif byte_level and i in added:  # these are spelled as they are
             vocabulary[i] = token.encode()
-        elif i not in special and byte_level:
+        elif byte_level:
             vocabulary[i] = b"".join(BYTE_OF.get(char, b"?") for char in token)
-        elif i not in special and i not in added and re.fullmatch("<0x[0-9A-F]{2}>", token):
+        elif i not in added and re.fullmatch("<0x[0-9A-F]{2}>", token):
             vocabulary[i] = bytes.fromhex(token[3:5])
-        elif i not in special:
+        else:
             vocabulary[i] = token.replace("\u2581", " ").encode(errors="replace")
     text = b"".join(vocabulary[i] for i in tokenizer.encode(TRIAL, add_special_tokens=False))
     if text.decode(errors="replace").lstrip() not in READ:
