@@ -59,22 +59,22 @@ def localized_attention(
     Returns the output, (B, n, H, D), and, if requested, the weights, (B, H, n, T). Raises
     InputError for attention of another kind.
     """
-    found = kwargs.get("localist")
-    if found is None:
+    info = kwargs.get("localist")
+    if info is None:
         raise InputError("the blocks did not reach this layer: call the model, not a part of it")
     if attention_mask is None or attention_mask.dtype != torch.int32:
         raise InputError("a localized model needs attention masks of the shape (B, T)")
     if kwargs.get("softcap") is not None:
         raise InputError("attention with soft-capped scores cannot be localized")
     visible = attention_mask >= 0  # (B, 1, n, T)
-    block = attention_mask <= found.lookback[:, None, :, None].to(query.device)
-    if found.first is not None:
-        block |= attention_mask == found.first[:, None, :, None].to(query.device)
+    block = attention_mask <= info.lookback[:, None, :, None].to(query.device)
+    if info.first is not None:
+        block |= attention_mask == info.first[:, None, :, None].to(query.device)
     block &= visible
     dial = module.config.locality[module.layer_idx]
     k, v = (x.repeat_interleave(query.size(1) // key.size(1), 1) for x in (key, value))
     q = query if scaling is None else query * (scaling * math.sqrt(query.size(-1)))
-    if not found.weights:
+    if not info.weights:
         mask = BlockMask(dense=block, visible=visible)
         return blended_attention(q, k, v, mask, dial, dropout).transpose(1, 2), None
     a = attention_weights(q.float(), k.float(), block, dial, visible).to(v.dtype)  # (B, H, n, T)
@@ -104,7 +104,7 @@ AttentionMaskInterface.register("localist", distances)
 # blocks
 
 
-class Found(NamedTuple):
+class TokenInfo(NamedTuple):
     """What `localized_attention` needs to know of the n new tokens of a call."""
 
     lookback: torch.Tensor  # (B, n) int64: places from each token back to the start of its block
@@ -157,8 +157,8 @@ class Blocks:
                 value.texts = kwargs["localist"].texts
 
     def read(self, **call):
-        """The blocks of the new tokens of a call of the model, Found. call: the arguments of the
-        call, as a tokenizer returns them. Raises InputError."""
+        """The TokenInfo of the new tokens of a call of the model. call: the arguments of the call,
+        such as a tokenizer returns. Raises InputError."""
         ids, mask, position = map(call.get, ("input_ids", "attention_mask", "position_ids"))
         cache = next((value for value in call.values() if isinstance(value, Cache)), None)
         n_old = 0 if cache is None else int(cache.get_seq_length())
@@ -187,7 +187,7 @@ class Blocks:
         arrays = self.find(texts.numpy(), mask.bool().cpu().numpy(), n_old)
         lookback, first = (torch.from_numpy(x[:, n_old:]).to(ids.device) for x in arrays)
         first = first if self.anchor else None
-        return Found(lookback, first, call.get("output_attentions"), texts)
+        return TokenInfo(lookback, first, call.get("output_attentions"), texts)
 
     def find(self, texts, kept, n_old):
         """`read` without tensors: texts, (B, T, 2) int64, has the ids, and a 1 if a text begins.
@@ -330,7 +330,7 @@ def try_out(model, config, blocks):
     first[0, 0] = last[0, -1] = ids[0, 3]
     parts = (part for part in model.modules() if getattr(part, "config", None) is config)
     layers = {part.layer_idx for part in parts if hasattr(part, "layer_idx")}
-    alone = {"localist": Found(torch.zeros_like(ids))}  # every token is a block
+    single = {"localist": TokenInfo(torch.zeros_like(ids))}  # every token is a block
     was_training = model.training
     model.eval()
     try:
@@ -347,7 +347,7 @@ def try_out(model, config, blocks):
         if not close(y, logits(model, ids)):
             return "its attention has parts that hub.py does not know"
         config.locality = [1.0] * config.num_hidden_layers
-        local, local_first = logits(model, ids, **alone), logits(model, first, **alone)
+        local, local_first = logits(model, ids, **single), logits(model, first, **single)
         if not close(local[:, 1:], local_first[:, 1:]):
             return "its tokens learn of each other by more than attention"
         if layers != {*range(config.num_hidden_layers)}:
