@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import runpy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -403,9 +404,9 @@ def test_blocks_are_those_that_prepare_data_would_find(model, tokenizer, ids):
     for partition in ("semantic", "semantic:closed", "sentence", "document", "aligned:20"):
         for known in (None, background):
             hub.localize(model, tokenizer, partition=partition, background=known)
-            found = model.localist.read(input_ids=ids).lookback
-            assert torch.equal(found, lookback_of(ids, tokenizer, partition, 512, known))
-    assert len(found.unique()) > 20
+            lookback = model.localist.read(input_ids=ids).lookback
+            assert torch.equal(lookback, lookback_of(ids, tokenizer, partition, 512, known))
+    assert len(lookback.unique()) > 20
 
 
 def test_the_vocabulary_of_gpt2_is_the_one_that_prepare_data_reads(gpt2_tokenizer, tmp_path):
@@ -691,7 +692,7 @@ def test_the_examples_of_the_documents_work(tokenizer, tmp_path, monkeypatch):
     for name in ("README.md", "docs/HUB.md"):
         text = (ROOT / name).read_text(encoding="utf-8").split("\nimport hub\n")[1]
         example = text.partition("```")[0].replace("Qwen/Qwen3-0.6B", "qwen")
-        scope = {"hub": hub, "text": TEXT[:500]}
-        exec(example, scope)
+        (tmp_path / "example.py").write_text(f"import hub\n{example}", encoding="utf-8")
+        scope = runpy.run_path("example.py", {"text": TEXT[:500]})
         assert scope["model"].config.locality == [0.0] * 3
     assert hub.load("localized").config.locality == schedule("quintic", 3)
