@@ -35,6 +35,7 @@ from locality import (
     partition_text,
     reach,
     schedule,
+    schedule_names,
 )
 from model import GPT, attention_weights, clamp_lookback, in_block
 from prepare_data import TextConfig, check_partition, prepare, read_contexts
@@ -362,8 +363,8 @@ def add_model_arguments(parser, action="store", several="; give it twice to comp
     add = parser.add_argument
     add("run", help="a run of train.py; or weights: gpt2, gpt2-medium ... or a path")
     several = several if action == "append" else ""
-    names = ", ".join(SCHEDULES)
-    add("--schedule", action=action, help=f"instead of that of the run: {names}{several}")
+    names = f"{schedule_names()}{several}"
+    add("--schedule", action=action, help=f"instead of that of the run: {names}")
     add("--floor", type=float, action=action, help=f"another floor, above 0 and at most 1{several}")
     add("--plain", action="store_true", help="run the code of the lesson, without fast/")
     add("--device", default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, mps")

@@ -6,6 +6,7 @@ i - lookback[i] ... i. Every partition is causal: lookback[i] is a function of t
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from support.sentences import END_OF_TEXT, N_WORD_IDS, Sentences, WordIds
 from support.settings import nearest
 
 # --------------------------------------------------------------------------------------------------
-# schedules: locality[l] = floor * (l / (L - 1)) ** degree
+# schedules: locality[l] = floor * (l / (L - 1)) ** degree, and their rivals
 
 SCHEDULES = {  # name: degree
     "distributed": None,  # 0 in every layer: plain GPT-2
@@ -32,28 +33,59 @@ SCHEDULES = {  # name: degree
     "quintic": 5,
     "reversed": 5,  # quintic upside down, a control
 }
+# In a rival, some layers are at the floor, and the others are global. Models in use interleave
+# them, and their last layer is global.
+RIVALS = "interleaved:N", "interleaved:N:local", "late_half", "early_half"
+
+
+def schedule_names():
+    """The names of all schedules as a user writes them, such as interleaved:N; a string."""
+    return ", ".join([*SCHEDULES, *RIVALS])
 
 
 def schedule(name, n_layer, floor=1.0):
     """The locality of each layer, a list of n_layer floats in [0, 1] (arXiv 2511.18375).
 
     The last layer gets `floor`, and locality fades toward the first layer. With "reversed" the
-    first layer gets `floor`. Raises InputError for an unknown name or a floor outside (0, 1].
+    first layer gets `floor`. In a rival, the local layers get it; a single layer is always local.
+    Raises InputError for an unknown name or a floor outside (0, 1].
     """
-    if name not in SCHEDULES:
+    local = local_layers(name, n_layer)
+    if name not in SCHEDULES and local is None:
         raise InputError(
-            f"unknown schedule {name!r}: did you mean {nearest(name, SCHEDULES)!r}? "
-            f"The schedules are {', '.join(SCHEDULES)}"
+            f"unknown schedule {name!r}: did you mean {nearest(name, [*SCHEDULES, *RIVALS])!r}? "
+            f"The schedules are {schedule_names()}, where N is 2 or more"
         )
     if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
         raise InputError(f"floor must be above 0 and at most 1, not {floor!r}")
     if name == "distributed":
         return [0.0] * n_layer
-    last, degree = n_layer - 1, SCHEDULES[name]
+    last = n_layer - 1
     if last == 0:  # a single layer is the last layer
         return [float(floor)]
-    locality = [float(floor) * (l / last) ** degree for l in range(n_layer)]
+    if local:
+        return [float(floor) if x else 0.0 for x in local]
+    locality = [float(floor) * (l / last) ** SCHEDULES[name] for l in range(n_layer)]
     return locality[::-1] if name == "reversed" else locality
+
+
+def local_layers(name, n_layer):
+    """Which layers of a rival are local, a list of n_layer booleans; None for any other name.
+
+    interleaved:N        every N-th layer is global, counted so that the last one is
+    interleaved:N:local  the same, one layer earlier, so the last layer is local
+    late_half            the last n_layer // 2 layers are local
+    early_half           the first n_layer // 2 layers are local
+    """
+    to_last = [n_layer - 1 - l for l in range(n_layer)]  # 0 for the last layer
+    if name == "late_half":
+        return [d < n_layer // 2 for d in to_last]
+    if name == "early_half":
+        return [d >= n_layer - n_layer // 2 for d in to_last]
+    match = re.fullmatch("interleaved:([0-9]{1,4})(:local)?", str(name))
+    if not match or int(match[1]) < 2:
+        return None
+    return [(d - bool(match[2])) % int(match[1]) > 0 for d in to_last]
 
 
 # --------------------------------------------------------------------------------------------------

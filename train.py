@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from eval import evaluate, figure
-from locality import SCHEDULES, Partitioner, schedule
+from locality import Partitioner, schedule, schedule_names
 from model import GPT, GPTConfig
 from prepare_data import TextConfig, describe, prepare, read_contexts
 from report import plots
@@ -47,10 +47,7 @@ from view import quick_page
 @dataclass
 class Config(TextConfig):
     # locality
-    schedule: str = key(
-        "quintic",
-        ", ".join(SCHEDULES),
-    )
+    schedule: str = key("quintic", schedule_names())
     floor: float = key(1.0, "locality of the last layer, above 0 and at most 1")
     anchor: bool = key(False, "the first token of a context belongs to every block")
     # model

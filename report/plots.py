@@ -16,9 +16,11 @@ from support.files import InputError, replacing, visible
 STYLES = {
     name: (color, marker)
     for name, color, marker in zip(
-        "distributed localist linear quadratic cubic quartic quintic reversed".split(),
-        "#000000 #d55e00 #e69f00 #56b4e9 #009e73 #0072b2 #cc79a7 #888888".split(),
-        "os^vDP*X",
+        "distributed localist linear quadratic cubic quartic quintic reversed".split()
+        + "late_half early_half interleaved:2 interleaved:2:local".split(),
+        "#000000 #d55e00 #e69f00 #56b4e9 #009e73 #0072b2 #cc79a7 #888888".split()
+        + "#8c4a9e #b8a0c8 #5c7a29 #a9c46c".split(),
+        "os^vDP*Xpd<>",
     )
 }
 COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #888888".split()

@@ -103,8 +103,41 @@ def test_schedule(name, n_layer):
 
 
 @pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("interleaved:2", "lglglg"),
+        ("interleaved:2", "glglg"),
+        ("interleaved:3", "llgllg"),
+        ("interleaved:9", "lllllg"),
+        ("interleaved:2:local", "glglgl"),
+        ("interleaved:2:local", "lglgl"),
+        ("interleaved:3:local", "lgllgl"),
+        ("late_half", "gggll"),
+        ("early_half", "llggg"),
+        ("late_half", "ggglll"),
+        ("early_half", "lllggg"),
+        *((name, "l") for name in ("interleaved:2", "interleaved:2:local", "late_half")),
+    ],
+)
+def test_which_layers_of_a_rival_are_local(name, layers):
+    for floor in (1, 0.25):
+        got = schedule(name, len(layers), floor)
+        assert got == [floor * (x == "l") for x in layers]
+        assert all(isinstance(x, float) for x in got)
+
+
+def test_with_six_layers_these_rivals_and_linear_have_as_much_locality():
+    for name in ("interleaved:2", "interleaved:2:local", "late_half", "early_half", "linear"):
+        assert sum(schedule(name, 6)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
+        *(((name, 12), "unknown") for name in ("interleaved", "interleaved:1", "interleaved:two")),
+        (("interleaved:2:", 12), "unknown"),
+        (("interleaved:\u0662", 12), "unknown"),  # an Arabic digit
+        (("late", 12), "late_half"),
         (("quintc", 12), "quintic"),  # the nearest name
         (("", 12), "unknown schedule"),
         ((None, 12), "unknown schedule"),
