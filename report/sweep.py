@@ -213,8 +213,15 @@ def name_groups(groups, keys):
 COMPARED = [
     *(("partition", "semantic", x) for x in (*MATCHED, "shifted", "document", "semantic:closed")),
     *(("partition", "semantic:closed", x) for x in (*MATCHED, "document")),
+    *(("partition", "semantic+window", x) for x in ("semantic", "window", "shifted")),
     ("schedule", "quintic", "localist"),
     ("schedule", "quintic", "reversed"),
+    # as much locality in other layers: the last layer is local in the first of each pair
+    ("schedule", "late_half", "early_half"),
+    ("schedule", "late_half", "interleaved:2"),
+    ("schedule", "linear", "interleaved:2"),
+    ("schedule", "interleaved:2:local", "interleaved:2"),
+    ("schedule", "quintic", "interleaved:2"),  # less locality
 ]
 
 
