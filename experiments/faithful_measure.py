@@ -110,7 +110,7 @@ def measure(model, context, start, again=None):
 
         influence       (S, T) bits: how much a prediction depends on an earlier sentence
         moved           (S, T) bits more if the partition reads the foreign text as well
-        raw, weighted   (S, T) what the last layer attends to, see `pointers`
+        raw, sinkless   (S, T) what the last layer attends to, see `pointers`
         even            (S, T) `raw` if the last layer is uniform
         nats, uniform   (T,) the loss, and the loss if the last layer is uniform
         leak, far       (T,) bits and nats, see `leak`
@@ -122,9 +122,9 @@ def measure(model, context, start, again=None):
     x = model.hidden(idx, lookback, lambda layer, *qkv: layers.append(qkv))
     log_p = model.head(x)[0].log_softmax(-1)  # (T, V)
     log_q = uniform(model)(idx, lookback)[0][0].log_softmax(-1)  # (T, V)
-    q, k, v = layers[-1]
-    raw, weighted = pointers(model, q, k, v, lookback, context.sentences)
-    even, _ = pointers(model, 0 * q, k, v, lookback, context.sentences)
+    q, k, _ = layers[-1]
+    raw, sinkless = pointers(model, q, k, lookback, context.sentences)
+    even, _ = pointers(model, 0 * q, k, lookback, context.sentences)
     bits, moved = torch.full((2, len(context.sentences), T), math.nan)
     for s, sentence in enumerate(context.sentences):
         foreign, end = context.foreign[s].to(device), sentence[1]
@@ -136,29 +136,28 @@ def measure(model, context, start, again=None):
             back = (i - torch.tensor(again[s]))[None].to(device)
             other, _ = influence(model, idx, back, log_p, sentence, foreign[:1])
             moved[s, end:] = (other - each[:1])[0].cpu()
-    measured = {"influence": bits, "moved": moved, "raw": raw, "weighted": weighted, "even": even}
+    measured = {"influence": bits, "moved": moved, "raw": raw, "sinkless": sinkless, "even": even}
     measured["nats"] = F.nll_loss(log_p, y, reduction="none")
     measured["uniform"] = F.nll_loss(log_q, y, reduction="none")
     measured |= leak(model, idx, lookback, y, context)
     return {name: values.float().cpu().numpy() for name, values in measured.items()}
 
 
-def pointers(model, q, k, v, lookback, sentences):
+def pointers(model, q, k, lookback, sentences):
     """How much each token attends to each sentence in the last layer: two tensors (S, T).
 
-    q, k, v: (1, H, T, D), of that layer. The first is the attention mass, mean over heads. In the
-    second, each key is weighted by the most that its value can add to the stream, the norm of
-    v W_O, and heads are summed (Kobayashi et al. 2020). The first token of the context belongs to
-    no sentence, because it is never replaced.
+    q, k: (1, H, T, D), of that layer. The first is the attention mass, mean over heads. In the
+    second, each head attends as if token 0, the attention sink (Xiao et al. 2023), were not there:
+    its other mass is scaled to sum to 1. Token 0 belongs to no sentence, because it is never
+    replaced.
     """
     attn = model.h[-1].attn
     a = attention_weights(q, k, model.in_block(lookback), attn.locality)[0]  # (H, T, T)
-    out = attn.c_proj.weight.unflatten(1, (attn.n_head, -1))  # (C, H, D)
-    norms = torch.einsum("htd,chd->htc", v[0], out).norm(dim=-1)  # (H, T)
     keys = torch.arange(a.size(-1), device=q.device)
     begin, end = torch.tensor(sentences, device=q.device).clamp(min=1).T  # (S,) each
     inside = ((keys[:, None] >= begin) & (keys[:, None] < end)).to(a)  # (T, S)
-    return (a.mean(0) @ inside).T, ((a * norms[:, None]).sum(0) @ inside).T
+    mass, rest = a @ inside, a[..., 1:].sum(-1, keepdim=True)  # (H, T, S), (H, T, 1)
+    return mass.mean(0).T, (mass / rest.clamp(min=1e-9)).mean(0).T
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What faithfulness.py reports: three outcomes, their statistics, tables and figures."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +12,13 @@ from report.tables import between, facts, markdown, number, plus_minus, with_int
 
 # the measures that are compared, and their headings; the tests are about the first three
 OUTCOMES = "boundary", "pointer", "leak"
+BASE = "distributed"  # the model whose dial is turned to that of the first
 COMPARED = {
     "boundary": "boundary, doublings",
-    "pointer": "pointer, correlation",
+    "pointer": "pointer in the block, correlation",
     "leak": "leak, bits per token",
     "above shifted": "boundary above those from elsewhere, doublings",
-    "inside": "pointer in the block, correlation",
+    "everywhere": "pointer over all sentences, correlation",
 }
 MIN_SENTENCES = 4  # before a token, for a correlation over them
 BINS = 64  # half octaves of distance
@@ -145,11 +147,11 @@ def totals_of(at, frame):
         "influence": bits[pair],
         "weak": at["weak"],
         "moved": at["moved"],
-        "pointer": partial_spearman(bits, at["raw"], distance, pair),
-        "weighted": partial_spearman(bits, at["weighted"], distance, pair),
-        "even": partial_spearman(bits, at["even"], distance, pair),
-        "inside": partial_spearman(bits, at["raw"], distance, block),
-        "even inside": partial_spearman(bits, at["even"], distance, block),
+        "pointer": partial_spearman(bits, at["raw"], distance, block),
+        "sinkless": partial_spearman(bits, at["sinkless"], distance, block),
+        "even": partial_spearman(bits, at["even"], distance, block),
+        "everywhere": partial_spearman(bits, at["raw"], distance, pair),
+        "even everywhere": partial_spearman(bits, at["even"], distance, pair),
         "pointed": pointed_at(bits, at["raw"], block, bins),
         "leak": at["leak"],
         "far": at["far"] - at["nats"],
@@ -240,8 +242,8 @@ def analyze(subjects, summaries, frames, study):
         row = paired(*once, resampled=again)
         return row and {"outcome": measure, "first": first, "second": second, **row}
 
-    first, second = study["first"], study["second"]
-    tests = [{**compare(name, first, second), "bound": study[name]} for name in OUTCOMES]
+    first, pairs = study["first"], itertools.product(study["second"], OUTCOMES)
+    tests = [{**compare(name, first, second), "bound": study[name]} for second, name in pairs]
     for row, p in zip(tests, holm([row["p"] or 1 for row in tests])):
         row["holm"] = row["p"] and p  # p is None for too many seeds
         row["verdict"] = verdict(row, row["bound"])
@@ -256,8 +258,8 @@ def analyze(subjects, summaries, frames, study):
         for key in ("near", "mass"):
             model[key] = sum(getattr(summaries[i], key) for i in seeds.values()).tolist()
         models.append(model)
-    pairs = [(name, second) for name in places if name != second]
-    pairs += [(first, name) for name in places if name not in (first, second)]
+    pairs = [(first, name) for name in places if name != first]
+    pairs += [(name, BASE) for name in places if BASE in places and name not in (first, BASE)]
     rows = [compare(name, *pair) for pair in pairs for name in COMPARED]
     return {"study": study, "tests": tests, "models": models, "comparisons": [*filter(None, rows)]}
 
@@ -277,11 +279,11 @@ COLUMNS = {
         "moved": ("increase if the partition reads the foreign text", 4),
     },
     "Pointer, a correlation": {
-        "pointer": ("all sentences", 3),
-        "weighted": ("the same, weighted by values", 3),
+        "pointer": ("sentences of the block", 3),
+        "sinkless": ("the same, without token 0", 3),
         "even": ("the same, uniform last layer", 3),
-        "inside": ("sentences of the block", 3),
-        "even inside": ("the same, uniform last layer", 3),
+        "everywhere": ("all sentences", 3),
+        "even everywhere": ("the same, uniform last layer", 3),
         "pointed": ("extra influence of the top sentence, bits", 4),
     },
     "Leak, and what it costs": {
@@ -296,7 +298,9 @@ COLUMNS = {
         "true boundary": ("boundary effect of the pieces", 2),
     },
 }
-TESTS = "outcome | difference [95 % over seeds] | 95 % over the text | p, exact | p, Holm"
+TESTS = (
+    "the other | outcome | difference [95 % over seeds] | 95 % over the text | p, exact | p, Holm"
+)
 TESTS += " | bound | verdict"
 NOTE = """± is half the width of the 95 % interval over seeds (Student's t). The seeds share the
 base model, the test text and the foreign texts. The interval over the text resamples the contexts
@@ -309,11 +313,12 @@ Sentences are those of the text; short ones are joined.
   outside that is as far away and as long. A layer with its dial at 1 causes part of it by its mask.
   "From elsewhere": the same model with the semantic blocks of four other places of the text.
 - Pointer: Spearman correlation of the last layer's mass on a sentence with the sentence's
-  influence, with distance removed. Over all sentences, the zeros of a layer at 1 count as pointing,
-  so only models with the same dial can be compared. Long sentences get more mass and have more
-  influence: compare with the uniform layer, which attends equally to everything that it may see.
-  "Extra influence": the sentence of the block with the largest mass, minus other sentences of a
-  block that are as far away.
+  influence, with distance removed, over the sentences of the block. Over all sentences, the zeros
+  of a layer at 1 count as pointing, so only models with the same last dial can be compared. Long
+  sentences get more mass and have more influence: compare with the uniform layer, which attends
+  equally to everything that it may see. Token 0 belongs to no sentence; "without token 0" also
+  takes away its share of each head's attention. "Extra influence": the sentence of the block with
+  the largest mass, minus other sentences of a block that are as far away.
 - Leak: how much the outputs depend on which foreign text replaces everything before the block; at
   most log2 of the number of texts. A model that ignores its context has no leak, so read it
   together with the loss.
@@ -324,11 +329,11 @@ def report_text(results):
     """The report as Markdown. results: as `analyze` returns them, and a dict `about`."""
     study, models = results["study"], results["models"]
     rows = [
-        [COMPARED[row["outcome"]], with_interval(row, 3), between(row["text"], 3)]
+        [row["second"], COMPARED[row["outcome"]], with_interval(row, 3), between(row["text"], 3)]
         + [number(row["p"], ".3g"), number(row["holm"], ".3g"), row["bound"], row["verdict"]]
         for row in results["tests"]
     ]
-    text = f"**The three tests**: {study['first']} minus {study['second']}.\n\n"
+    text = f"**The {len(rows)} tests**: {study['first']} minus another model.\n\n"
     text += markdown(TESTS.split(" | "), rows)
     for title, columns in COLUMNS.items():
         if columns.keys() <= models[0].keys():
@@ -392,8 +397,9 @@ def draw_pointers(results, path):
         for i, model in enumerate(results["models"]):
             y = 2 ** mean_of(model["mass"][panel])[: len(at)]
             shown.append(y)
-            # the two that are tested are highlighted
-            color = {study["first"]: COLORS[1], study["second"]: COLORS[0]}.get(model["name"])
+            # those that are tested are highlighted
+            tested = [study["first"], *study["second"]]
+            color = dict(zip(tested, [COLORS[1], COLORS[0], *COLORS[2:]])).get(model["name"])
             lines = {"lw": 2, "zorder": 3} if color else {"lw": 1, "zorder": 1}
             lines |= {"color": color or "#a0a0a0", "marker": "os^vDP*X"[i % 8], "ms": 5}
             ax.plot(at[1:], y[1:], label=model["name"], **lines)

@@ -1,4 +1,4 @@
-"""Is what one reads from a localized model true? Three tests, fixed before the run, and controls.
+"""Is what one reads from a localized model true? Tests, fixed before the run, and controls.
 
     python -m experiments.faithfulness configs/faithful_smoke.toml               # in a minute
     python -m experiments.faithfulness configs/faithful_sections.toml --jobs 2
@@ -11,7 +11,7 @@ folder. After any interruption, the same command resumes. The report is in the f
 boundary  Does a sentence of the block change a prediction more than a sentence outside the block
           that is as far away and as long? In doublings of its influence.
 pointer   Does a prediction depend on what the last layer attends to? Spearman's correlation over
-          the sentences before a token, with distance removed.
+          the sentences of a token's block, with distance removed.
 leak      What does an output still tell of the text before its block? In bits per token.
 
 All models are measured with the same blocks, the open semantic ones, which stay as they were when
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from eval import load
 from experiments import faithful_measure, faithful_report
 from experiments.faithful_measure import contexts_of, measure, starts_of
+from experiments.faithful_report import BASE
 from locality import schedule
 from report.sweep import read_results
 from report.tables import listed
@@ -55,13 +56,16 @@ class Study:
     leak_draws: int = key(16, "foreign texts that replace everything before a block", at_least=2)
     eps: float = key(1e-3, "bits added to an influence before its logarithm", at_least=1e-9)
     first: str = key("quintic semantic", "the model under test")
-    second: str = key("distributed", "the model that it is compared with")
+    second: str | list = key("distributed", "the models that it is compared with")
     boundary: float = key(0.1, "smallest difference that counts: doublings", at_least=0)
     pointer: float = key(0.02, "smallest difference that counts: correlation", at_least=0)
     leak: float = key(0.005, "smallest difference that counts: bits per token", at_least=0)
 
     def __post_init__(self):
         check(self)
+        self.second = [self.second] if isinstance(self.second, str) else self.second
+        if not self.second:
+            raise InputError("second must name at least one model")
 
 
 def read_study(values):
@@ -91,8 +95,8 @@ VARIED = ("schedule", "partition", "floor", "max_lookback", "seed", "out")
 
 
 def subjects_of(cells, study):
-    """The Subjects of a study: a list of all cells, Configs, and of `second` with its dial as in
-    `first`. Raises InputError for cells that cannot be compared."""
+    """The Subjects of a study: a list of all cells, Configs, and of `distributed` with its dial as
+    in `first`. Raises InputError for cells that cannot be compared."""
     subjects, base = [], asdict(cells[0])
     for cell in cells:
         for name, value in asdict(cell).items():
@@ -105,13 +109,14 @@ def subjects_of(cells, study):
         subjects.append(Subject(name, cell.seed, folder, *dial, folder / "faithful.npz"))
     if len({(s.name, s.seed) for s in subjects}) < len(subjects):
         raise InputError("[faithful]: two models have the same schedule, partition and seed")
-    first, second = ([s for s in subjects if s.name == n] for n in (study.first, study.second))
-    if not first or not second:
-        missing, names = study.second if first else study.first, {s.name for s in subjects}
-        raise InputError(f"[faithful]: no model is {missing!r}; there are {listed(names)}")
-    if not {s.seed for s in first} & {s.seed for s in second}:
-        raise InputError(f"[faithful]: {study.first!r} and {study.second!r} share no seed")
-    for s in second:
+    names, first = {s.name for s in subjects}, [s for s in subjects if s.name == study.first]
+    for name in [study.first, *study.second]:
+        if name not in names:
+            raise InputError(f"[faithful]: no model is {name!r}; there are {listed(names)}")
+        seeds = {s.seed for s in subjects if s.name == name}
+        if not {s.seed for s in first} & seeds:
+            raise InputError(f"[faithful]: {study.first!r} and {name!r} share no seed")
+    for s in [s for s in subjects if s.name == BASE]:
         name, path = f"{s.name}, turned to {study.first}", s.folder / "faithful.turned.npz"
         subjects.append(first[0]._replace(name=name, seed=s.seed, folder=s.folder, path=path))
     return subjects

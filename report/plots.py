@@ -367,20 +367,33 @@ def draw_ratios(groups):
         sides["closed blocks" if is_closed(g) else "open blocks"].append(g)
     sides = {title: members for title, members in sides.items() if members}
     heights = [len(members) + 0.5 for members in sides.values()]
-    size = 8, 1.3 + 0.5 * len(sides) + 0.27 * len(local)
-    options = {"sharex": True, "squeeze": False, "height_ratios": heights}
-    fig, axes = panels(len(sides), 1, *size, **options)
+    size = 9, 1.3 + 0.5 * len(sides) + 0.27 * len(local)
+    options = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
+    fig, axes = panels(len(sides), 2, *size, width_ratios=(5, 1), **options)
     shown = []
-    for ax, (title, members) in zip(axes[:, 0], sides.items()):
+    for (ax, right), (title, members) in zip(axes, sides.items()):
         ratios = [g["vs_distributed"]["ratio"] for g in members]
         intervals = [interval_of(g["vs_distributed"]) for g in members]
         looks = [style(g["schedule"]) for g in members]
         draw_rows(ax, [g["name"] for g in members], ratios, intervals, looks)
         ax.set_title(title, size=10, loc="left")
+        draw_placement(right, members)
         shown += spread(ratios, intervals)
     ratio_axis(axes[-1, 0], "x", shown)
     axes[-1, 0].set_xlabel(f"{RATIO}, 95 % interval over seeds")
+    axes[-1, 1].set_xlabel("locality by layer:\nthe last is on the right")
     return fig
+
+
+def draw_placement(ax, groups):
+    """Draw the locality of every layer, a row of cells for each group: the darker, the more."""
+    rows = [[layer["locality"] for layer in g["runs"][0]["layers"]] for g in groups]
+    x = np.arange(max(map(len, rows)) + 1) + 0.5
+    for y, row in enumerate(rows):
+        look = {"cmap": "Greys", "vmin": 0, "vmax": 1.2, "edgecolors": GREY, "lw": 0.6}
+        ax.pcolormesh(x[: len(row) + 1], [y - 0.3, y + 0.3], [row], **look)
+    ax.tick_params(length=0, labelbottom=False)
+    ax.spines[:].set_visible(False)
 
 
 def interval_of(row):

@@ -15,7 +15,7 @@ from experiments import faithful_measure as fm
 from experiments import faithful_report as fr
 from experiments import faithfulness
 from locality import Partitioner, schedule
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, attention_weights
 from report.stats import bootstrap_weights, holm, paired
 from support.files import InputError, run_script
 from support.settings import to_toml
@@ -94,11 +94,11 @@ def test_a_model_of_uniform_attention_has_a_leak_and_no_boundary_effect():
 
 def test_a_pointer_is_true_where_all_influence_passes_through_it_and_not_where_none_does():
     values, _ = outcome(a_model(0.0))
-    assert values["pointer"] > 0.25 and values["weighted"] > 0.25 and values["pointed"] > 0
+    assert values["everywhere"] > 0.25 and values["pointed"] > 0
     decoration = a_model(0.0, 0.0)  # the last layer attends, but contributes nothing
     decoration.h[-1].attn.c_proj.weight.zero_()
     values, _ = outcome(decoration)
-    assert values["weighted"] == 0 and values["uniform"] == 0 and abs(values["pointer"]) < 0.2
+    assert values["uniform"] == 0 and abs(values["everywhere"]) < 0.2
 
 
 def test_the_influence_that_is_kept_is_the_definition():
@@ -123,15 +123,20 @@ def test_the_influence_that_is_kept_is_the_definition():
     assert np.nanmax(np.abs(measured["moved"])) < 1e-6  # the same blocks again
 
 
-def test_a_value_that_adds_nothing_weighs_nothing():
-    model, (context,) = a_model(0.0), some_contexts(1)
-    attn, lookback = model.h[-1].attn, torch.zeros(1, T)
-    q, k, v = attn.qkv(torch.randn(1, T, 32))
-    before = fm.pointers(model, q, k, v, lookback, context.sentences)
-    assert fm.pointers(model, q, k, 0 * v, lookback, context.sentences)[1].abs().max() == 0
-    attn.c_proj.weight.mul_(2)
-    after = fm.pointers(model, q, k, v, lookback, context.sentences)
-    torch.testing.assert_close(after, (before[0], 2 * before[1]))
+def test_without_token_0_every_head_attends_to_the_rest_only():
+    model, (context,) = a_model(0.5), some_contexts(1)
+    q, k = torch.randn(2, 1, 2, T, 16)
+    k[0, 0, 0] = 20 * q[0, 0].mean(0)  # a sink, for the first head
+    raw, sinkless = fm.pointers(model, q, k, BACK, context.sentences)
+    a = attention_weights(q, k, model.in_block(BACK), 0.5)[0]  # (H, T, T)
+    rest = a[:, 1:, 1:] / a[:, 1:, 1:].sum(-1, keepdim=True)
+    for s, (begin, end) in enumerate(context.sentences):
+        first = max(begin, 1)
+        torch.testing.assert_close(raw[s], a[:, :, first:end].sum(-1).mean(0))
+        expected = rest[:, :, first - 1 : end - 1].sum(-1).mean(0)
+        torch.testing.assert_close(sinkless[s, 1:], expected)
+    assert sinkless.sum(0)[1:].allclose(torch.ones(T - 1)) and (raw.sum(0)[1:] < 1).all()
+    assert (sinkless[:, 0] == 0).all()
 
 
 def test_the_leak_of_an_output_that_names_one_of_k_texts_is_log2_k():
@@ -200,7 +205,7 @@ def made_up(contexts, effects, kind=0, seed=1):
         y = np.where(frame.pair, y + effect * frame.inside[kind], np.nan)
         y = y + rng.normal(0, 0.3, y.shape)
         at = {"influence": 2**y, "moved": np.full_like(y, np.nan)}
-        at |= dict.fromkeys(("raw", "weighted", "even"), np.ones_like(y))
+        at |= dict.fromkeys(("raw", "sinkless", "even"), np.ones_like(y))
         at |= dict.fromkeys(("nats", "leak", "far", "uniform"), np.full(T, float(c)))
         measured |= {f"{name}.{c}": x for name, x in at.items()}
     return frames, measured
@@ -214,7 +219,7 @@ def test_the_regression_finds_an_effect_that_was_put_in():
         assert values["boundary"] == pytest.approx(1.5, abs=0.1)
         assert values["finer"] == pytest.approx(values["boundary"], abs=1e-3)
         assert (values["shifted"] < 0).all()  # places next to the blocks have less influence
-        assert (values["pointer"] == 0).all()  # a mass that is the same everywhere says nothing
+        assert (values["everywhere"] == 0).all()  # a mass that is the same everywhere says nothing
         assert np.isnan(values["moved"]).all()
         assert values["leak"] == pytest.approx((weights @ np.arange(6.0) / 6)[None])
     hidden = values_in(measured, frames, 1e6)  # eps hides what is weaker
@@ -320,12 +325,14 @@ KEYS |= {"n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 1, "max_steps": 
 KEYS |= {"eval_interval": 2, "eval_contexts": 1, "compile": False}
 TINY = "".join(f"{key} = {json.dumps(value)}\n" for key, value in KEYS.items())
 TINY += """
-faithful = {contexts = 2, draws = 1, leak_draws = 2}
+faithful = {contexts = 2, draws = 1, leak_draws = 2, second = ["distributed", "localist window:9"]}
 sweep = [
   {schedule = ["distributed"], seed = [1, 2]},
   {schedule = ["quintic"], partition = ["semantic"], seed = [1, 2]},
+  {schedule = ["localist"], partition = ["window:9"], seed = [1, 2]},
 ]
 """
+SECOND = "distributed", "localist window:9"
 
 
 def train_here(cells, jobs, held):
@@ -360,14 +367,16 @@ def test_the_study_from_end_to_end(study):
     assert status == 0, errors
     folder = Path("runs/study")
     results = json.loads((folder / "faithfulness.json").read_text())
-    assert [row["outcome"] for row in results["tests"]] == ["boundary", "pointer", "leak"]
+    outcomes = [(row["second"], row["outcome"]) for row in results["tests"]]
+    assert outcomes == [(x, o) for x in SECOND for o in ("boundary", "pointer", "leak")]
     names = [model["name"] for model in results["models"]]
     turned = "distributed, turned to quintic semantic"
-    assert names == ["distributed", "quintic semantic", turned]
+    assert names == ["distributed", "quintic semantic", "localist window:9", turned]
     assert {"command", "commit", "device", "date", "seeds"} <= results["about"].keys()
     assert [row["holm"] for row in results["tests"]] == holm([row["p"] for row in results["tests"]])
     # the loss of each model is that of its own weights, at its own dial and blocks
-    for model, name in zip(results["models"], ("distributed", "quintic.semantic", "distributed")):
+    cells = "distributed", "quintic.semantic", "localist.window9", "distributed"
+    for model, name in zip(results["models"], cells):
         for seed, nats in zip((1, 2), model["nats"]["by_seed"]):
             net, config, _ = load(folder / f"{name}.seed{seed}")
             if model["name"] == turned:
@@ -378,13 +387,13 @@ def test_the_study_from_end_to_end(study):
                 losses.append(net(x[:, :-1], back[:, :-1], x[:, 1:])[1].item())
             assert nats == pytest.approx(np.mean(losses), rel=1e-5)
     means = [model["nats"]["by_seed"] for model in results["models"]]
-    assert means[0] != means[1] != means[2] != means[0]
+    assert means[0] != means[1] != means[3] != means[0]
     assert (folder / "faithfulness.md").read_text().strip() in printed
     for name in ("distance", "pointers"):
         assert (folder / f"faithfulness_{name}.png").stat().st_size > 10_000
     # what is measured is not measured again, except if its file is deleted
     paths = sorted(folder.glob("*/*.npz"))
-    assert len(paths) == 6
+    assert len(paths) == 8
     times = [path.stat().st_mtime_ns for path in paths]
     paths[0].write_bytes(paths[0].read_bytes()[:1000])
     status, _, errors = study(TINY)
@@ -417,12 +426,12 @@ def test_bad_studies_are_one_line(study, old, new, words):
     assert errors.count("\n") == 1
 
 
-def test_all_studies_test_the_same_models_with_the_same_bounds():
+def test_all_studies_have_the_same_bounds():
     sizes, smoke = {"contexts": 8, "draws": 1, "leak_draws": 4}, []
     for path in sorted((ROOT / "configs").glob("faithful_*.toml")):
         values = faithfulness.read_values([str(path)], ("sweep", "faithful"))
         assert values["sweep"]
         study = faithfulness.read_study(values)
-        assert replace(study, **sizes) == faithfulness.Study(**sizes)
+        assert replace(study, **sizes, second="distributed") == faithfulness.Study(**sizes)
         smoke += [study] * (path.stem == "faithful_smoke")
     assert smoke == [faithfulness.Study(**sizes)]

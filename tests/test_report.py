@@ -249,6 +249,16 @@ def test_every_group_of_a_sweep_is_a_row_and_open_and_closed_blocks_are_apart():
     assert list(rows_of_figure(plots.draw_ratios(groups[:2]))) == ["open blocks"]
 
 
+def test_beside_every_ratio_is_the_locality_of_every_layer():
+    groups = [group(name, 1.1, schedule=name) for name in ("quintic", "reversed")]
+    for g, locality in zip(groups, ([0, 0.5, 1], [1, 0.5, 0])):
+        g["runs"][0]["layers"] = [{"locality": x} for x in locality]
+    fig = plots.draw_ratios(groups)
+    cells = [np.ravel(mesh.get_array()).tolist() for mesh in fig.axes[1].collections]
+    assert cells == [[0, 0.5, 1], [1, 0.5, 0]]
+    plots.pyplot().close(fig)
+
+
 @pytest.mark.parametrize(
     "schedules, shown",
     [
