@@ -377,11 +377,14 @@ def draw_ratios(groups):
         looks = [style(g["schedule"]) for g in members]
         draw_rows(ax, [g["name"] for g in members], ratios, intervals, looks)
         ax.set_title(title, size=10, loc="left")
+        texts = [g["vs_distributed"]["text"] or [1, 1] for g in members]
+        colors = [color for color, _ in looks]
+        ax.hlines(range(len(members)), *zip(*texts), colors=colors, lw=8, alpha=0.15)
         draw_placement(right, members)
-        shown += spread(ratios, intervals)
+        shown += spread(ratios, [*intervals, *texts])
     ratio_axis(axes[-1, 0], "x", shown)
-    axes[-1, 0].set_xlabel(f"{RATIO}, 95 % interval over seeds")
-    axes[-1, 1].set_xlabel("locality by layer:\nthe last is on the right")
+    axes[-1, 0].set_xlabel(f"{RATIO}\n(95 % intervals: bars, over seeds; bands, over the text)")
+    axes[-1, 1].set_xlabel("locality,\nlayer 1 to the last")
     return fig
 
 

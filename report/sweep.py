@@ -161,8 +161,9 @@ def collect(runs):
     shared = [key for key in keys if key not in LOCAL]
     bases = [g for g in groups if g["schedule"] == "distributed"]
     for group in groups:
-        base = next((g["loss"] for g in bases if agree(g, group, shared)), {})
-        group["vs_distributed"] = paired(group["loss"], base, ratio=True)
+        base = next((g for g in bases if agree(g, group, shared)), {"loss": {}, "runs": []})
+        resampled = resampled_losses(group["runs"], base["runs"])
+        group["vs_distributed"] = paired(group["loss"], base["loss"], resampled, ratio=True)
     groups.sort(key=lambda g: (g["blocks"] != "", g["blocks"], order(g["schedule"])))
     return groups, keys
 
@@ -273,7 +274,7 @@ def compare(groups, keys, key, first, second):
 # the ratios that the paper's abstracts give, by schedule: in v1, in v2 and v3
 PAPER = {"distributed": ("1", "1"), "quintic": ("1.89", "near 1"), "localist": ("6.6", "–")}
 COLUMNS = """configuration | seeds | perplexity | 95 % interval | ratio to distributed [95 %] |
-the paper's ratio: v1 | v2, v3 | mean lookback, tokens: training | test |
+95 % over the text | the paper's ratio: v1 | v2, v3 | mean lookback, tokens: training | test |
 reach, tokens (median) | starts forced by the cap, % | accuracy, % | bits per byte |
 fidelity: last layer | mean | entropy, bits: last layer | mean"""
 PAIRS = """first | second | seeds | perplexity, first to second [95 %] | p, exact |
@@ -282,9 +283,9 @@ SHORT = "configuration | seeds | perplexity ± sd | ratio [95 %] | fidelity | pa
 NOTE = """± is the standard deviation over seeds. Ratios and differences are paired by seed; their
 intervals are Student's t on the logarithms. A seed changes the order of the training data (and the
 initial weights of a model that starts from scratch). The test text is the same for all seeds, so
-these intervals say nothing about another book. "Starts forced" counts block starts of the training
-split. "Reach" is how far back a token can be and still change a prediction through all layers;
-"all" means the whole context.
+these intervals say nothing about another text; those over the text resample its contexts. "Starts
+forced" counts block starts of the training split. "Reach" is how far back a token can be and still
+change a prediction through all layers; "all" means the whole context.
 """
 NOTE_SHORT = """± is the standard deviation over seeds. The ratio to distributed and its 95 %
 interval are paired by seed. Fidelity is the share of attention inside the block, the mean over
@@ -320,6 +321,7 @@ def group_row(group):
         *(group["name"], len(runs), plus_minus(perplexity, 3)),
         between(None if half is None else (mean - half, mean + half), 3),
         with_interval(group["vs_distributed"], 4),
+        between((group["vs_distributed"] or {}).get("text"), 4),
         *paper_ratios(group),
         *(number(x["mean_lookback"] if local else None, ".0f") for x in (stats, runs[0])),
         "all" if reach is None else f"{reach['median']:.0f}",

@@ -160,6 +160,7 @@ def dial(name, ratio, text=None, floor=1.0, **layer):
 def group(name, ratio, partition="semantic", schedule="quintic", half=0.001):
     """A group of a sweep, as far as a figure shows it."""
     row = {"ratio": ratio, "low": ratio - half, "high": ratio + half}
+    row["text"] = [ratio - 3 * half, ratio + 2 * half]
     shown = {"name": name, "schedule": schedule, "blocks": partition, "vs_distributed": row}
     curves, runs = [[(0, 2.0), (1, 1.0)]], [{"layers": [LAYER, LAYER]}]
     return {**shown, "config": {"partition": partition}, "runs": runs, "curves": curves}
@@ -254,6 +255,9 @@ def test_beside_every_ratio_is_the_locality_of_every_layer():
     for g, locality in zip(groups, ([0, 0.5, 1], [1, 0.5, 0])):
         g["runs"][0]["layers"] = [{"locality": x} for x in locality]
     fig = plots.draw_ratios(groups)
+    *_, texts = fig.axes[0].collections
+    ends = [[x for x, _ in segment] for segment in texts.get_segments()]
+    assert ends == pytest.approx(np.array([[1.097, 1.102]] * 2))
     cells = [np.ravel(mesh.get_array()).tolist() for mesh in fig.axes[1].collections]
     assert cells == [[0, 0.5, 1], [1, 0.5, 0]]
     plots.pyplot().close(fig)
@@ -328,17 +332,17 @@ def test_every_schedule_is_drawn_also_one_that_was_added(monkeypatch):
     plots.pyplot().close(figures[0])
 
 
-def test_the_two_models_that_are_tested_are_highlighted(monkeypatch):
-    figures, names = [], ["distributed", "quintic semantic", "x", "y"]
+def test_the_models_that_are_tested_are_highlighted(monkeypatch):
+    figures, names = [], ["distributed", "quintic semantic", "reversed", "x", "y"]
     monkeypatch.setattr(faithful_report, "finish", lambda fig, *_: figures.append(fig))
     models = [{"name": name, "mass": np.ones((2, 14, 2)) * 500} for name in names]
-    study = {"first": "quintic semantic", "second": "distributed"}
+    study = {"first": "quintic semantic", "second": ["distributed", "reversed"]}
     faithful_report.draw_pointers({"models": models, "study": study}, Path("p.png"))
     for ax in figures[0].axes:
         lines = {x.get_label(): x for x in ax.lines if x.get_label() in names}
         colors = [lines[name].get_color() for name in names]
-        assert len(set(colors)) == 3 and colors[2] == colors[3] == "#a0a0a0"
-        assert len({line.get_marker() for line in lines.values()}) == 4
+        assert len(set(colors)) == 4 and colors[3] == colors[4] == "#a0a0a0"
+        assert len({line.get_marker() for line in lines.values()}) == 5
     plots.pyplot().close(figures[0])
 
 
