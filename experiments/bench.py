@@ -7,7 +7,8 @@ attention: one layer's attention, forward and backward: causal, with a dense mas
 step:      a training step: nanoGPT's (--nanogpt names a checkout), that of `transformers` given the
            same mask, its matrix products, ours; also its memory, and loading batches
 long:      a training step with one long context: distributed, localist
-blend:     two ways to compute the blend of global and local attention (only on a GPU)
+blend:     three ways to compute the blend of global and local attention, in blocks of random
+           lengths (only on a GPU)
 small:     a training step of a small model: AdamW, Muon
 evaluate:  eval.py's evaluation: perplexity, all measures; also its memory
 generate:  sampling: the whole context read for every token, the key-value cache
@@ -45,7 +46,9 @@ import support  # before torch: it sets what torch reads when it is loaded  # no
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
 from eval import evaluate
@@ -161,9 +164,10 @@ def free_memory():
 
 
 # --------------------------------------------------------------------------------------------------
-# attention, and two ways to compute the blend
+# attention, and three ways to compute the blend
 
 LAMBDA = 0.5
+BLENDS = "two kernels", "block and rest", "packed"
 
 
 def before_and_inside(lookback):
@@ -187,16 +191,62 @@ def block_and_rest(q, k, v, masks):
     return torch.lerp(y_out, y_in, w[..., None].to(y_in.dtype))
 
 
+def stretches(lookback):
+    """The queries of a batch in stretches that share the start of their block, for varlen_attn.
+
+    lookback: (B, T), clamped. A stretch of queries i ... j needs the keys start ... j, causal from
+    the bottom right. Returns (keys, cu_seq_q, cu_seq_k, max_q, max_k): the keys of all
+    stretches, (K,) int64 indices of tokens of the batch; where each stretch begins among queries
+    and among keys, int32, padded with empty stretches to a multiple of 256, so that their shapes
+    change little; the most queries and keys of a stretch.
+    """
+    (B, T), device = lookback.shape, lookback.device
+    place = torch.arange(B * T, device=device)
+    start = place - lookback.flatten()  # (B * T,)
+    moves = F.pad(start[1:] != start[:-1], (1, 0), value=True)
+    first = place[moves]  # the first query of each stretch, (n,)
+    n_queries = torch.diff(first, append=torch.tensor([B * T], device=device))
+    n_keys = first + n_queries - start[first]
+    pad = 0, -(len(first) + 1) % 256
+    cu_q, cu_k = (F.pad(F.pad(n, pad).cumsum(0), (1, 0)).int() for n in (n_queries, n_keys))
+    offset = start[first] - cu_k[: len(first)]
+    keys = torch.arange(n_keys.sum(), device=device) + offset.repeat_interleave(n_keys)
+    return keys, cu_q, cu_k, int(n_queries.max()), int(n_keys.max())
+
+
+def packed_blend(q, k, v, mask):
+    """The blend with the block in one packed sequence, without a mask. q, k, v: (B, H, T, D); mask:
+    what `stretches` returned. Returns (B, H, T, D)."""
+    keys, *sizes = mask
+    y = scaled_dot_product_attention(q, k, v, is_causal=True)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
+    y_local = varlen.varlen_attn(q, k[keys], v[keys], *sizes, window_size=(-1, 0))
+    return torch.lerp(y, y_local.view(y.transpose(1, 2).shape).transpose(1, 2), LAMBDA)
+
+
+def topics(B, T, cap):
+    """The lookback of blocks of cap / 4 to cap tokens, as semantic ones have, (B, T) int64."""
+    starts = torch.zeros(B, T, dtype=torch.long)
+    for row in starts:
+        lengths = torch.randint(cap // 4, cap + 1, (4 * T // cap + 1,))
+        begin = lengths.cumsum(0)
+        row[begin[begin < T]] = begin[begin < T]
+    return torch.arange(T) - starts.cummax(1).values
+
+
 def attention(way, cap, T, device):
     """Returns a function: one layer's attention over contexts of T tokens, forward and backward.
 
     12 heads of 64; bfloat16 on CUDA, where ours are compiled, otherwise float32. cap: max_lookback.
+    The blend is computed in blocks of `topics`, all else in blocks as long as the cap allows.
     """
     cuda, attend = device.type == "cuda", scaled_dot_product_attention
     B, dtype = (max(1, GPU_TOKENS // T), torch.bfloat16) if cuda else (1, torch.float32)
     x = torch.randn(3, B, T, 12, 64, device=device, dtype=dtype).requires_grad_()
     q, k, v = x.transpose(2, 3)  # (B, 12, T, 64)
     lookback = torch.arange(T, device=device).clamp(max=cap).repeat(B, 1)
+    if way in BLENDS:
+        lookback = topics(B, T, cap).to(device)
     if way == "causal":
         more = {"is_causal": True}
     elif way == "dense mask":
@@ -206,8 +256,10 @@ def attention(way, cap, T, device):
     elif way == "two kernels":
         more = {"mask": block_mask(lookback, cap, tiled=True), "locality": LAMBDA}
         attend = blended_attention
-    else:
+    elif way == "block and rest":
         attend, more = block_and_rest, {"masks": before_and_inside(lookback)}
+    else:
+        attend, more = packed_blend, {"mask": stretches(lookback)}
     if cuda and attend is not scaled_dot_product_attention:
         attend = torch.compile(attend, dynamic=False)
 
@@ -243,8 +295,7 @@ def bench_blend(args, table):
     if args.device.type != "cuda":
         return print("(left out: the backward pass of FlexAttention exists only on GPUs)")
     for T in (256,) if args.quick else (1024, 8192):
-        ways = "two kernels", "block and rest"
-        turns = {f"{way}, T = {T}": attention(way, W, T, args.device) for way in ways}
+        turns = {f"{way}, T = {T}": attention(way, W, T, args.device) for way in BLENDS}
         table.add("blend", race(turns, args.device, args.rounds))
 
 

@@ -70,6 +70,50 @@ def test_the_second_way_to_compute_the_blend_gives_its_values_and_gradients(monk
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
+    """What varlen_attn computes on a GPU, sequence by sequence. q: (N, H, D); k, v: (K, H, D)."""
+    assert window_size == (-1, 0)  # causal, from the bottom right
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) == len(cu_k)
+    out, sizes = [], torch.stack([cu_q.diff(), cu_k.diff()], 1)
+    assert sizes.amax(0).tolist() == [max_q, max_k] and cu_k[-1] == len(k)
+    for (n, m), i, j in zip(sizes.tolist(), cu_q.tolist(), cu_k.tolist()):
+        if n:
+            a, b, c = q[i : i + n], k[j : j + m], v[j : j + m]
+            seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+            a, b, c = (x.transpose(0, 1)[None] for x in (a, b, c))
+            y = torch.nn.functional.scaled_dot_product_attention(a, b, c, attn_mask=seen)
+            out.append(y[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("T", [200, 1000])
+def test_the_third_way_packs_the_stretches_that_share_a_start(monkeypatch, T):
+    monkeypatch.setattr(bench.varlen, "varlen_attn", varlen)
+    torch.manual_seed(0)
+    starts = torch.where(torch.rand(2, T) < 0.03, torch.arange(T), 0).cummax(1).values
+    sliding = clamp_lookback(torch.arange(T) - starts, 60)  # a block that outgrows the cap slides
+    for lookback in (sliding, bench.topics(2, T, 128), torch.zeros(2, T, dtype=torch.long)):
+        q, k, v = torch.randn(3, 2, 2, T, 16).requires_grad_()
+        expected = attention_weights(q, k, in_block(lookback)[:, None], bench.LAMBDA) @ v
+        mask = bench.stretches(lookback)
+        assert (len(mask[1]) - 1) % 256 == 255  # the shape hardly depends on the blocks
+        y = bench.packed_blend(q, k, v, mask)
+        assert (y - expected).abs().max() < 1e-5
+        weight = torch.randn_like(expected)
+        gradients = (
+            torch.autograd.grad((each * weight).sum(), (q, k, v)) for each in (y, expected)
+        )
+        for a, b in zip(*gradients):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_blocks_of_the_blend_are_as_long_as_semantic_ones_and_vary():
+    lookback = bench.topics(3, 5000, 128)
+    assert lookback.max() <= 128 and (lookback >= 0).all() and lookback.shape == (3, 5000)
+    lengths = 1 + lookback[:, :-1][lookback[:, 1:] == 0]
+    assert 32 <= lengths.min() < 50 and 100 < lengths.max() <= 128
+
+
 def test_both_ways_to_generate_give_the_same_tokens():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**bench.SMALL)).eval()
