@@ -384,7 +384,7 @@ def draw_ratios(groups):
         shown += spread(ratios, [*intervals, *texts])
     ratio_axis(axes[-1, 0], "x", shown)
     axes[-1, 0].set_xlabel(f"{RATIO}\n(95 % intervals: bars, over seeds; bands, over the text)")
-    axes[-1, 1].set_xlabel("locality,\nlayer 1 to the last")
+    axes[-1, 1].set_xlabel("locality,\nfirst to last layer", size=9)
     return fig
 
 
