@@ -24,7 +24,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,7 +57,7 @@ def tables_of(values):
 def read_sweep(argv):
     """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. Raises
     InputError."""
-    values, types = read_values(argv, more=("sweep",)), Config.__annotations__
+    values, types = read_values(argv, more=("sweep",)), {f.name: f.type for f in fields(Config)}
     for key, value in read_flags(Config, argv[1:]).items():
         words = value.split(",") if isinstance(value, str) else []
         for table in tables_of(values):

@@ -132,6 +132,13 @@ def test_values_on_the_command_line_replace_a_list(tmp_path, words, expected):
     assert tables == [{**table, **expected}, {"seed": expected.get("seed", [9])}]
 
 
+@pytest.mark.parametrize("key", sorted(Config.__dataclass_fields__.keys() - {"out"}))
+def test_every_key_of_a_table_can_be_replaced_on_the_command_line(tmp_path, key):
+    write_sweep(tmp_path / "s.toml", {key: ["3"]})
+    (table,) = read_sweep([str(tmp_path / "s.toml"), f"--{key}", "1,2"])["sweep"]
+    assert [str(value) for value in table[key]] == ["1", "2"]
+
+
 def test_a_list_on_the_command_line_is_checked_like_one_in_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_sweep("s.toml", {"seed": [1], "schedule": ["distributed"]})
