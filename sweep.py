@@ -55,14 +55,17 @@ def tables_of(values):
 
 
 def read_sweep(argv):
-    """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. Raises
-    InputError."""
+    """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. A key that
+    is in a table replaces only the lists of the tables that have it. Raises InputError."""
     values, types = read_values(argv, more=("sweep",)), {f.name: f.type for f in fields(Config)}
+    of_file = read_values(argv[:1], more=("sweep",))
     for key, value in read_flags(Config, argv[1:]).items():
         words = value.split(",") if isinstance(value, str) else []
-        for table in tables_of(values):
-            if key in table:
-                table[key] = [parse(word, types[key]) for word in words] or [value]
+        for table in (tables := [table for table in tables_of(values) if key in table]):
+            table[key] = [parse(word, types[key]) for word in words] or [value]
+        if tables:
+            del values[key]
+            values |= {key: of_file[key]} if key in of_file else {}
     return values
 
 

@@ -139,6 +139,19 @@ def test_every_key_of_a_table_can_be_replaced_on_the_command_line(tmp_path, key)
     assert [str(value) for value in table[key]] == ["1", "2"]
 
 
+def test_a_list_on_the_command_line_leaves_the_tables_without_that_key_alone(tmp_path):
+    write_sweep(
+        tmp_path / "s.toml",
+        {"schedule": ["distributed"], "seed": [1]},
+        {"schedule": ["quintic"], "partition": ["semantic"], "seed": [1]},
+    )
+    words = [str(tmp_path / "s.toml"), "--partition", "semantic,window:8", "--max_lookback", "9"]
+    cells = read_cells(read_sweep(words))
+    assert list(cells) == ["distributed.seed1", "quintic.semantic.seed1", "quintic.window8.seed1"]
+    assert cells["distributed.seed1"].partition == Config().partition
+    assert {cell.max_lookback for cell in cells.values()} == {9}
+
+
 def test_a_list_on_the_command_line_is_checked_like_one_in_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_sweep("s.toml", {"seed": [1], "schedule": ["distributed"]})
