@@ -61,9 +61,10 @@ def read_sweep(argv):
     of_file = read_values(argv[:1], more=("sweep",))
     for key, value in read_flags(Config, argv[1:]).items():
         words = value.split(",") if isinstance(value, str) else []
-        for table in (tables := [table for table in tables_of(values) if key in table]):
+        tables = [table for table in tables_of(values) if key in table]
+        for table in tables:
             table[key] = [parse(word, types[key]) for word in words] or [value]
-        if tables:
+        if tables:  # the other tables keep the value of the file
             del values[key]
             values |= {key: of_file[key]} if key in of_file else {}
     return values
