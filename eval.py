@@ -307,9 +307,10 @@ def dial_sweep(model, split, vocabulary, names=None, floors=None, **options):
     """Turn the dial of one model; nothing is retrained.
 
     split: token ids and lookbacks, as in `evaluate`, which takes the options. names: of schedules,
-    by default all; distributed is always the first. floors: by default FLOORS. Returns a list of
-    dicts: the schedule, the floor, what `evaluate` returns, and the `ratio` of the perplexity to
-    that of distributed with its interval over the text, `text` (see report.stats).
+    by default those of SCHEDULES, without the rivals; distributed is always the first. floors: by
+    default FLOORS. Returns a list of dicts: the schedule, the floor, what `evaluate` returns, and
+    the `ratio` of the perplexity to that of distributed with its interval over the text, `text`
+    (see report.stats).
     Raises InputError if a loss is not a finite number.
     """
     local = dict.fromkeys(name for name in names or SCHEDULES if name != "distributed")
@@ -385,7 +386,7 @@ def main():
     add(
         "--dial-sweep",
         action="store_true",
-        help="compare dials: these schedules, or all, at these floors, or four",
+        help="compare dials: these schedules, or all but the rivals, at these floors, or four",
     )
     add("--contexts", type=int, help="at most this many contexts, evenly spread (default: all)")
     add("--stride", type=int, help="tokens between two contexts (default: half a context)")

@@ -33,8 +33,8 @@ SCHEDULES = {  # name: degree
     "quintic": 5,
     "reversed": 5,  # quintic upside down, a control
 }
-# In a rival, some layers are at the floor, and the others are global. Models in use interleave
-# them, and their last layer is global.
+# In a rival, some layers are at the floor and the others are global. Published models interleave
+# them and keep the last layer global.
 RIVALS = "interleaved:N", "interleaved:N:local", "late_half", "early_half"
 
 
@@ -72,8 +72,8 @@ def schedule(name, n_layer, floor=1.0):
 def local_layers(name, n_layer):
     """Which layers of a rival are local, a list of n_layer booleans; None for any other name.
 
-    interleaved:N        every N-th layer is global, counted so that the last one is
-    interleaved:N:local  the same, one layer earlier, so the last layer is local
+    interleaved:N        every N-th layer is global, counting back from the last, which is global
+    interleaved:N:local  the same pattern one layer earlier, so the last layer is local
     late_half            the last n_layer // 2 layers are local
     early_half           the first n_layer // 2 layers are local
     """

@@ -54,11 +54,12 @@ def tables_of(values):
     return [t for t in tables if isinstance(t, dict)] if isinstance(tables, list) else []
 
 
-def read_sweep(argv):
+def read_sweep(argv, more=("sweep",)):
     """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. A key that
-    is in a table replaces only the lists of the tables that have it. Raises InputError."""
-    values, types = read_values(argv, more=("sweep",)), {f.name: f.type for f in fields(Config)}
-    of_file = read_values(argv[:1], more=("sweep",))
+    is in a table replaces only the lists of the tables that have it. more: the names of tables.
+    Raises InputError."""
+    values, of_file = read_values(argv, more), read_values(argv[:1], more)
+    types = {f.name: f.type for f in fields(Config)}
     for key, value in read_flags(Config, argv[1:]).items():
         words = value.split(",") if isinstance(value, str) else []
         tables = [table for table in tables_of(values) if key in table]

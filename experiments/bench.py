@@ -225,12 +225,14 @@ def packed_blend(q, k, v, mask):
 
 
 def topics(B, T, cap):
-    """The lookback of blocks of cap / 4 to cap tokens, as semantic ones have, (B, T) int64."""
-    starts = torch.zeros(B, T, dtype=torch.long)
+    """The lookback of open blocks of random length: like the starts of semantic blocks, each start
+    is recognized late, here after cap / 8 tokens. (B, T) int64, at most cap."""
+    starts, lag = torch.zeros(B, T, dtype=torch.long), cap // 8
     for row in starts:
-        lengths = torch.randint(cap // 4, cap + 1, (4 * T // cap + 1,))
+        lengths = torch.randint(cap // 4, cap - lag + 1, (4 * T // cap + 1,))
         begin = lengths.cumsum(0)
-        row[begin[begin < T]] = begin[begin < T]
+        begin = begin[begin + lag < T]
+        row[begin + lag] = begin
     return torch.arange(T) - starts.cummax(1).values
 
 

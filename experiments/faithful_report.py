@@ -9,6 +9,7 @@ from experiments.faithful_measure import SHIFTS
 from report.plots import COLORS, finish, panels
 from report.stats import bootstrap_weights, holm, mean_interval, paired
 from report.tables import between, facts, markdown, number, plus_minus, with_interval
+from support.files import InputError
 
 # the measures that are compared, and their headings; the tests are about the first three
 OUTCOMES = "boundary", "pointer", "leak"
@@ -36,7 +37,8 @@ class Frame(NamedTuple):
 
 
 def frames_of(contexts):
-    """The Frames of Contexts, a list."""
+    """The Frames of Contexts, a list. Raises InputError if a context has no token whose block holds
+    MIN_SENTENCES earlier sentences."""
     raw = []
     for context in contexts:
         begin, end = np.array(context.sentences).T[..., None]  # (S, 1) each
@@ -44,6 +46,11 @@ def frames_of(contexts):
         pair, length = distance >= 0, np.broadcast_to(end - begin, distance.shape)
         # a boundary from elsewhere may cut a sentence: then its middle decides
         inside = [pair & ((begin + end) / 2 >= start) for start in context.blocks]
+        if inside[0].sum(0).max() < MIN_SENTENCES:
+            raise InputError(
+                f"[faithful]: a context has no token with {MIN_SENTENCES} earlier sentences in its "
+                "block, so no pointer can be measured; set a larger max_lookback or block_size"
+            )
         raw.append((pair, distance, inside, np.log2(1 + distance[pair]), np.log2(length[pair])))
     distance_knots = np.percentile(np.concatenate([x for *_, x, _ in raw]), (5, 27.5, 50, 72.5, 95))
     length_knots = np.percentile(np.concatenate([z for *_, z in raw]), (10, 50, 90))
@@ -280,10 +287,10 @@ COLUMNS = {
     },
     "Pointer, a correlation": {
         "pointer": ("sentences of the block", 3),
-        "sinkless": ("the same, without token 0", 3),
-        "even": ("the same, uniform last layer", 3),
+        "sinkless": ("sentences of the block, without token 0", 3),
+        "even": ("sentences of the block, uniform last layer", 3),
         "everywhere": ("all sentences", 3),
-        "even everywhere": ("the same, uniform last layer", 3),
+        "even everywhere": ("all sentences, uniform last layer", 3),
         "pointed": ("extra influence of the top sentence, bits", 4),
     },
     "Leak, and what it costs": {
@@ -298,10 +305,8 @@ COLUMNS = {
         "true boundary": ("boundary effect of the pieces", 2),
     },
 }
-TESTS = (
-    "the other | outcome | difference [95 % over seeds] | 95 % over the text | p, exact | p, Holm"
-)
-TESTS += " | bound | verdict"
+TESTS = """compared with | outcome | difference [95 % over seeds] | 95 % over the text | p, exact |
+p, Holm | bound | verdict"""
 NOTE = """± is half the width of the 95 % interval over seeds (Student's t). The seeds share the
 base model, the test text and the foreign texts. The interval over the text resamples the contexts
 of the test text; there are few contexts, so these intervals are somewhat too narrow.
@@ -317,7 +322,7 @@ Sentences are those of the text; short ones are joined.
   of a layer at 1 count as pointing, so only models with the same last dial can be compared. Long
   sentences get more mass and have more influence: compare with the uniform layer, which attends
   equally to everything that it may see. Token 0 belongs to no sentence; "without token 0" also
-  takes away its share of each head's attention. "Extra influence": the sentence of the block with
+  removes its share of each head's attention. "Extra influence": the sentence of the block with
   the largest mass, minus other sentences of a block that are as far away.
 - Leak: how much the outputs depend on which foreign text replaces everything before the block; at
   most log2 of the number of texts. A model that ignores its context has no leak, so read it
@@ -333,8 +338,8 @@ def report_text(results):
         + [number(row["p"], ".3g"), number(row["holm"], ".3g"), row["bound"], row["verdict"]]
         for row in results["tests"]
     ]
-    text = f"**The {len(rows)} tests**: {study['first']} minus another model.\n\n"
-    text += markdown(TESTS.split(" | "), rows)
+    text = f"**The {len(rows)} tests**: {study['first']} minus each of these models.\n\n"
+    text += markdown(" ".join(TESTS.split()).split(" | "), rows)
     for title, columns in COLUMNS.items():
         if columns.keys() <= models[0].keys():
             rows = [[m["name"], *(cell(m[k], n) for k, (_, n) in columns.items())] for m in models]
@@ -390,6 +395,8 @@ def draw_pointers(results, path):
     """Draw influence, relative to its usual value at that distance, by the last layer's mass."""
     fig, axes = panels(1, 2, 11, 5.2, sharex=True, sharey=True)
     study = results["study"]
+    tested = [study["first"], *study["second"]]  # highlighted
+    colors = dict(zip(tested, [COLORS[1], COLORS[0], *COLORS[2:]]))
     at, shown = [MASSES[0] / 2, *MASSES[:-1] * 2**0.5], []  # the middle of each bin
     titles = "all sentences before a token", "sentences of its block"
     ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
@@ -397,9 +404,7 @@ def draw_pointers(results, path):
         for i, model in enumerate(results["models"]):
             y = 2 ** mean_of(model["mass"][panel])[: len(at)]
             shown.append(y)
-            # those that are tested are highlighted
-            tested = [study["first"], *study["second"]]
-            color = dict(zip(tested, [COLORS[1], COLORS[0], *COLORS[2:]])).get(model["name"])
+            color = colors.get(model["name"])
             lines = {"lw": 2, "zorder": 3} if color else {"lw": 1, "zorder": 1}
             lines |= {"color": color or "#a0a0a0", "marker": "os^vDP*X"[i % 8], "ms": 5}
             ax.plot(at[1:], y[1:], label=model["name"], **lines)

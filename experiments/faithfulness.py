@@ -45,8 +45,8 @@ from support.machine import pick_device, provenance
 from support.run import find_checkpoint
 from support.settings import check, key, nearest, usage
 from support.tokenizers import get_encoding, token_bytes
-from sweep import check_folder, prepare_cell, read_cells, run
-from train import Config, read_values
+from sweep import check_folder, prepare_cell, read_cells, read_sweep, run
+from train import Config
 
 
 @dataclass
@@ -63,9 +63,10 @@ class Study:
 
     def __post_init__(self):
         check(self)
-        self.second = [self.second] if isinstance(self.second, str) else self.second
-        if not self.second:
-            raise InputError("second must name at least one model")
+        second = self.second if isinstance(self.second, list) else [self.second]
+        self.second = [str(name) for name in second]
+        if not second or len({self.first, *self.second}) < 1 + len(second):
+            raise InputError("second must name at least one model, none twice, and not first")
 
 
 def read_study(values):
@@ -176,9 +177,10 @@ def read_measured(path):
         raise InputError(f"{path} is damaged ({e}); delete it and run the command again") from None
 
 
-def write_report(folder, subjects, contexts, study):
-    """Write the report to the folder of the sweep. Raises InputError."""
-    frames, summaries, made = faithful_report.frames_of(contexts), [], []
+def write_report(folder, subjects, frames, study):
+    """Write the report to the folder of the sweep. frames: a Frame for each context. Raises
+    InputError."""
+    summaries, made = [], []
     for s in tqdm(subjects, desc="counting", leave=False, disable=None):
         measured = read_measured(s.path)
         summaries.append(faithful_report.summarize(measured, frames, study.eps))
@@ -207,7 +209,7 @@ def main():
         print(f"{__doc__}\nKeys of [faithful]:\n{usage(Study)}")
         return
     jobs = take_jobs(argv)
-    values = read_values(argv, more=("sweep", "faithful"))
+    values = read_sweep(argv, more=("sweep", "faithful"))
     study, out = read_study(values), Path(values["out"])
     check_folder(out)
     cells = read_cells(values)
@@ -223,11 +225,12 @@ def main():
         vocabulary = token_bytes(get_encoding(config["tokenizer"]))
         T, cell = model.config.block_size, cells[subjects[0].folder]
         contexts, text = contexts_of(cell, study, T, vocabulary)
+        frames = faithful_report.frames_of(contexts)
         missing = to_measure(subjects, study, text)
         if missing and only_report:
             raise InputError(f"{len(missing)} models are not measured yet; leave out --report")
         measure_all(missing, cells, contexts, jobs or 1)
-        write_report(out, subjects, contexts, study)
+        write_report(out, subjects, frames, study)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def check_low_scores(device, table):
 
 
 def without_cudnn(q, k, v, mask):
-    """Attention by any kernel but cuDNN's. If its gradients are finite where cuDNN's are not, that
-    backend can be turned off, and masks may have any length."""
+    """Attention by any kernel except cuDNN's. If its gradients are finite and cuDNN's are not, that
+    backend can be disabled, and masks may have any length."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return scaled_dot_product_attention(q, k, v, mask)
 

@@ -1,4 +1,4 @@
-"""All figures. Colors suit color-blind readers (Okabe & Ito); markers serve black and white."""
+"""All figures. Most colors are Okabe & Ito's, for color-blind readers; markers help in print."""
 
 import io
 import logging

@@ -32,9 +32,10 @@ def mean_interval(values):
 
 def sign_flip_p(differences):
     """p of the two-sided exact permutation test of paired differences: the share of all 2^n ways to
-    sign them whose mean is as far from 0 as the observed one. None for more than 20 differences."""
+    sign them whose mean is as far from 0 as the observed one. None for more than 20 differences, or
+    if one of them is NaN."""
     d = np.asarray(differences, float)
-    if len(d) > 20:
+    if len(d) > 20 or np.isnan(d).any():
         return None
     signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)  # (2^n, n)
     return float((np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-12)).mean())

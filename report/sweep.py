@@ -217,7 +217,8 @@ COMPARED = [
     *(("partition", "semantic+window", x) for x in ("semantic", "window", "shifted")),
     ("schedule", "quintic", "localist"),
     ("schedule", "quintic", "reversed"),
-    # as much locality in other layers: the last layer is local in the first of each pair
+    # as much locality in other layers, if their number is even; in the first of each pair, the last
+    # layer is local
     ("schedule", "late_half", "early_half"),
     ("schedule", "late_half", "interleaved:2"),
     ("schedule", "linear", "interleaved:2"),
@@ -256,15 +257,22 @@ def compare(groups, keys, key, first, second):
             pairs += [(a, b) for gap, _, b in sorted(others)[:1] if gap <= max(0.05 * mean, 1)]
         else:
             pairs += [(a, b) for _, _, b in others if agree(a, b, ["max_lookback"])]
-    for a, b in pairs:
-        row = paired(a["loss"], b["loss"], resampled_losses(a["runs"], b["runs"]), ratio=True)
+    losses = [(a["loss"], b["loss"]) for a, b in pairs]
+    resampled = [resampled_losses(a["runs"], b["runs"]) for a, b in pairs]
+    for (a, b), loss, text in zip(pairs, losses, resampled):
+        row = paired(*loss, text, ratio=True)
         rows.append({"first": a["name"], "second": b["name"], **row})
-    if key == "partition" and len(pairs) > 1:
-        seeds = set.intersection(*(a["loss"].keys() & b["loss"].keys() for a, b in pairs))
-        sides = [[g["loss"] for g in side] for side in zip(*pairs)]
-        means = [{s: sum(loss[s] for loss in side) / len(pairs) for s in seeds} for side in sides]
+    seeds = set.intersection(*(a.keys() & b.keys() for a, b in losses)) if losses else ()
+    if key == "partition" and len(pairs) > 1 and seeds:
+
+        def means(sides):  # of both sides, {seed: mean over the pairs}
+            return [
+                {s: sum(x[s] for x in side) / len(pairs) for s in seeds} for side in zip(*sides)
+            ]
+
+        text = means(resampled) if all(resampled) else None
         names = {"first": f"{first}, mean of {len(pairs)}", "second": f"{second}, the same"}
-        rows += [{**names, **paired(*means, ratio=True)}] if seeds else []
+        rows.append({**names, **paired(*means(losses), text, ratio=True)})
     return rows
 
 

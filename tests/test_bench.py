@@ -107,11 +107,17 @@ def test_the_third_way_packs_the_stretches_that_share_a_start(monkeypatch, T):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_blocks_of_the_blend_are_as_long_as_semantic_ones_and_vary():
+def test_the_blocks_of_the_blend_vary_and_are_recognized_late():
     lookback = bench.topics(3, 5000, 128)
     assert lookback.max() <= 128 and (lookback >= 0).all() and lookback.shape == (3, 5000)
-    lengths = 1 + lookback[:, :-1][lookback[:, 1:] == 0]
-    assert 32 <= lengths.min() < 50 and 100 < lengths.max() <= 128
+    starts = torch.arange(5000) - lookback
+    assert (starts.diff() >= 0).all()
+    moved = starts[:, 1:] != starts[:, :-1]
+    assert (lookback[:, 1:][moved] == 16).all()
+    lengths = starts.diff()[moved]
+    assert 32 <= lengths.min() < 50 and 90 < lengths.max() <= 112
+    keys, *_ = bench.stretches(lookback)
+    assert len(keys) > 1.1 * lookback.numel()  # tokens before a recognition are read twice
 
 
 def test_both_ways_to_generate_give_the_same_tokens():

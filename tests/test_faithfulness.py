@@ -20,11 +20,11 @@ from report.stats import bootstrap_weights, holm, paired
 from support.files import InputError, run_script
 from support.settings import to_toml
 from support.tokenizers import get_encoding, token_bytes
-from sweep import prepare_cell
+from sweep import prepare_cell, read_sweep
 from train import Config
 
 T, V = 96, 64
-LENGTHS = (6, 8, 10)  # of the sentences of a block, in tokens
+LENGTHS = (3, 3, 4, 6, 8)  # of the sentences of a block, in tokens
 LOOKBACK = np.arange(10 * T) % 24
 START = fm.starts_of(LOOKBACK, 0, T)
 BACK = torch.tensor(np.arange(T) - START)[None]
@@ -44,7 +44,7 @@ def a_model(*locality, seed=0):
 
 
 def some_contexts(n=4, seed=0):
-    """Contexts of random tokens, in blocks of 24, each of three sentences."""
+    """Contexts of random tokens, in blocks of 24, each of five sentences."""
     rng, contexts = np.random.default_rng(seed), []
     edges = np.cumsum([0, *LENGTHS * (T // 24)]).tolist()
     sentences = list(zip(edges, edges[1:]))
@@ -93,12 +93,15 @@ def test_a_model_of_uniform_attention_has_a_leak_and_no_boundary_effect():
 
 
 def test_a_pointer_is_true_where_all_influence_passes_through_it_and_not_where_none_does():
-    values, _ = outcome(a_model(0.0))
-    assert values["everywhere"] > 0.25 and values["pointed"] > 0
+    for locality in (0.0, 1.0):
+        values, _ = outcome(a_model(locality))
+        assert values["pointer"] > 0.25 and values["sinkless"] > 0.25 and values["pointed"] > 0
+        assert locality or values["everywhere"] > 0.25  # zeros outside the block count as pointing
     decoration = a_model(0.0, 0.0)  # the last layer attends, but contributes nothing
     decoration.h[-1].attn.c_proj.weight.zero_()
     values, _ = outcome(decoration)
     assert values["uniform"] == 0 and abs(values["everywhere"]) < 0.2
+    assert abs(values["pointer"]) < 0.2 and abs(values["sinkless"]) < 0.2
 
 
 def test_the_influence_that_is_kept_is_the_definition():
@@ -219,7 +222,8 @@ def test_the_regression_finds_an_effect_that_was_put_in():
         assert values["boundary"] == pytest.approx(1.5, abs=0.1)
         assert values["finer"] == pytest.approx(values["boundary"], abs=1e-3)
         assert (values["shifted"] < 0).all()  # places next to the blocks have less influence
-        assert (values["everywhere"] == 0).all()  # a mass that is the same everywhere says nothing
+        for name in ("everywhere", "pointer", "sinkless", "even"):
+            assert (values[name] == 0).all()  # a mass that is the same everywhere says nothing
         assert np.isnan(values["moved"]).all()
         assert values["leak"] == pytest.approx((weights @ np.arange(6.0) / 6)[None])
     hidden = values_in(measured, frames, 1e6)  # eps hides what is weaker
@@ -231,10 +235,10 @@ def test_the_true_pieces_are_measured_too():
     contexts = [c._replace(blocks=[*c.blocks, pieces]) for c in some_contexts(6)]
     none, strong = (
         values_in(measured, frames, 1e-9)
-        for frames, measured in (made_up(contexts, [x] * 6, kind=-1) for x in (0.0, 1.5))
+        for frames, measured in (made_up(contexts, [x] * 6, kind=-1) for x in (0.0, 2.0))
     )
     assert abs(none["true boundary"]) < 0.1
-    assert strong["true boundary"] == pytest.approx(1.5, abs=0.1)
+    assert strong["true boundary"] == pytest.approx(2, abs=0.1)
     assert strong["true boundary"] > strong["boundary"]
     assert abs(none["piece"] - none["by distance"]) < 0.02
     assert strong["piece"] - strong["by distance"] > 0.1
@@ -320,7 +324,7 @@ def test_a_difference_that_contexts_do_not_agree_on_is_not_one_of_the_text():
 # --------------------------------------------------------------------------------------------------
 # the whole
 
-KEYS = {"source": "data/sample.txt", "tokenizer": "bytes", "max_lookback": 200, "block_size": 400}
+KEYS = {"source": "data/sample.txt", "tokenizer": "bytes", "max_lookback": 700, "block_size": 800}
 KEYS |= {"n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 1, "max_steps": 2}
 KEYS |= {"eval_interval": 2, "eval_contexts": 1, "compile": False}
 TINY = "".join(f"{key} = {json.dumps(value)}\n" for key, value in KEYS.items())
@@ -382,10 +386,12 @@ def test_the_study_from_end_to_end(study):
             if model["name"] == turned:
                 net.set_locality(schedule("quintic", 2))
             split, losses = prepare_cell(Config(**config)).split("test"), []
-            for at in (0, len(split[0]) - 401):
-                x, back = (torch.tensor(a[at : at + 401].astype(int))[None] for a in split)
+            for at in (0, len(split[0]) - 801):
+                x, back = (torch.tensor(a[at : at + 801].astype(int))[None] for a in split)
                 losses.append(net(x[:, :-1], back[:, :-1], x[:, 1:])[1].item())
             assert nats == pytest.approx(np.mean(losses), rel=1e-5)
+    for model in results["models"]:
+        assert math.isfinite(model["pointer"]["mean"]) and math.isfinite(model["sinkless"]["mean"])
     means = [model["nats"]["by_seed"] for model in results["models"]]
     assert means[0] != means[1] != means[3] != means[0]
     assert (folder / "faithfulness.md").read_text().strip() in printed
@@ -410,6 +416,9 @@ def test_the_study_from_end_to_end(study):
 @pytest.mark.parametrize(
     "old, new, words",
     [
+        ("max_lookback = 700", "max_lookback = 200", "no token with 4 earlier sentences"),
+        ('["distributed", "localist', '["distributed", "distributed", "localist', "none twice"),
+        ('["distributed", "localist', '[["distributed"], "localist', 'no model is "['),
         (", draws = 1", ", draw = 1", "unknown key draw; the nearest is draws"),
         ("contexts = 2", "contexts = 900", "holds"),
         ("contexts = 2", "contexts = 1", "contexts must be at least 2"),
@@ -426,10 +435,16 @@ def test_bad_studies_are_one_line(study, old, new, words):
     assert errors.count("\n") == 1
 
 
+def test_a_flag_replaces_a_list_of_the_sweep(study):
+    status, _, errors = study(TINY, "--partition", "window:9")
+    assert status == 2 and "no model is 'quintic semantic'" in errors
+    assert errors.endswith("there are distributed, localist window:9, quintic window:9\n")
+
+
 def test_all_studies_have_the_same_bounds():
     sizes, smoke = {"contexts": 8, "draws": 1, "leak_draws": 4}, []
     for path in sorted((ROOT / "configs").glob("faithful_*.toml")):
-        values = faithfulness.read_values([str(path)], ("sweep", "faithful"))
+        values = read_sweep([str(path)], ("sweep", "faithful"))
         assert values["sweep"]
         study = faithfulness.read_study(values)
         assert replace(study, **sizes, second="distributed") == faithfulness.Study(**sizes)
