@@ -207,20 +207,20 @@ def evaluate(
 def anywhere(starts, T, n):
     """Which tokens of some contexts can be at every position of a context? (B, T) booleans.
 
-    starts: where in a text of n tokens each of B contexts begins. They are all but the first and
-    the last T tokens of the text. In a text of less than three contexts hardly any are left, so all
-    of them count.
+    starts: where in a text of n tokens each of B contexts begins. These tokens are all but the
+    first T - 1 and the last T of the text. In a text shorter than three contexts few or none would
+    be left, so all tokens count.
     """
     at = torch.tensor(starts)[:, None] + torch.arange(T)  # (B, T), places in the text
     return (at >= T - 1) & (at < n - T) | (n < 3 * T)
 
 
 def by_position(nats_at):
-    """The loss with more and more context, a list of (tokens of context at least, loss in nats).
+    """The loss by length of context: a list of (minimum tokens of context, nats per token).
 
-    It falls as long as the model uses more context. Steps no shorter than the stride compare the
-    same tokens. nats_at: (2, T), per position the summed loss and the number of the tokens that can
-    be `anywhere`.
+    The loss falls as long as the model benefits from more context. Entries that span at least one
+    stride average over the same tokens. nats_at: (2, T): for each position, the summed loss and the
+    number of tokens, counting only those that `anywhere` selects.
     """
     T = nats_at.size(1)
     edges = [0, *(2**i for i in range(4, 40) if 2**i < T), T]
@@ -380,13 +380,13 @@ def main():
     add(
         "--split",
         choices=(*SPLITS, "all"),
-        help="default: test; for weights that were never trained on a part of a text, all of it",
+        help="the part of the text to measure (default: test for a run, all for weights)",
     )
     add("--partition", help=f"other blocks: {partition_names()}")
     add(
         "--dial-sweep",
         action="store_true",
-        help="compare dials: these schedules, or all but the rivals, at these floors, or four",
+        help="compare the given schedules (default: all but the rivals) and floors (default: four)",
     )
     add("--contexts", type=int, help="at most this many contexts, evenly spread (default: all)")
     add("--stride", type=int, help="tokens between two contexts (default: half a context)")

@@ -124,9 +124,9 @@ class Blocks:
         self.hooks, self.original = [], None  # original: the attention of the untouched model
 
     def attach(self, model, config):
-        """Find the blocks of all that this model reads from now on, or the models in it that have
-        this config: adapters call a forward without its hooks, but not those of the models in it.
-        """
+        """Add the hooks that find blocks to the model, or to the models in it with this config.
+
+        Adapters bypass the hooks of the outer model, but not those of the models inside it."""
         for part in model.modules():
             if isinstance(part, PreTrainedModel) and part.config.get_text_config() is config:
                 self.hooks.append(part.register_forward_pre_hook(self.before, with_kwargs=True))
@@ -222,9 +222,9 @@ def fork(partitioner):
 
 
 def with_texts(method):
-    """A method of Cache that moves the rows of a cache, and now those of `cache.texts`, too. Its
-    argument is the row that becomes each row, integers, or how many copies there will be of each.
-    """
+    """Wrap a method of Cache that reorders or repeats rows, so that it also does so with the rows
+    of `cache.texts`. The argument of the method is a tensor with the old index of each new row, or
+    an int, the number of copies of each row."""
 
     @wraps(method)
     def move(self, *args, **kwargs):
@@ -321,7 +321,7 @@ def exchange_attention(model, config, blocks):
 
 @torch.no_grad()
 def try_out(model, config, blocks):
-    """Exchange the attention of a model, and check with eight tokens that this is all it takes.
+    """Replace the attention of a model, and check on eight tokens that nothing else must change.
 
     Returns None, or what is wrong, a string.
     """
@@ -434,7 +434,7 @@ def load(folder, **kwargs):
     except (OSError, ValueError) as e:
         raise InputError(f"{folder} cannot be loaded: {str(e).split(chr(10))[0]}") from None
     if info["missing_keys"]:
-        raise InputError(f"{folder} is not a whole language model: it has no output head, or less")
+        raise InputError(f"{folder} is incomplete: it has no output head or lacks other weights")
     config = model.config.get_text_config()
     saved = {name: getattr(config, name, None) for name in SAVED}
     if not fits(saved, SAVED):

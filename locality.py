@@ -239,9 +239,9 @@ class ChangePoints:
     def chance_of_end(self, paragraphs):
         """The chance that a block ends before each new sentence: (n, len(LENGTHS), LIMIT) float64.
 
-        A paragraph makes that PARAGRAPH times as likely. Over the document so far, ends stay as
-        likely as END says: a document that is all paragraphs, or has none, learns nothing from
-        them.
+        A new paragraph makes an end PARAGRAPH times as likely as any other sentence does. The
+        chances are rescaled so that ends remain as frequent in the document so far as END says; if
+        all sentences begin paragraphs, or none do, paragraphs have no effect.
         """
         n_sentences = self.n_sentences + np.arange(len(paragraphs)) + 1
         share = (self.n_paragraphs + np.cumsum(paragraphs)) / n_sentences
@@ -312,10 +312,10 @@ class Partitioner:
         self.n_tokens = self.n_read = 0  # tokens and bytes so far
         self.n_found = 0  # tokens that find_blocks has seen
         self.ends = np.zeros(0, np.int64)  # byte at which each of the last tokens ends
-        self.start = 0  # first token of the running sentence
-        self.known = 0  # token at which that was known
-        self.block = 0  # first token of the running block
-        self.topic = 0  # the same, as if closed blocks were not cut
+        self.start = 0  # first token of the current sentence
+        self.known = 0  # token at which `start` became known
+        self.block = 0  # first token of the current block
+        self.topic = 0  # where that block would begin if it were not closed
         self.moves = []
 
     def push(self, tokens):
@@ -340,8 +340,8 @@ class Partitioner:
     def find_blocks(self, tokens, closed=False, at_least=None):
         """The token at which the block of each new token begins: (n,) integers -> (n,) int64.
 
-        closed: no token of a block has looked further back than the block does. at_least: a block
-        begins with the first sentence after this many tokens; None: where ChangePoints say.
+        closed: begin a block at the token where it was recognized, so that no token in it looks
+        past its start. at_least: the minimum number of tokens per block; None: use ChangePoints.
         """
         if at_least is None and not self.change_points:
             raise InputError("a partition that follows topics needs reads_words=True in PARTITIONS")
@@ -418,8 +418,8 @@ class Partitioner:
             self.change_points.reset()
 
     def keep_within_reach(self, row, until):
-        """If the block outgrows the cap before token `until`, move its start to the best one within
-        reach, by this row of the posterior. A closed block is cut there."""
+        """If the block outgrows max_lookback before token `until`, move its start to the median of
+        this row of the posterior within reach. If it is closed, start a new block at the limit."""
         while self.block + self.cap < until - 1:
             if self.closed:
                 self.block += self.cap + 1
@@ -561,9 +561,9 @@ def reach(lookback, locality, anchor=False):
     lookback: (n,) integers of one context; locality: that of every layer; anchor: token 0 belongs
     to every block. Returns (n,) int64.
     A layer at 1 lets a token read its block. Each token of the block has read, one layer below,
-    its own block, and so on down to the first layer. A layer below 1 reads the whole context, and
-    so does an anchored one. Whatever the weights, no token before this one can change the output
-    by a single bit, as long as the blocks stay the same.
+    its own block, and so on down to the first layer. If a layer's locality is below 1, it reads
+    the whole context; with an anchor, it always reads token 0. Both make the result 0 everywhere.
+    Whatever the weights, no earlier token can change the output if the blocks stay the same.
     """
     tokens = np.arange(len(lookback))
     if anchor or min(locality) < 1:
@@ -587,8 +587,8 @@ def partition_text(
 ):
     """The lookback of a whole text, (n,) integers -> (n,) uint16, written to `out` if given.
 
-    For the other arguments, and what it raises, see Partitioner. Documents do not depend on each
-    other: if one token ends a document, groups of documents are shared among the processors.
+    For the other arguments, and what it raises, see Partitioner. If the partition restarts with
+    every document and one token ends a document, the processors share the documents in groups.
     """
     Partitioner(token_bytes, partition, max_lookback, background)  # raises InputError early
     out = np.empty(len(tokens), np.uint16) if out is None else out

@@ -256,7 +256,7 @@ class GPT(nn.Module):
         return in_block(lookback, self.config.anchor)[:, None]
 
     def mask(self, lookback):
-        """What attention needs to know about the blocks of a batch, (B, T) lookback as prepared."""
+        """The mask for a (B, T) lookback: (B, 1, T, T) booleans if plain, otherwise a BlockMask."""
         c = self.config
         if c.plain and lookback is not None:
             return self.in_block(lookback)

@@ -59,7 +59,7 @@ class TextConfig:
     max_lookback: int = key(512, "no block reaches back further, in tokens", 1, below=65536)
     val: float = key(0.1, "fraction of the text for validation")
     test: float = key(0.1, "fraction of the text for the final test")
-    joined: bool = key(False, "a newline replaces <|endoftext|>: documents run into each other")
+    joined: bool = key(False, "replace <|endoftext|> with a newline, so that documents are joined")
     data: str = key("", "prepared folder; empty: one under data/, named after the source")
     plain: bool = key(False, "run the code of the lesson without fast/: slow, for changing it")
 
@@ -133,7 +133,7 @@ def check_partition(partition, max_lookback, n_tokens=None):
 
 
 def default_folder(text):
-    """A folder under data/ whose name describes its content; six digits cover what it omits."""
+    """A folder under data/, named after the main settings and a six-digit hash of the others."""
     omitted = [text.source, text.val, text.test, *["joined"] * text.joined, *["plain"] * text.plain]
     digits = hashlib.sha256(json.dumps(omitted).encode()).hexdigest()[:6]
     name = f"{slug(text.source)}.{text.tokenizer}.{text.partition}.{text.max_lookback}.{digits}"
@@ -143,13 +143,13 @@ def default_folder(text):
 def prepare(text, trained_on=None):
     """The Prepared folder of a TextConfig, built if it is missing or stale.
 
-    trained_on: what the checkpoint of a run says of its text. Then the tokens and blocks must be
-    the same as they were; and since a run may come from a stranger, nothing is downloaded, and
-    nothing written except under data/ of the working directory.
+    trained_on: what the checkpoint of a run says about its text. If it is given, the tokens and
+    blocks must match it. Since the run may come from an untrusted source, nothing is downloaded
+    then, and files are written only under data/ in the working directory.
     Raises InputError for a text that cannot be read, is too short, or has changed.
     """
     folder, cwd, reason = Path(text.data or default_folder(text)), "", ""
-    # the code counts, too: another partitioner finds other blocks. A schedule finds none.
+    # the code that finds blocks is part of the recipe; schedules do not affect the blocks
     code = files.digest_code(
         [locality.__file__, sentences.__file__, evidence.__file__],
         without=("SCHEDULES", "RIVALS", "schedule_names", "schedule", "local_layers"),
@@ -235,7 +235,7 @@ def join_documents(tokens, vocabulary):
 def read_contexts(arrays, starts, T, device):
     """T values of each of several arrays, (n,) integers, from each start: a list of (B, T) int64.
 
-    The targets of tokens are those of tokens[1:].
+    To get the targets, pass tokens[1:] as another array.
     """
     contexts = []
     for values in arrays:

@@ -165,9 +165,9 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw a token from each row of logits, (B, V) float32 -> (B,) int64.
 
     It is drawn from softmax(logits / temperature); temperature 0 takes the most likely token.
-    top_k: draw only from the k most likely tokens; 0: from all. top_p: draw only from the fewest
-    most likely tokens that have the probability p together. Raises InputError for logits that are
-    not finite.
+    top_k: draw only from the k most likely tokens; 0: from all. top_p: draw only from the smallest
+    set of most likely tokens whose total probability is at least top_p. Raises InputError for
+    logits that are not finite.
     """
     # below 1e-6 the most likely token is certain by far; lower still, float32 would divide by 0
     largest = logits.amax(-1, keepdim=True)
@@ -206,7 +206,7 @@ def main():
     add("--stop", help="end a text before the first place where this would be written")
     add("--temperature", type=float, default=0.8, help="0: always the most likely token")
     add("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all")
-    add("--top-p", type=float, default=1.0, help="draw from the fewest with this probability")
+    add("--top-p", type=float, default=1.0, help="draw from the top tokens whose p sums to this")
     add("--seed", type=int, default=1)
     args = parser.parse_args()
     check_arguments(args)

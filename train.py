@@ -53,11 +53,11 @@ class Config(TextConfig):
     # model
     init_from: str = key("scratch", "scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path")
     block_size: int | None = key(
-        None, "context in tokens; none: that of init_from, from scratch 1024", 1, below=10**7
+        None, "context in tokens; none: as in init_from, or 1024 from scratch", 1, below=10**7
     )
-    n_layer: int | None = key(None, "layers; none: as init_from, from scratch 12", 1, below=10**4)
-    n_head: int | None = key(None, "heads; none: as init_from, from scratch 12", 1, below=10**4)
-    n_embd: int | None = key(None, "width; none: as init_from, from scratch 768", 1, below=10**6)
+    n_layer: int | None = key(None, "layers; none: as in init_from, or 12", 1, below=10**4)
+    n_head: int | None = key(None, "heads; none: as in init_from, or 12", 1, below=10**4)
+    n_embd: int | None = key(None, "width; none: as in init_from, or 768", 1, below=10**6)
     dropout: float = key(0.0, "share of activations dropped in training", at_least=0, below=1)
     # optimization: linear warm-up, cosine decay
     optimizer: str = key(
@@ -90,7 +90,7 @@ class Config(TextConfig):
     )
     compile: str | bool = key(
         "auto",
-        "torch.compile; auto: when dtype auto means bfloat16",
+        "use torch.compile; auto: if bfloat16 is fast on this device and a compiler is found",
         one_of=("auto", True, False),
     )
     out: str = key("", "run folder; empty: runs/ and the name of the config file")
@@ -158,10 +158,10 @@ def build_model(config, vocab_size, saved=None):
 class Muon(torch.optim.Optimizer):
     """Steps equally far in every direction of a matrix (Jordan et al. 2024).
 
-    groups: of matrices, each of which consists of `parts` matrices of equal height, 1 by default.
-    Each part takes its own step: if queries, keys and values share a matrix, the gradient of the
-    values is the largest and would leave the others behind. A step is as large as one of AdamW
-    would be (Liu et al. 2025, arXiv 2502.16982), so that both can share a learning rate.
+    groups: parameter groups of matrices; each matrix stacks `parts` matrices of equal height (1 by
+    default), and each part gets its own update. When queries, keys and values share a matrix, the
+    values have the largest gradient and would dominate a joint update. Updates are as large as
+    AdamW's (Liu et al. 2025, arXiv 2502.16982), so that both can share a learning rate.
     """
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95):
@@ -309,7 +309,7 @@ def train(run, config, model, compiled, optimizers, data, process):
                 progress.restart_clock()
             if stop:
                 run.save_last()
-                raise KeyboardInterrupt(received[0] if received else 15)  # or another process was
+                raise KeyboardInterrupt(received[0] if received else 15)  # 15: another rank got one
 
 
 def is_finished(run, config):
@@ -384,7 +384,7 @@ def start(config, resume=False, overwrite=False):
             torch.manual_seed(config.seed + 1000 * run.step + process.rank)
         try:
             if first and draw(run, config, model, data, run.step):
-                print(f"page: {run.folder}/page.html shows the blocks now, and how training goes")
+                print(f"page: {run.folder}/page.html shows the blocks; training updates it")
             train(run, config, model, compiled, optimizers, data, process)
             ddp.shut_down()
             if first:
@@ -511,8 +511,8 @@ def read_values(argv, more=()):
 
 
 def check_config_name(path, script):
-    """Raises InputError for a checkpoint or a text instead of a config: an empty text, for one,
-    would be a config without a key. script: the one that was started."""
+    """Raises InputError if `path` is a checkpoint or a text rather than a config. (An empty text
+    would be a valid config without keys.) script: the file name of the running script."""
     if path.suffix == ".pt":
         command = shlex.join(["python", "train.py", str(path.parent), "--resume"])
         raise InputError(f"{path} is a checkpoint, not a config; to resume its run: {command}")

@@ -37,9 +37,9 @@ from support.run import is_run
 from support.sources import pieces
 from support.tokenizers import SAMPLE, get_encoding, token_bytes
 
-TOKENS, MOST = 512, 4096  # tokens on a page: the default, the maximum
-LIKELIEST = 10  # next tokens that are shown
-KEYS = 32  # of each query: at most so many are shown
+TOKENS, MOST = 512, 4096  # default and maximum number of tokens on a page
+LIKELIEST = 10  # number of likely next tokens to show per token
+KEYS = 32  # maximum number of keys to show per query
 POSITIONS = 0, 0.25, 0.5, 0.75, 1  # of the dial
 
 # --------------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def measure(model, excerpt, vocabulary, foreign, dials, n_draws):
 def turns(schedules, floors, config, n_layer, positions=POSITIONS):
     """What the slider of a page turns: its schedules, its positions, and the locality at each dial.
 
-    schedules, floors: lists; if one is None or empty, the config, a dict, has it. At `distributed`
-    every dial would be 0, so quintic takes its place. positions: of the slider, from 0 on.
+    schedules, floors: lists; None or empty: use the value in config, a dict. With `distributed`,
+    every dial would be 0, so quintic replaces it. positions: those of the slider, starting at 0.
     Returns one or two (schedule, floor); positions; a list of localities, n_layer floats each:
     GPT-2, which is position 0 of both schedules, then the other positions of the first schedule,
     then those of the second. Raises InputError.

@@ -44,7 +44,7 @@ class FastEvidence:
         used = np.append(0, np.cumsum(count))  # how often words before this one are used
         new = np.flatnonzero(sentence >= n_old)
 
-        # what every word costs: log of p(words | begins) / p(words | continues), were they new
+        # if the block had used none of the words: log of p(words | continues) / p(words | begins)
         size = np.bincount(sentence[new] - n_old, minlength=n_new)
         sentences, lags = np.arange(n_old, n), np.arange(limit)[:, None]
         n_words = before[sentences] - before[np.maximum(sentences - lags, 0)]  # of the block

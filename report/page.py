@@ -104,8 +104,8 @@ def keep_strongest(measured, most):
 
     measured: a dict per dial, with keys and weights, (L, H + 1, T, K), the largest first. They are
     replaced by n_keys, (L, H + 1, T), how many are kept, and by their keys and roots, the square
-    roots of the weights, one after another. Returns the least weight that is always kept, and 1 / H
-    of it in the mean over heads; of each query, the four largest are kept even if they are smaller.
+    roots of the weights, one after another. Returns the smallest weight that is always kept; for
+    the mean over heads, the limit is 1 / H of it. The four largest of each query are always kept.
     """
     roots, ranked = [], []  # as they are stored, which is finer if weights are small
     for values in measured:

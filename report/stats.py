@@ -42,8 +42,8 @@ def sign_flip_p(differences):
 
 
 def holm(ps):
-    """The p of several tests, each corrected for all of them (Holm 1979): a list. Even one error is
-    made in at most 5% of the families in which all that is below 0.05 is rejected."""
+    """The p values of several tests, corrected for multiple testing (Holm 1979): a list. If all
+    below 0.05 are rejected, the chance of even one false rejection is at most 5%."""
     corrected, least = [1.0] * len(ps), 0.0
     for rank, i in enumerate(np.argsort(ps, kind="stable")):
         least = max(least, min(1.0, (len(ps) - rank) * ps[i]))

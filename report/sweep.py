@@ -241,8 +241,8 @@ def comparisons(groups, keys):
 def compare(groups, keys, key, first, second):
     """Compare the groups that differ only in `key`, schedule or partition.
 
-    Of the matched partitions, the one that reaches back most nearly as far on average counts, if it
-    is within 5 % or one token. All others must have the same max_lookback. If there are several
+    For a matched partition, only the group whose mean lookback is closest is compared, and only if
+    it is within 5 % or one token. All others must have the same max_lookback. If there are several
     pairs of partitions, their means are compared as well, seed by seed.
     """
     fixed, pairs, rows = [k for k in keys if k not in (key, "max_lookback")], [], []

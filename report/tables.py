@@ -82,7 +82,7 @@ def measures_table(results):
         for number, layer in enumerate(results["layers"], 1)
     ]
     losses = ", ".join(f"from {n} {nats:.3f}" for n, nats in results["by_position"])
-    span = "reach: the whole context (a layer below 1, or an anchor, sees all of it)"
+    span = "reach: the whole context (a layer's locality is below 1, or anchor is on)"
     if results["reach"]:
         span = (
             f"reach, certified: {results['reach']['median']:.0f} tokens (median), at most "

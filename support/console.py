@@ -78,8 +78,8 @@ class Progress:
         return self.steps * self.tokens_per_step / max(time.perf_counter() - self.since, 1e-9)
 
     def show(self, loss, lr, tokens_per_s):
-        """Show how training is going: the validation loss if it is new or on a terminal, and off a
-        terminal, where the bar would show it, the time left."""
+        """Show the training loss, learning rate and throughput. The validation loss is always shown
+        on a terminal, elsewhere only if it is new; the time left is printed only elsewhere."""
         line = f"loss {loss:.3f}"
         if self.run.val_loss != self.val_loss or not self.bar.disable:
             self.val_loss = self.run.val_loss

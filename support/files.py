@@ -84,8 +84,8 @@ class Steady(io.FileIO):
 
 
 def steady(stream, original):
-    """Standard output or error as a Terminal on which no print fails, even if it is closed (>&-) or
-    full, or lacks a character (printed as "?") or a reader (| head -1). Others are unchanged."""
+    """Wrap standard output or error in a Terminal on which print never fails, even if it is closed,
+    full or has no reader, or a character cannot be encoded (then "?"). Return others unchanged."""
     if stream is None:
         return open(os.devnull, "w")
     if stream is not original:
@@ -204,7 +204,7 @@ def check_writable(path):
     """Raises InputError if no file can be written at `path`, a Path: before the work is done."""
     too_long = len(os.fsencode(path.name)) > 230  # a temporary name is longer
     if too_long or path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"{path}: a file of this name cannot be written there")
+        raise InputError(f"{path}: cannot be written; use a shorter name or a writable folder")
 
 
 def is_replaceable(path, key):

@@ -78,7 +78,7 @@ def unpack(state, path, block_size=None):
         tensors["wte.weight"] = wte[:vocab_size]
         config = {**sizes, "vocab_size": vocab_size, "n_head": read_n_head(path, n_layer, n_embd)}
     if block_size and block_size > n_positions:
-        raise InputError(f"{path} has {n_positions} positions, block_size {block_size} needs more")
+        raise InputError(f"{path} has {n_positions} positions; lower block_size ({block_size})")
     return tensors, {**config, "block_size": block_size or n_positions}
 
 
@@ -103,8 +103,8 @@ def check_published(state, tensors, path):
     head, c_attn = tensors.get("lm_head.weight", wte), tensors.get("h.0.attn.c_attn.weight", wte)
     if "model_args" in state or c_attn.shape == (3 * wte.size(1), wte.size(1)):
         raise InputError(
-            f"{path}: a model of nanoGPT or minGPT, which store matrices the other way round; save "
-            "it in the format of transformers"
+            f"{path}: a nanoGPT or minGPT model, whose matrices are stored transposed; "
+            "save it in the format of transformers"
         )
     if head.dtype != wte.dtype or not torch.equal(head, wte):
         raise InputError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 ties the two")
@@ -117,7 +117,7 @@ def read_n_head(path, n_layer, n_embd):
     config = read_json(beside)
     if not config:
         if n_embd not in (768, 1024, 1280, 1600):
-            raise InputError(f"{beside} is missing, which gives the number of heads")
+            raise InputError(f"{beside} is missing; add it, because the weights do not show n_head")
         return n_embd // 64
     if type(config.get("n_head")) is not int:
         raise InputError(f"{beside} lacks n_head, the number of heads, an integer")

@@ -279,7 +279,7 @@ def not_utf8(error, place, is_utf8):
     good = len(text) - len(text.encode("ascii", "ignore")) - bad  # of more than one byte
     if is_utf8 or good > bad or error.reason == "unexpected end of data":
         return InputError(
-            f"0x{byte:02x} at {place} is not UTF-8, as the rest is; replace or remove this byte"
+            f"0x{byte:02x} at {place} is not UTF-8, but the rest is; replace or remove this byte"
         )
     return InputError(
         f"not UTF-8 (0x{byte:02x} at {place}); convert it first, for example with "

@@ -115,7 +115,7 @@ def test_the_place_of_a_bad_byte_counts_from_the_start_of_the_file(bad, message,
 def test_one_bad_byte_in_utf_8_is_no_reason_to_convert_the_text(monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 100)
     for before in ("é" + "a " * 900, "é" * 50, "\ufeff" + "a " * 900):
-        with pytest.raises(InputError, match="0x92 .* is not UTF-8, as the rest is; replace"):
+        with pytest.raises(InputError, match="0x92 .* is not UTF-8, but the rest is; replace"):
             text_of(before.encode() + b"It\x92s")
 
 

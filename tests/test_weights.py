@@ -196,7 +196,7 @@ def test_models_of_nanogpt_are_named(tmp_path):
     del ours["ln_f.bias"]
     for content in ({"model": state, "model_args": {}, "iter_num": 3}, ours, {"model": ours}):
         torch.save(content, path)
-        with pytest.raises(InputError, match="nanoGPT.*the other way round"):
+        with pytest.raises(InputError, match="nanoGPT.*stored transposed"):
             GPT.from_pretrained(path)
 
 
@@ -336,7 +336,7 @@ def test_a_model_may_use_fewer_positions_but_not_more(tmp_path):
     assert short.config.block_size == 16 and whole.config.block_size == 64
     assert torch.equal(short.wpe.weight, whole.wpe.weight[:16])
     assert whole.wte.weight.shape == (128, 48) and not whole.wte.weight[101:].any()
-    with pytest.raises(InputError, match="bin has 64 positions, block_size 65 needs more"):
+    with pytest.raises(InputError, match="bin has 64 positions; lower block_size \(65\)"):
         GPT.from_pretrained(path, 65)
 
 
