@@ -336,7 +336,7 @@ def test_a_model_may_use_fewer_positions_but_not_more(tmp_path):
     assert short.config.block_size == 16 and whole.config.block_size == 64
     assert torch.equal(short.wpe.weight, whole.wpe.weight[:16])
     assert whole.wte.weight.shape == (128, 48) and not whole.wte.weight[101:].any()
-    with pytest.raises(InputError, match="bin has 64 positions; lower block_size \(65\)"):
+    with pytest.raises(InputError, match=r"bin has 64 positions; lower block_size \(65\)"):
         GPT.from_pretrained(path, 65)
 
 
