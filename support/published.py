@@ -117,7 +117,7 @@ def read_n_head(path, n_layer, n_embd):
     config = read_json(beside)
     if not config:
         if n_embd not in (768, 1024, 1280, 1600):
-            raise InputError(f"{beside} is missing; add it, because the weights do not show n_head")
+            raise InputError(f"{beside} is missing; add it, because it gives the number of heads")
         return n_embd // 64
     if type(config.get("n_head")) is not int:
         raise InputError(f"{beside} lacks n_head, the number of heads, an integer")

@@ -324,7 +324,7 @@ def test_a_difference_that_contexts_do_not_agree_on_is_not_one_of_the_text():
 # --------------------------------------------------------------------------------------------------
 # the whole
 
-KEYS = {"source": "data/sample.txt", "tokenizer": "bytes", "max_lookback": 700, "block_size": 800}
+KEYS = {"source": "data/sample.txt", "tokenizer": "bytes", "max_lookback": 1000, "block_size": 1200}
 KEYS |= {"n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 1, "max_steps": 2}
 KEYS |= {"eval_interval": 2, "eval_contexts": 1, "compile": False}
 TINY = "".join(f"{key} = {json.dumps(value)}\n" for key, value in KEYS.items())
@@ -386,8 +386,8 @@ def test_the_study_from_end_to_end(study):
             if model["name"] == turned:
                 net.set_locality(schedule("quintic", 2))
             split, losses = prepare_cell(Config(**config)).split("test"), []
-            for at in (0, len(split[0]) - 801):
-                x, back = (torch.tensor(a[at : at + 801].astype(int))[None] for a in split)
+            for at in (0, len(split[0]) - 1201):
+                x, back = (torch.tensor(a[at : at + 1201].astype(int))[None] for a in split)
                 losses.append(net(x[:, :-1], back[:, :-1], x[:, 1:])[1].item())
             assert nats == pytest.approx(np.mean(losses), rel=1e-5)
     for model in results["models"]:
@@ -416,7 +416,7 @@ def test_the_study_from_end_to_end(study):
 @pytest.mark.parametrize(
     "old, new, words",
     [
-        ("max_lookback = 700", "max_lookback = 200", "no token with 4 earlier sentences"),
+        ("max_lookback = 1000", "max_lookback = 200", "no token with 4 earlier sentences"),
         ('["distributed", "localist', '["distributed", "distributed", "localist', "none twice"),
         ('["distributed", "localist', '[["distributed"], "localist', 'no model is "['),
         (", draws = 1", ", draw = 1", "unknown key draw; the nearest is draws"),

@@ -108,7 +108,7 @@ NO_CODE = {
     "another schedule": (locality, '    "quintic": 5,\n', '    "quintic": 5,\n    "sextic": 6,\n'),
     "what a schedule does": (locality, "return [0.0] * n_layer", "return [0.1] * n_layer"),
     "a comment": (locality, "# a single layer is the last layer", "# one layer"),
-    "a comment in fast": (evidence, "# what every word costs", "# a cost per word"),
+    "a comment in fast": (evidence, "# if the block had used none", "# a cost per word"),
     "a docstring": (locality, '"""The lookback of a text that arrives', '"""Of a text that comes'),
     "a module's docstring": (sentences, ", as soon as that can be known;", ";"),
     "a format": (locality, "CHUNK = 1 << 16  #", "CHUNK = (\n    1 << 16\n)\n\n\n#"),

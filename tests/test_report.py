@@ -16,7 +16,14 @@ from experiments.schedules import draw_schedules
 from locality import SCHEDULES
 from report import plots
 from report.blocks import choose_stretch, join_attention, join_words, most_hidden
-from report.stats import holm, mean_interval, paired, resampled_losses, sign_flip_p
+from report.stats import (
+    bootstrap_weights,
+    holm,
+    mean_interval,
+    paired,
+    resampled_losses,
+    sign_flip_p,
+)
 from report.sweep import (
     canonical,
     collect,
@@ -543,7 +550,17 @@ def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
         ("semantic, mean of 2", "document, the same"),
     }
     mean = pairs[rows.index(("semantic, mean of 2", "window, the same"))]
-    assert mean["ratio"] == pytest.approx(math.exp(-1)) and mean["text"] is None
+    assert mean["ratio"] == pytest.approx(math.exp(-1))
+    # over the text: the mean over both pairs, in the same resampled contexts
+    of = lambda i: np.random.default_rng(i).normal(10 * (1 + i), 3, 25) / 10  # nats per token
+    names = [partition for partition, *_ in cells]
+    first, second = (
+        [i for i, name in enumerate(names) if name in kinds]
+        for kinds in (("semantic",), ("window:61", "window:59"))
+    )
+    difference = (sum(map(of, first)) - sum(map(of, second))) / 2
+    text = np.exp(np.percentile(bootstrap_weights(25) @ difference / 25, (2.5, 97.5)))
+    assert mean["text"] == pytest.approx(text.tolist())
     text = report_text(groups, pairs, {})
     (row,) = rows_of(text, "configuration", "localist, window:41")
     assert row["mean lookback, tokens: training"] == "40" and row["test"] == "42"

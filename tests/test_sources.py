@@ -64,8 +64,8 @@ NO_TEXTS = {
     # Windows-1252 has quotes where Latin-1 has nothing
     r"0x93 at byte 8, line 1\).*iconv -f windows-1252": "He said “good day”.".encode("cp1252"),
     r"0xe9 at byte 15, line 3\)": "One.\r\nTwo.\r\nCafé.".encode("cp1252"),
-    "0x80 at byte 7, line 2 is not UTF-8, as": "é語.\n".encode() + b"\x80" + "à語".encode(),
-    "0xe8 at byte 2, line 1 is not UTF-8, as": "é語".encode()[:-1],
+    "0x80 at byte 7, line 2 is not UTF-8, but": "é語.\n".encode() + b"\x80" + "à語".encode(),
+    "0xe8 at byte 2, line 1 is not UTF-8, but": "é語".encode()[:-1],
     "a web page": "\ufeff\n <!DOCTYPE html><p>Hello.",
     "a web page,": "<HTML>Hello.",
     "a web page, ": "<?xml version='1.0'?>\n<!-- <?a -->\n<html lang='en'>Hello.",
