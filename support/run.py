@@ -418,7 +418,7 @@ def diagnose(model, batches):
     """Where numbers are no longer finite: a dict of lists of names, in the order of computation.
 
     weights: parameters. outputs: modules, in a forward pass over `batches`, an iterable of argument
-    tuples. gradients: parameters. large: the one with the largest gradient, whose square overflows.
+    tuples. gradients: parameters. large: the largest gradient; its square may overflow.
     """
     parameters, outputs = list(model.named_parameters()), {}
 
