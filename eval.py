@@ -60,7 +60,8 @@ def load(name, device="cpu", source=None, plain=False):
 
     The model is in eval mode, with the locality of its training. config: the keys of train.Config,
     a dict. trained_on: what the checkpoint says of the text, a dict; empty for published weights,
-    or if `source` names another text. plain: use the code of the lesson, without fast/.
+    only the background if `source` names another text. plain: use the code of the lesson, without
+    fast/.
     Raises InputError for anything else, or a damaged checkpoint.
     """
     if not is_run(name):
@@ -82,7 +83,8 @@ def load(name, device="cpu", source=None, plain=False):
             f"tokens, its tokenizer {vocabulary_size(config['tokenizer'])}"
         )
     if source:
-        config, trained_on = config | {"source": source, "data": ""}, {}
+        config |= {"source": source, "data": ""}
+        trained_on = {"background": trained_on["background"]}
     return model.to(device).eval(), config, trained_on
 
 
@@ -98,9 +100,9 @@ def load_published(name, device, source, plain):
     tokenizer = tokenizer_by_size(size)
     if tokenizer not in ("gpt2", exported_tokenizer(path)):
         raise InputError(
-            f"{path} has {size:,} tokens and no vocabulary beside it, and is no export with one "
-            "of our tokenizers; if it reads GPT-2's tokens, put GPT-2's vocab.json and merges.txt "
-            "there"
+            f"{path} has {size:,} tokens and no vocabulary beside it, and is not an export with "
+            "one of our tokenizers; if it reads GPT-2's tokens, put GPT-2's vocab.json and "
+            "merges.txt there"
         )
     get_encoding(tokenizer)
     if tokenizer != "gpt2":
@@ -365,7 +367,7 @@ def add_model_arguments(parser, action="store", several="; give it twice to comp
     add("run", help="a run of train.py; or weights: gpt2, gpt2-medium ... or a path")
     several = several if action == "append" else ""
     names = f"{schedule_names()}{several}"
-    add("--schedule", action=action, help=f"instead of that of the run: {names}")
+    add("--schedule", action=action, help=f"overrides that of the run: {names}")
     add("--floor", type=float, action=action, help=f"another floor, above 0 and at most 1{several}")
     add("--plain", action="store_true", help="run the code of the lesson, without fast/")
     add("--device", default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, mps")
@@ -376,7 +378,7 @@ def main():
     several = "; with --dial-sweep, it can be given several times"
     add_model_arguments(parser, "append", several)
     add = parser.add_argument
-    add("--source", help="another text, named as for prepare_data.py; weights need one")
+    add("--source", help="another text, as in prepare_data.py; required for weights")
     add(
         "--split",
         choices=(*SPLITS, "all"),
@@ -434,7 +436,7 @@ def check_arguments(args):
         check_writable(path)
     if args.json and not is_replaceable(args.json, "run"):
         raise InputError(
-            f"--json {args.json}: give a new name that ends in .json, or a file of eval.py"
+            f"--json {args.json}: give a new name that ends in .json, or a file that eval.py wrote"
         )
     schedules, floors = args.schedule or [], args.floor or []
     if "" in (args.source, args.partition, *schedules):
@@ -463,24 +465,27 @@ def check_predictions(results):
 def read_text(config, trained_on, split, partition):
     """((tokens, lookback), vocabulary) of a split of a config's text, or of all of it.
 
-    partition: if it is not the config's, the blocks are found anew. Raises InputError.
+    partition: if it is not the config's, or a run has a background of its own, the blocks are found
+    anew. Raises InputError.
     """
-    data = prepare(TextConfig.of(config), trained_on)
+    data = prepare(TextConfig.of(config), trained_on if "files" in trained_on else None)
     tokens, lookback = data.split(split)
     vocabulary = token_bytes(get_encoding(config["tokenizer"]))
-    if partition != config["partition"]:
-        background = check_other(partition, config, tokens, vocabulary, data)
+    background = trained_on.get("background") or data.meta["background"]
+    if partition != config["partition"] or background != data.meta["background"]:
+        background = check_other(partition, config, tokens, vocabulary, data, background)
         cap, plain = config["max_lookback"], config["plain"]
         lookback = partition_text(tokens, vocabulary, partition, cap, background, plain=plain)
     return (tokens, lookback), vocabulary
 
 
-def check_other(partition, config, tokens, vocabulary, data=None):
+def check_other(partition, config, tokens, vocabulary, data=None, background=None):
     """Check that tokens can get other blocks than those of a config: the background for these.
 
-    tokens: (n,) ids; data: the Prepared text of the config, if it has one. Raises InputError.
+    tokens: (n,) ids; data: the Prepared text of the config, if it has one; background: that of a
+    run, if not that of its text. Raises InputError.
     """
-    cap, background = config["max_lookback"], data and data.meta["background"]
+    cap, background = config["max_lookback"], background or data and data.meta["background"]
     check_partition(partition, cap, len(tokens))
     if config["joined"] and partition == "document":
         raise InputError(f"{data.folder} is joined: it does not say where a document ends")

@@ -142,7 +142,7 @@ class Blocks:
         if "localist" in kwargs:  # from the model around this one
             return args, kwargs
         if model.config.get_text_config()._attn_implementation != "localist":
-            raise InputError("the attention was exchanged after hub.localize; call it again")
+            raise InputError("the attention was replaced after hub.localize; call it again")
         call = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         if call.get("output_attentions") is None:
@@ -275,7 +275,7 @@ def localize(
     dial = locality.schedule(schedule, config.num_hidden_layers, floor)
     check_partition(partition, max_lookback)
     blocks = Blocks(model, tokenizer, partition, max_lookback, anchor, background)
-    exchange_attention(model, config, blocks)
+    replace_attention(model, config, blocks)
     model.localist = blocks
     model.set_locality = partial(set_locality, model)
     model.save_pretrained = partial(save_pretrained, model)
@@ -286,7 +286,7 @@ def localize(
     return model
 
 
-def exchange_attention(model, config, blocks):
+def replace_attention(model, config, blocks):
     """Give a model localized attention, with these Blocks. Raises InputError if it does not pass
     `try_out`, and leaves it as it was."""
     old, dial = getattr(model, "localist", None), vars(config).get("locality")
@@ -349,7 +349,7 @@ def try_out(model, config, blocks):
         config.locality = [1.0] * config.num_hidden_layers
         local, local_first = logits(model, ids, **single), logits(model, first, **single)
         if not close(local[:, 1:], local_first[:, 1:]):
-            return "its tokens learn of each other by more than attention"
+            return "its tokens interact outside attention"
         if layers != {*range(config.num_hidden_layers)}:
             return "the number of its layers is not num_hidden_layers"
     finally:
@@ -373,7 +373,7 @@ def set_attention(model, config, attention):
     parts = {"text_config": attention}
     model.set_attn_implementation(attention if config is model.config else parts)
     if config._attn_implementation != attention:
-        raise InputError("transformers cannot exchange its attention")
+        raise InputError("transformers cannot replace its attention")
 
 
 def set_locality(model, dial):

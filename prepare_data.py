@@ -36,13 +36,13 @@ from locality import (
 )
 from report import blocks
 from report.blocks import block_stats
-from support import files, prepared, sentences, settings
+from support import files, gutenberg, prepared, sentences, settings, sources, tokenizers
 from support.files import InputError
 from support.prepared import SPLITS
 from support.sentences import END_OF_TEXT
 from support.settings import key
 from support.sources import pieces, slug
-from support.tokenizers import check_tokenizer, get_encoding, token_bytes
+from support.tokenizers import check_tokenizer, get_encoding, token_bytes, token_ids
 
 STRETCH = 1 << 22  # tokens in memory at a time
 
@@ -98,14 +98,7 @@ def encode(paths, encoding, out):
         for number, path in enumerate(paths):
             between, digest = ["<|endoftext|>"] if number else [], hashlib.sha256()
             for text in chain(between, pieces(path, digest.update)):
-                try:
-                    ids = encoding.encode_to_numpy(text, allowed_special="all")
-                except ValueError:  # tiktoken's expression gives up
-                    raise InputError(
-                        f"{path}: tiktoken cannot split this text; it may contain a million "
-                        "white-space characters in a row"
-                    ) from None
-                ids.astype(np.uint16).tofile(f)
+                token_ids(encoding, text, path).tofile(f)
                 bar.update(len(text.encode()))
             total.update(digest.digest())
     return total.hexdigest()
@@ -149,10 +142,19 @@ def prepare(text, trained_on=None):
     Raises InputError for a text that cannot be read, is too short, or has changed.
     """
     folder, cwd, reason = Path(text.data or default_folder(text)), "", ""
-    # the code that finds blocks is part of the recipe; schedules do not affect the blocks
+    # the code that makes tokens and blocks is part of the recipe; schedules do not affect them
+    modules = locality, sentences, evidence, sources, gutenberg, tokenizers
     code = files.digest_code(
-        [locality.__file__, sentences.__file__, evidence.__file__],
-        without=("SCHEDULES", "RIVALS", "schedule_names", "schedule", "local_layers"),
+        [__file__, *(module.__file__ for module in modules)],
+        without=(
+            "SCHEDULES",
+            "RIVALS",
+            "schedule_names",
+            "schedule",
+            "local_layers",
+            "describe",
+            "main",
+        ),
     )
     recipe = {f.name: getattr(text, f.name) for f in fields(TextConfig) if f.name != "data"}
     recipe["code_sha256"] = code

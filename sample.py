@@ -26,7 +26,7 @@ from locality import Partitioner
 from model import clamp_lookback
 from support.files import InputError, run_script
 from support.machine import pick_device
-from support.tokenizers import get_encoding, token_bytes
+from support.tokenizers import get_encoding, token_bytes, token_ids
 
 # --------------------------------------------------------------------------------------------------
 # generation
@@ -203,7 +203,7 @@ def main():
     add("--prompt", action="append", help="the text to continue; a newline if not given")
     add("--samples", type=int, default=1, help="texts per prompt")
     add("--tokens", type=int, default=200, help="tokens to generate per text")
-    add("--stop", help="end a text before the first place where this would be written")
+    add("--stop", help="end a text just before this would first appear")
     add("--temperature", type=float, default=0.8, help="0: always the most likely token")
     add("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="draw from the top tokens whose p sums to this")
@@ -221,7 +221,7 @@ def main():
     partitioners = [Partitioner(vocabulary, *rules) for _ in prompts]
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = args.temperature, args.top_k, args.top_p, generator
-    ids = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
+    ids = [token_ids(encoding, prompt, "the prompt").tolist() for prompt in prompts]
     if max(map(len, ids)) > model.config.block_size:
         print(
             f"only the last {model.config.block_size} tokens of a prompt are read", file=sys.stderr

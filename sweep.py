@@ -55,25 +55,38 @@ def tables_of(values):
 
 
 def read_sweep(argv, more=("sweep",)):
-    """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. A key that
-    is in a table replaces only the lists of the tables that have it. more: the names of tables.
-    Raises InputError."""
+    """The keys of a sweep from a command line, `CONFIG.toml [--key value ...]`: a dict. `chosen`
+    among them, {key: values}, limits the cells. more: the names of tables.
+
+    Values of a key that tables list choose cells. Other values replace the lists if all tables that
+    have the key list the same. Raises InputError if they do not.
+    """
     values, of_file = read_values(argv, more), read_values(argv[:1], more)
-    types = {f.name: f.type for f in fields(Config)}
+    types, chosen = {f.name: f.type for f in fields(Config)}, {}
     for key, value in read_flags(Config, argv[1:]).items():
         words = value.split(",") if isinstance(value, str) else []
+        given = [parse(word, types[key]) for word in words] or [value]
         tables = [table for table in tables_of(values) if key in table]
-        for table in tables:
-            table[key] = [parse(word, types[key]) for word in words] or [value]
+        lists = [table[key] for table in tables if isinstance(table[key], list)]
+        new = [x for x in given if not any(x in choices for choices in lists)]
+        if not new:
+            chosen[key] = given
+        elif any(choices != lists[0] for choices in lists):
+            raise InputError(
+                f"--{key}: no [[sweep]] table lists {new[0]!r}; add it to the table it belongs to"
+            )
+        else:
+            for table in tables:
+                table[key] = given
         if tables:  # the other tables keep the value of the file
             del values[key]
             values |= {key: of_file[key]} if key in of_file else {}
-    return values
+    return {**values, "chosen": chosen}
 
 
 def read_cells(values):
-    """The cells of a sweep, {name: Config}, from the keys of its TOML file. Raises InputError."""
-    tables = values.pop("sweep", None)
+    """The cells of a sweep, {name: Config}, from what `read_sweep` returned. Raises InputError."""
+    tables, chosen = values.pop("sweep", None), values.pop("chosen", {})
     tables = tables if isinstance(tables, list) else []
     if not tables or not all(isinstance(table, dict) and table for table in tables):
         raise InputError(
@@ -93,7 +106,10 @@ def read_cells(values):
     for table in tables:
         reference = matching_reference(table.get("partition", ()), values.get("partition"))
         for choice in itertools.product(*table.values()):
-            cell = resolve({**values, **dict(zip(table, choice))}, reference)
+            choice = dict(zip(table, choice))
+            if any(x not in chosen.get(key, [x]) for key, x in choice.items()):
+                continue
+            cell = resolve({**values, **choice}, reference)
             others = (asdict(other) for other in cells.values())
             if any(asdict(cell) == {**other, "out": cell.out} for other in others):
                 continue  # another table contains it, too

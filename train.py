@@ -65,7 +65,7 @@ class Config(TextConfig):
         "adamw; or muon, for the matrices inside the layers (AdamW for the rest)",
         one_of=("adamw", "muon"),
     )
-    batch_size: int = key(8, "contexts per forward pass, of all processes together", 1, below=10**6)
+    batch_size: int = key(8, "contexts per forward pass, across all processes", 1, below=10**6)
     grad_accum: int = key(1, "forward passes per step", at_least=1, below=10**6)
     max_steps: int = key(1000, "steps in total", at_least=1)
     learning_rate: float = key(3e-4, "after the warm-up", at_least=0)
@@ -334,8 +334,8 @@ def validate(run, config, model, data, process):
             limit=config.eval_contexts,
         )
         run.save_if_best(results["loss"])
-    state = [run.val_loss, run.best_loss, run.evals_since_best]
-    run.val_loss, run.best_loss, run.evals_since_best = ddp.broadcast(state, process)
+    state = ddp.broadcast([run.val_loss, run.best_loss, run.evals_since_best], process)
+    run.val_loss, run.best_loss, run.evals_since_best = *state[:2], int(state[2])
 
 
 def draw(run, config, model, data, step):
@@ -521,7 +521,7 @@ def check_config_name(path, script):
         command = shlex.join(["python", script, config[script], "--source", str(path)])
         raise InputError(
             f"{path} is not a config, which is a file whose name ends in .toml; if it is a text, "
-            f"name it after a config: {command}"
+            f"pass it to a config: {command}"
         )
 
 

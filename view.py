@@ -35,7 +35,7 @@ from support.machine import pick_device, provenance
 from support.prepared import SPLITS
 from support.run import is_run
 from support.sources import pieces
-from support.tokenizers import SAMPLE, get_encoding, token_bytes
+from support.tokenizers import SAMPLE, get_encoding, token_bytes, token_ids
 
 TOKENS, MOST = 512, 4096  # default and maximum number of tokens on a page
 LIKELIEST = 10  # number of likely next tokens to show per token
@@ -300,10 +300,10 @@ def given_text(config, data, text):
     encoding = get_encoding(config["tokenizer"])
     name = text.name if isinstance(text, Path) else "a prompt"
     text = "".join(pieces(text)) if isinstance(text, Path) else text
-    tokens = np.array(encoding.encode(text, allowed_special="all"), np.int64)
+    tokens = token_ids(encoding, text, name).astype(np.int64)
     if data:
         return own_text(data, "val", 2)._replace(name=name, tokens=tokens, start=0, lookback=None)
-    foreign = np.array(encoding.encode("".join(pieces(SAMPLE)), allowed_special="all"))
+    foreign = token_ids(encoding, "".join(pieces(SAMPLE)), SAMPLE).astype(np.int64)
     return Text(name, tokens, 0, None, foreign)
 
 

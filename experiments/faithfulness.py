@@ -31,11 +31,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import locality
+import model
+import view
 from eval import load
 from experiments import faithful_measure, faithful_report
 from experiments.faithful_measure import contexts_of, measure, starts_of
 from experiments.faithful_report import BASE
+from fast import attention
 from locality import schedule
+from report import excerpt
 from report.sweep import read_results
 from report.tables import listed
 from support import files
@@ -126,7 +131,8 @@ def subjects_of(cells, study):
 def to_measure(subjects, study, text):
     """The Subjects without valid measurements: {Subject: what they depend on, a dict}. text: a
     sha256. Other weights, another study or other code make measurements invalid."""
-    code, missing = files.digest_code([faithful_measure.__file__], ()), {}
+    modules = faithful_measure, view, excerpt, model, attention, locality
+    code, missing = files.digest_code([module.__file__ for module in modules]), {}
     for s in subjects:
         about = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
         about |= {name: getattr(s, name) for name in ("schedule", "partition", "floor")}

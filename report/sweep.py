@@ -154,8 +154,9 @@ def collect(runs):
         group = {"config": config, "schedule": config["schedule"], "partition": kind(config)}
         group |= {"block_stats": r["blocks"], "runs": [], "loss": {}}
         group = groups.setdefault(tuple(str(config[key]) for key in keys), group)
-        group["runs"].append(r)
-        group["loss"][r["seed"]] = r["loss"]
+        if r["seed"] not in group["loss"]:  # otherwise the same model, with another max_lookback
+            group["runs"].append(r)
+            group["loss"][r["seed"]] = r["loss"]
     groups = list(groups.values())
     name_groups(groups, keys)
     shared = [key for key in keys if key not in LOCAL]

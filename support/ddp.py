@@ -55,8 +55,8 @@ def read_ranks():
             return rank, world_size, local_rank
     given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
     raise InputError(
-        f"the environment numbers the processes in an impossible way ({given}); start several "
-        "processes with torchrun; for a single one, unset RANK"
+        f"the process numbers in the environment are invalid ({given}); start several processes "
+        "with torchrun; for a single one, unset RANK"
     )
 
 

@@ -68,7 +68,7 @@ def receive(url, path, size, sha256, limit):
     length = headers.get("Content-Length") or ""
     length = int(length) if length.isdecimal() and len(length) < 20 else None
     if size and length not in (None, size):
-        raise InputError(f"{url}: the server offers {length} bytes where {size} are expected")
+        raise InputError(f"{url}: the server offers {length} bytes, not {size}")
     expected, limit, name = size or length, size or limit, url.rpartition("/")[2]
     digest, received, received_before, since = hashlib.sha256(), 0, 0, time.monotonic()
     bar = tqdm(total=expected, unit="B", unit_scale=True, desc=name, leave=False, disable=None)

@@ -18,7 +18,7 @@ def take_jobs(argv):
     at = argv.index("--jobs")
     jobs = "".join(argv[at + 1 : at + 2])
     if not (jobs.isascii() and jobs.isdigit() and len(jobs) < 5 and int(jobs) > 0):
-        raise InputError("--jobs takes the number of runs at a time")
+        raise InputError("--jobs takes a number of parallel runs")
     del argv[at : at + 2]
     return int(jobs)
 
@@ -60,8 +60,6 @@ def run_jobs(commands, n, held=None, threads=None, meanwhile=lambda: None, kill=
                 for future in done:
                     yield running[future], future.result()
                 meanwhile()
-            if received:
-                raise KeyboardInterrupt(received[0])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(children):

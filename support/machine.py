@@ -5,6 +5,7 @@ import datetime
 import importlib.util
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -110,7 +111,8 @@ def compiler_failed(error):
 def peak_flops(device):
     """The peak flop/s of this device, or None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak * 1e12 for card, peak in PEAK.items() if card in name), None)
+    known = (n for card, n in PEAK.items() if re.search(rf"\b{card}\b(?! Laptop)", name))
+    return next((n * 1e12 for n in known), None)
 
 
 def in_parallel(function, arguments):
@@ -165,8 +167,8 @@ def in_parallel(function, arguments):
 @contextlib.contextmanager
 def stop_signals():
     """Yield a list that collects SIGINT, SIGTERM and SIGHUP (the terminal is gone), so that the
-    caller can finish its step. Ctrl-C also reaches a compiler that is running; the error that torch
-    makes of it becomes KeyboardInterrupt(number)."""
+    caller can finish its step. At the end, the first of them raises KeyboardInterrupt(number).
+    Ctrl-C also reaches a compiler that is running; so does the error that torch makes of it."""
     received, numbers = [], {signal.SIGINT, signal.SIGTERM}
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
     if signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it
@@ -174,6 +176,8 @@ def stop_signals():
     handlers = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
     try:
         yield received
+        if received:
+            raise KeyboardInterrupt(received[0])
     except RuntimeError:
         if not received:
             raise

@@ -169,11 +169,11 @@ def stale_because(folder, recipe):
         complete = all((folder / name).stat().st_size == 2 * n for name, n in tokens.items())
     except (InputError, OSError) as e:
         return str(e)
-    titles = {"source_sha256": "text", "code_sha256": "version of the code that finds blocks"}
+    titles = {"source_sha256": "text", "code_sha256": "version of the code that prepares it"}
     changed = [titles.get(key, key) for key, value in recipe.items() if meta.get(key) != value]
     if changed:
-        return f"it was prepared with another {', '.join(changed)}"
-    return "" if complete else "a file has another length"
+        return f"it was prepared with a different {', '.join(changed)}"
+    return "" if complete else "a file has the wrong length"
 
 
 def read_meta(folder):
@@ -251,13 +251,13 @@ def check_identity(prepared, trained_on):
     names = [name for name in now if before.get(name) != now[name]]
     if any("lookback" not in name for name in names):
         raise InputError(
-            f"{prepared.folder} has other tokens ({', '.join(names)}): the tokenizer has changed "
-            "since this run was trained; use the version of the code that trained it"
+            f"{prepared.folder} has different tokens ({', '.join(names)}): the tokenizer has "
+            "changed since this run was trained; use the version of the code that trained it"
         )
     if names:
         raise InputError(
-            f"{prepared.folder} has other blocks ({', '.join(names)}): the partitioner has changed "
-            "since this run was trained; use the version of the code that trained it"
+            f"{prepared.folder} has different blocks ({', '.join(names)}): the partitioner has "
+            "changed since this run was trained; use the version of the code that trained it"
         )
 
 

@@ -70,7 +70,7 @@ def unpack(state, path, block_size=None):
     names = (f"h.{i}.{name}" for i in range(max(n_layer, 1)) for name in LAYER)
     for name in chain(("ln_f.weight", "ln_f.bias"), names):
         if name not in tensors:
-            raise InputError(f"{path}: tensor {name} is missing: not a whole GPT-2")
+            raise InputError(f"{path}: tensor {name} is missing: not a complete GPT-2")
     if not config:
         vocab_size = read_vocabulary(path, n_rows)
         for name, v in tensors.items():

@@ -105,7 +105,7 @@ def check_free(folder, overwrite=False):
     begun = {"config.toml", metrics.name} <= names and is_ours(folder / "config.toml")
     begun = begun or names == {metrics.name} and not n_lines
     if names and not begun or any((folder / name).is_dir() for name in (*RESULTS, metrics.name)):
-        raise InputError(f"{folder} contains files that are not of a run; give another --out")
+        raise InputError(f"{folder} contains files that do not belong to a run; give another --out")
     if not overwrite and (n_lines > 1 or names & {"last.pt", "results.json"}):
         raise InputError(
             f"{folder} contains a run: --resume or --overwrite it, or give another --out"
@@ -149,7 +149,7 @@ def check_best(path, last, may_change):
     the content of last.pt, and the best one. A run that was killed may have saved a later one."""
     if not path.exists():
         return
-    advice = "restore the file, or delete it to let the best model from now on take its place"
+    advice = "restore the file, or delete it; the next best model replaces it"
     try:
         best = read_checkpoint(path)
     except InputError as e:
@@ -282,7 +282,8 @@ class Run:
             self.lock()
             check_free(self.folder, self.overwrite)  # another run may have used it meanwhile
             self.metrics.truncate(0)
-        for name in ("diverged.json",) if self.resuming else RESULTS:
+        # what a resumed run said of an earlier model is no longer true
+        for name in RESULTS[:3] if self.resuming else RESULTS:
             (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", MADE + to_toml(config))
         length = self.metrics.seek(0, os.SEEK_END)
@@ -326,7 +327,7 @@ class Run:
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as e:
             path, kind = self.folder / "last.pt", type(e).__name__
-            raise InputError(f"{path}: not a whole checkpoint of this model ({kind})") from None
+            raise InputError(f"{path}: not a complete checkpoint of this model ({kind})") from None
 
     def log(self, **values):
         """Append the step, these values and the seconds that the run has taken so far to

@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from support.files import InputError, read_text, write_json, write_text
@@ -96,6 +97,21 @@ def download_gpt2():
             f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); check the network, "
             "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer sample or bytes"
         ) from None
+
+
+def token_ids(encoding, text, name):
+    """The tokens of a text, which may contain <|endoftext|>: (n,) uint16. name: of the text, for
+    the message. Raises InputError if tiktoken cannot read it."""
+    try:
+        ids = encoding.encode_to_numpy(text, allowed_special="all")
+    except UnicodeEncodeError:  # half of a pair of surrogates, which `encode` replaces
+        ids = np.array(encoding.encode(text, allowed_special="all"))
+    except ValueError:  # tiktoken's expression gives up
+        raise InputError(
+            f"{name}: tiktoken cannot split this text; it may contain a million white-space "
+            "characters in a row"
+        ) from None
+    return ids.astype(np.uint16)
 
 
 def token_bytes(encoding):

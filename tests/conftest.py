@@ -123,7 +123,7 @@ def code_is_digested_once():
     """The code does not change during the tests: hundreds of preparations share its digest."""
     known = functools.cache(files.digest_code)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "digest_code", lambda paths, without: known(tuple(paths), without))
+        patch.setattr(files, "digest_code", lambda paths, without=(): known(tuple(paths), without))
         yield
 
 

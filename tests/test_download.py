@@ -79,7 +79,7 @@ def test_a_server_that_misbehaves(name, serve, tmp_path, monkeypatch):
 def test_a_known_length_and_sha256_are_checked(serve, tmp_path):
     base, _ = serve({"/x": b"x" * 1000})
     expected = {"size": 999}, {"limit": 999}, {"sha256": "0" * 64}
-    for options, message in zip(expected, ("1000 bytes where 999", "more than 999", "sha256")):
+    for options, message in zip(expected, ("1000 bytes, not 999", "more than 999", "sha256")):
         with pytest.raises(InputError, match=message):
             download(f"{base}/x", tmp_path / "x", **options)
         assert not list(tmp_path.iterdir())
@@ -140,7 +140,7 @@ def test_of_two_downloads_at_the_same_time_the_second_finds_the_file(serve, tmp_
         assert requests == ["/x"] and [path.name for path in tmp_path.iterdir()] == ["x"]
         requests.clear()
         (tmp_path / "x").write_bytes(b"of another length")
-    with pytest.raises(InputError, match="5 bytes where 6"):
+    with pytest.raises(InputError, match="5 bytes, not 6"):
         download(f"{base}/x", tmp_path / "x", 6)
 
 

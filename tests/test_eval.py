@@ -1,6 +1,7 @@
 """eval.py: windows, every measure against a count by hand, other dials, blocks, texts and weights,
 and figures."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from conftest import ROOT
-from eval import FLOORS, attention_maps, entropy_of, evaluate, fidelity_of, figure, load, windows
+from eval import (
+    FLOORS,
+    attention_maps,
+    entropy_of,
+    evaluate,
+    fidelity_of,
+    figure,
+    load,
+    read_text,
+    windows,
+)
 from locality import SCHEDULES, partition_text, schedule
 from model import GPT, GPTConfig
 from report import plots
@@ -79,6 +90,18 @@ def test_eval_measures_a_run_on_another_text(place, measure):
             assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         else:
             assert results["loss"] > expected["loss"] + 0.3
+
+
+def test_the_blocks_of_another_text_are_found_with_the_background_of_the_run(place):
+    text = (place / "data" / "sample.txt").read_text()
+    (place / "half.txt").write_text(text[len(text) // 2 :])
+    with contextlib.chdir(place):
+        _, config, trained_on = load("runs/tiny", source="half.txt")
+        (tokens, lookback), vocabulary = read_text(config, trained_on, "all", "semantic")
+    background = load(place / "runs" / "tiny")[2]["background"]
+    rules = "semantic", config["max_lookback"]
+    assert np.array_equal(lookback, partition_text(tokens, vocabulary, *rules, background))
+    assert not np.array_equal(lookback, partition_text(tokens, vocabulary, *rules))
 
 
 def test_an_export_of_a_run_keeps_its_blocks_and_the_dial(place, tmp_path):

@@ -515,7 +515,7 @@ OTHERS = {
             decoder_layers=2,
         )
     ),
-    "cannot exchange": lambda: tf.BloomForCausalLM(
+    "cannot replace": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=400, hidden_size=48, n_layer=2, n_head=4)
     ),
     "more than attention": lambda: tf.MambaForCausalLM(
@@ -620,7 +620,7 @@ def test_a_dial_that_was_switched_off_is_missed(tokenizer, ids):
     model = hub.localize(make("Llama"), tokenizer, partition="window:4")
     expected = model(ids).logits
     model.set_attn_implementation("sdpa")
-    with pytest.raises(InputError, match="exchanged after hub.localize; call it again"):
+    with pytest.raises(InputError, match="replaced after hub.localize; call it again"):
         model(ids)
     hub.localize(model, tokenizer, partition="window:4")
     assert torch.equal(model(ids).logits, expected)

@@ -23,6 +23,7 @@ from support.machine import (
     fast_bfloat16,
     in_parallel,
     missing_compiler,
+    peak_flops,
     precision,
 )
 
@@ -89,6 +90,22 @@ def test_a_card_without_bfloat16_computes_in_float32(monkeypatch):
         precision(device, "bfloat16")
 
 
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_a_card_is_not_taken_for_another_one(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+
+
 def test_what_torch_says_when_memory_is_short():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50)
@@ -149,7 +166,7 @@ def set_ranks(monkeypatch, words):
 @pytest.mark.parametrize("words", IMPOSSIBLE)
 def test_ranks_that_make_no_sense_are_refused(monkeypatch, words):
     set_ranks(monkeypatch, words)
-    with pytest.raises(InputError, match="processes in an impossible way .*; start .* torchrun"):
+    with pytest.raises(InputError, match="process numbers .* invalid .*; start .* torchrun"):
         ddp.init("cpu", 4)
 
 

@@ -23,7 +23,7 @@ from forks import started
 from locality import Partitioner, partition_text
 from prepare_data import TextConfig, default_folder, encode, prepare
 from report import blocks
-from support import files, sentences, sources
+from support import files, sentences, sources, tokenizers
 from support.files import InputError
 from support.prepared import SPLITS, Prepared, read_meta
 from support.sources import pieces
@@ -83,15 +83,15 @@ def test_a_folder_made_of_something_else_is_rebuilt_and_says_why(capsys):
         rules |= change
         ((name, value),) = change.items()
         assert prepared(**rules).meta[name] == read_meta(folder)[name] == value
-        message = f"rebuilding out: it was prepared with another {name}\n"
+        message = f"rebuilding out: it was prepared with a different {name}\n"
         assert message in capsys.readouterr().out
     write("book.txt", TEXT + "One more sentence.")
     assert prepared(**rules).split("test")[0][-1] == ord(".")
-    assert "it was prepared with another text\n" in capsys.readouterr().out
+    assert "it was prepared with a different text\n" in capsys.readouterr().out
     write("out/train.bin", b"half")
     tokens, _ = prepared(**rules).split("train")
     assert len(tokens) == read_meta(folder)["splits"]["train"]["tokens"]
-    assert "rebuilding out: a file has another length\n" in capsys.readouterr().out
+    assert "rebuilding out: a file has the wrong length\n" in capsys.readouterr().out
     names = {f"{split}{end}" for split in SPLITS for end in (".bin", ".lookback.bin")}
     assert set(os.listdir(folder)) == {"meta.json", *names}
 
@@ -102,6 +102,9 @@ CODE = {
     "the choice of a twin": (locality, "kind = Evidence if plain else partial(", "kind = partial("),
     "a line of the fast twin": (evidence, "np.log1p(", "np.log2("),
     "a pattern": (sentences, "」』】）〉》", "」』】）〉"),
+    "how a text is cut": (prepare_data, "n - round(n * text.test), n]", "n - 7, n]"),
+    "how a text is read": (sources, 'text.replace("\\ufeff", "")', "text"),
+    "a tokenizer": (tokenizers, "[:N_CHARACTERS]", "[:9000]"),
     "a rule": (sentences, '(r"al\\.", r"[(\\[]", "Doe et al. (2004)"),', ""),
 }
 NO_CODE = {
@@ -129,7 +132,7 @@ def test_data_is_rebuilt_if_the_code_that_finds_blocks_has_changed_and_only_then
     rebuilt = (prepared(data="out").folder / "train.bin").stat().st_ino != built
     printed = capsys.readouterr().out
     assert rebuilt == (name in CODE) == bool(printed)
-    assert not rebuilt or "another version of the code that finds blocks\n" in printed
+    assert not rebuilt or "a different version of the code that prepares it\n" in printed
 
 
 def test_joined_and_plain_data_have_default_folders_of_their_own():

@@ -518,6 +518,22 @@ def rows_of(text, column, value):
     return [row for row in rows if row.get(column) == value]
 
 
+def test_a_window_under_several_caps_counts_once_per_seed(tmp_path):
+    """Its models are the same, so the intervals must not take them for more seeds."""
+    for number, (seed, cap) in enumerate(itertools.product((1, 2, 3), (64, 128))):
+        for partition in ("semantic", "window:9"):
+            config = Config(partition=partition, schedule="localist", max_lookback=cap, seed=seed)
+            write_run(
+                tmp_path / f"{partition[0]}{number}",
+                config=asdict(config),
+                seed=seed,
+                loss=seed + (cap / 1000 if partition == "semantic" else 0),
+            )
+    groups = {group["name"]: group for group in collect(read_runs(tmp_path, Config)[0])[0]}
+    seeds = {name: sorted(run["seed"] for run in group["runs"]) for name, group in groups.items()}
+    assert len(seeds) == 3 and all(x == [1, 2, 3] for x in seeds.values()), seeds
+
+
 def test_rivals_are_compared_with_the_blocks_that_reach_back_as_far(tmp_path):
     """Semantic and closed blocks in one sweep, each with rivals of its own mean lookback."""
     means = {"semantic": 60, "window:61": 60, "aligned:118": 61, "shifted:400": 60, "document": 90}

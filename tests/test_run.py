@@ -21,7 +21,7 @@ import torch
 
 import prepare_data
 from conftest import ROOT, TINY, flags, prepared_folder
-from eval import load
+from eval import evaluate, load
 from forks import children, started
 from model import GPT
 from prepare_data import TextConfig, prepare
@@ -212,6 +212,13 @@ def test_a_signal_ends_a_run_cleanly_and_it_can_be_resumed(place, run, number):
     assert json.loads((folder / "results.json").read_text())["steps"] == step + 4
     status, _, error = run("train.py", folder, "--resume", "--floor", 0.5)
     assert status == 2 and "floor was 1.0, is 0.5" in error
+    # a finished run that goes on is no longer finished
+    with started(ROOT / "train.py", out, "--resume", *flags(max_steps=9000), cwd=place) as process:
+        while last_step(folder) <= step + 4 and process.is_alive():
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        process.join(60)
+    assert not (folder / "results.json").exists()
     assert run("train.py", "runs/none", "--resume")[0] == 2
 
 
@@ -506,6 +513,26 @@ def test_a_signal_at_the_end_of_a_run_says_how_to_continue(place, run, train, mo
     assert_same_run(whole, folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_last_evaluation_stops_the_run(place, run, train, monkeypatch, number):
+    whole, folder = train(f"last-{number}", max_steps=2), place / "runs" / f"stop-{number}"
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(options)
+        if len(calls) == 2:  # the first evaluation is before the first step
+            os.kill(os.getpid(), number)
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.evaluate", interrupted)
+        status, _, error = run("train.py", TINY, *flags(max_steps=2, out=folder))
+    assert status == 128 + number and error.startswith("stopped at step 2; ")
+    assert not (folder / "results.json").exists()
+    assert run("train.py", folder, "--resume")[0] == 0
+    assert_same_run(whole, folder)
+
+
 # --------------------------------------------------------------------------------------------------
 # several processes
 
@@ -775,7 +802,9 @@ def test_a_run_is_not_measured_on_other_tokens_or_blocks_than_its_own(
     # prepared with other parameters since then: it is left as it is
     status, _, error = run(*commands[0])
     assert status == 0 and error.startswith("using data/own.bytes.")
-    assert error.endswith("cannot be used: it was prepared with another partition, max_lookback\n")
+    assert error.endswith(
+        "cannot be used: it was prepared with a different partition, max_lookback\n"
+    )
     assert read_meta(data)["partition"] == "block:9"
 
     def other_blocks(tokens, vocabulary, partition, cap, background, out, plain):

@@ -127,9 +127,9 @@ def test_a_sweep_that_makes_no_sense_is_refused(tmp_path, monkeypatch, sweep, wo
 def test_values_on_the_command_line_replace_a_list(tmp_path, words, expected):
     table = {"seed": [1, 2], "schedule": ["distributed"], "floor": [1.0], "source": ["c.txt"]}
     table |= {"anchor": [False]}
-    write_sweep(tmp_path / "s.toml", table, {"seed": [9]})
+    write_sweep(tmp_path / "s.toml", table, {"seed": [1, 2]})
     tables = read_sweep([str(tmp_path / "s.toml"), *words])["sweep"]
-    assert tables == [{**table, **expected}, {"seed": expected.get("seed", [9])}]
+    assert tables == [{**table, **expected}, {"seed": expected.get("seed", [1, 2])}]
 
 
 @pytest.mark.parametrize("key", sorted(Config.__dataclass_fields__.keys() - {"out"}))
@@ -137,6 +137,39 @@ def test_every_key_of_a_table_can_be_replaced_on_the_command_line(tmp_path, key)
     write_sweep(tmp_path / "s.toml", {key: ["3"]})
     (table,) = read_sweep([str(tmp_path / "s.toml"), f"--{key}", "1,2"])["sweep"]
     assert [str(value) for value in table[key]] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        (["--schedule", "distributed,quintic", "--seed", "1"], ["distributed", "quintic.sentence"]),
+        (["--schedule", "linear", "--seed", "2"], ["linear.sentence"]),
+        (
+            ["--seed", "1"],
+            ["distributed", "linear.sentence", "quintic.sentence", "localist.semanticclosed"]
+            + ["localist.window"],
+        ),
+        (["--partition", "window:matched", "--seed=1"], ["distributed", "localist.window"]),
+    ],
+)
+def test_values_on_the_command_line_choose_cells_of_tables_that_differ(tmp_path, words, names):
+    """The chosen cells have the names and folders that the whole sweep gives them."""
+    write_sweep(
+        tmp_path / "s.toml",
+        {"schedule": ["distributed"], "seed": [1, 2]},
+        {"schedule": ["linear", "quintic"], "partition": ["sentence"], "seed": [1, 2]},
+        {"schedule": ["localist"], "partition": ["semantic:closed", "window:matched"], "seed": [1]},
+    )
+    every = read_cells(read_sweep([str(tmp_path / "s.toml")]))
+    cells = read_cells(read_sweep([str(tmp_path / "s.toml"), *words]))
+    assert [name.partition(".seed")[0].rstrip("0123456789") for name in cells] == names
+    assert all(every[name] == cell for name, cell in cells.items())
+
+
+def test_a_value_that_no_table_of_a_sweep_lists_is_an_error_if_the_tables_differ(tmp_path):
+    write_sweep(tmp_path / "s.toml", {"schedule": ["distributed"]}, {"schedule": ["linear"]})
+    with pytest.raises(InputError, match="no .* table lists 'quintic'"):
+        read_sweep([str(tmp_path / "s.toml"), "--schedule", "linear,quintic"])
 
 
 def test_a_list_on_the_command_line_leaves_the_tables_without_that_key_alone(tmp_path):

@@ -497,6 +497,8 @@ def test_which_text_is_shown_and_which_is_foreign(make_page, tmp_path):
     assert given.foreign.tolist() == text.split("test")[0].tolist()
     weights = given_text({"tokenizer": "bytes"}, None, "x y")
     assert bytes(weights.foreign.tolist()) == SAMPLE
+    with pytest.raises(InputError, match="a prompt: tiktoken cannot split this text"):
+        given_text({"tokenizer": "sample"}, None, "One." + " " * 1_100_000)
 
 
 def test_the_page_is_written_to_the_run_and_named_last(place, run):
