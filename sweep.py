@@ -8,11 +8,12 @@
 
 A sweep is a config of train.py with one or more tables [[sweep]] of lists: each table stands for
 all combinations of its lists, and each combination is a cell. On the command line, values between
-commas replace a list. Finished cells are not run again, interrupted ones are resumed, and broken
-ones are reported at the end. window:matched, block:matched and aligned:matched become the N that
-reaches back as far on average, in the same text, as the semantic or semantic:closed blocks of the
-same table (of the config, if the table has neither). The report consists of table.md, table.json
-and four figures. A finished cell keeps what the report and view.py need, but not last.pt.
+commas choose cells; new values replace a list. Finished cells are not run again, interrupted ones
+are resumed, and broken ones are reported at the end. window:matched, block:matched and
+aligned:matched become the N that reaches back as far on average, in the same text, as the semantic
+or semantic:closed blocks of the same table (of the config, if the table has neither). The report
+consists of table.md, table.json and four figures. A finished cell keeps what the report and view.py
+need, but not last.pt.
 """
 
 import support  # first: it sets what torch reads when it is loaded  # noqa: F401
@@ -120,6 +121,9 @@ def read_cells(values):
                     f"[[sweep]]: two cells would share the folder {cell.out}; put them in two files"
                 )
             cells[name] = cell
+    if not cells:
+        given = "; ".join(f"{key} {', '.join(map(str, x))}" for key, x in chosen.items())
+        raise InputError(f"no cell of this sweep has all of these values: {given}")
     return cells
 
 
@@ -250,6 +254,11 @@ def check_same(cell, results, before):
         )
 
 
+def few(names):
+    """Names for a message: all of them, or the first three and how many more there are."""
+    return ", ".join(names if len(names) < 6 else [*names[:3], f"and {len(names) - 3} more"])
+
+
 def sort_cells(cells):
     """(left, finished, broken): the cells, {name: Config}, that are not finished; the results of
     those that are, {name: dict}; and {name: why} of those whose files are damaged. Raises
@@ -320,8 +329,8 @@ def run(cells, jobs, held, check=check_cells):
     left, finished, broken = sort_cells(cells)
     if others := [name for name in finished if finished[name]["code"] != code_version()]:
         print(
-            f"finished with another version of the code: {', '.join(others)} (delete a folder to "
-            "run its cell again)",
+            f"finished with another version of the code: {few(others)} (delete a folder to run its "
+            "cell again)",
             file=sys.stderr,
         )
     for name in finished:  # a sweep that was killed may have left some
@@ -371,7 +380,7 @@ def report(out, broken, cells):
         raise InputError(f"{out} holds no finished cell; run the sweep first")
     others = {run["folder"].name for run in runs} - cells.keys()
     if others and cells:
-        print(f"the table includes other cells of this folder: {', '.join(sorted(others))}")
+        print(f"the table includes other cells of this folder: {few(sorted(others))}")
 
 
 def main(check=check_cells):

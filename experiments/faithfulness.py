@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import locality
 import model
 import view
 from eval import load
@@ -131,8 +130,9 @@ def subjects_of(cells, study):
 def to_measure(subjects, study, text):
     """The Subjects without valid measurements: {Subject: what they depend on, a dict}. text: a
     sha256. Other weights, another study or other code make measurements invalid."""
-    modules = faithful_measure, view, excerpt, model, attention, locality
-    code, missing = files.digest_code([module.__file__ for module in modules]), {}
+    modules = faithful_measure, excerpt, model, attention, view
+    of_page = "page quick_page everything own_text given_text turns main check_arguments".split()
+    code, missing = files.digest_code([module.__file__ for module in modules], of_page), {}
     for s in subjects:
         about = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
         about |= {name: getattr(s, name) for name in ("schedule", "partition", "floor")}

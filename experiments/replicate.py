@@ -193,10 +193,13 @@ def main():
     if quick:
         words = [word for word in argv if word != "--report"]
         take_jobs(words)
+        tables, given = sweep.tables_of(sweep.read_sweep(words)), read_flags(Config, words[1:])
         flags = {**QUICK, "out": f"runs/{Path(argv[0]).stem}_quick"}
-        if any("seed" in table for table in sweep.tables_of(sweep.read_sweep(words))):
-            flags["seed"] = "1,2"
-        given = read_flags(Config, words[1:])
+        lists = {key: {str(t[key]) for t in tables if key in t} for key in flags}
+        flags = {key: value for key, value in flags.items() if len(lists[key]) < 2}
+        seeds = [seed for t in tables if isinstance(t.get("seed"), list) for seed in t["seed"][:2]]
+        if seeds:
+            flags["seed"] = ",".join(map(str, dict.fromkeys(seeds)))
         argv += [f"--{key}={value}" for key, value in flags.items() if key not in given]
     sys.argv[1:] = argv
     try:

@@ -130,7 +130,7 @@ def read_runs(folder, config_class, without=()):
 # --------------------------------------------------------------------------------------------------
 # groups: cells that differ only in the seed
 
-# partitions that were matched to the mean lookback of semantic blocks; their cap never binds
+# partitions that are matched to the mean lookback of semantic blocks; their cap does not bind
 MATCHED = "window", "block", "aligned"
 # the keys that do not matter to a distributed run
 LOCAL = "schedule", "partition", "floor", "max_lookback", "anchor"
@@ -147,7 +147,8 @@ def collect(runs):
     configs, groups = [r["config"] for r in runs], {}
     for r, config in zip(runs, configs):
         config["n_layer"] = len(r["layers"])  # the config need not say it
-        if kind(config) in MATCHED:
+        cap_binds = kind(config) == "aligned" and r["blocks"].get("forced")
+        if kind(config) in MATCHED and not cap_binds:
             config["max_lookback"] = None  # it does not tell groups apart
     keys = [key for key in configs[0] if varies(key, configs)]
     for r, config in zip(runs, configs):

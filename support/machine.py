@@ -20,7 +20,15 @@ import torch
 from support.files import InputError, digest
 
 # peak Tflop/s of a card in dense bfloat16 (no sparsity), from NVIDIA's data sheets
-PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}
+PEAK = {
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
+}
 
 
 def pick_device(name):
@@ -168,7 +176,8 @@ def in_parallel(function, arguments):
 def stop_signals():
     """Yield a list that collects SIGINT, SIGTERM and SIGHUP (the terminal is gone), so that the
     caller can finish its step. At the end, the first of them raises KeyboardInterrupt(number).
-    Ctrl-C also reaches a compiler that is running; so does the error that torch makes of it."""
+    Ctrl-C also reaches a compiler that is running; the error that torch makes of it becomes
+    KeyboardInterrupt(number), too."""
     received, numbers = [], {signal.SIGINT, signal.SIGTERM}
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
     if signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it

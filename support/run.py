@@ -282,8 +282,7 @@ class Run:
             self.lock()
             check_free(self.folder, self.overwrite)  # another run may have used it meanwhile
             self.metrics.truncate(0)
-        # what a resumed run said of an earlier model is no longer true
-        for name in RESULTS[:3] if self.resuming else RESULTS:
+        for name in ("diverged.json",) if self.resuming else RESULTS:
             (self.folder / name).unlink(missing_ok=True)
         write_text(self.folder / "config.toml", MADE + to_toml(config))
         length = self.metrics.seek(0, os.SEEK_END)
@@ -376,6 +375,8 @@ class Run:
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         state["rng"] = torch.get_rng_state()
         state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if cuda else None
+        for name in ("results.json", "attention.png"):  # of a finished run that was resumed
+            (self.folder / name).unlink(missing_ok=True)
         save(state, self.path("last.pt"))
         self.last_saved = self.step
 

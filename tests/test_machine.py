@@ -96,6 +96,7 @@ def test_a_card_without_bfloat16_computes_in_float32(monkeypatch):
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA GH200 480GB", 989),
         ("NVIDIA GeForce RTX 4090", 165),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA RTX A1000", None),

@@ -23,7 +23,7 @@ from forks import started
 from locality import Partitioner, partition_text
 from prepare_data import TextConfig, default_folder, encode, prepare
 from report import blocks
-from support import files, sentences, sources, tokenizers
+from support import files, gutenberg, sentences, sources, tokenizers
 from support.files import InputError
 from support.prepared import SPLITS, Prepared, read_meta
 from support.sources import pieces
@@ -104,6 +104,7 @@ CODE = {
     "a pattern": (sentences, "」』】）〉》", "」』】）〉"),
     "how a text is cut": (prepare_data, "n - round(n * text.test), n]", "n - 7, n]"),
     "how a text is read": (sources, 'text.replace("\\ufeff", "")', "text"),
+    "the end of a book": (gutenberg, "LICENSE = 40_000", "LICENSE = 9_000"),
     "a tokenizer": (tokenizers, "[:N_CHARACTERS]", "[:9000]"),
     "a rule": (sentences, '(r"al\\.", r"[(\\[]", "Doe et al. (2004)"),', ""),
 }

@@ -322,3 +322,23 @@ def test_what_the_user_gives_takes_the_place_of_what_a_rehearsal_would_set(monke
         )
         assert ("rehearsal" in capsys.readouterr().out) == ("--quick" in words)
         given.clear()
+
+
+def test_a_rehearsal_has_cells_of_every_table(tmp_path, monkeypatch):
+    cells = {}
+
+    def main(check):
+        cells.update(read_cells(read_sweep(sys.argv[1:])))
+
+    monkeypatch.setattr("sweep.main", main)
+    path = tmp_path / "s.toml"
+    path.write_text(
+        '[[sweep]]\nschedule = ["distributed"]\nseed = [1, 2, 3]\nmax_steps = [7, 9]\n'
+        '[[sweep]]\nschedule = ["quintic"]\nseed = [11, 12, 13]\nmax_steps = [7, 9]\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["replicate.py", str(path), "--quick"])
+    replicate.main()
+    assert sorted((cell.schedule, cell.seed, cell.max_steps) for cell in cells.values()) == [
+        *(("distributed", seed, 2) for seed in (1, 2)),
+        *(("quintic", seed, 2) for seed in (11, 12)),
+    ]

@@ -172,6 +172,14 @@ def test_a_value_that_no_table_of_a_sweep_lists_is_an_error_if_the_tables_differ
         read_sweep([str(tmp_path / "s.toml"), "--schedule", "linear,quintic"])
 
 
+def test_values_that_no_cell_has_together_are_an_error(tmp_path):
+    tables = {"schedule": ["linear"], "seed": [1]}, {"schedule": ["quintic"], "seed": [2]}
+    write_sweep(tmp_path / "s.toml", *tables)
+    words = [str(tmp_path / "s.toml"), "--schedule", "linear", "--seed", "2"]
+    with pytest.raises(InputError, match="no cell .* values: schedule linear; seed 2"):
+        read_cells(read_sweep(words))
+
+
 def test_a_list_on_the_command_line_leaves_the_tables_without_that_key_alone(tmp_path):
     write_sweep(
         tmp_path / "s.toml",
