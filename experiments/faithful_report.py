@@ -372,7 +372,8 @@ def mean_of(sums, least=200):
 def draw_distance(results, path):
     """Draw influence against distance, inside and outside the block, one panel per model."""
     n = len(results["models"])
-    shape = -(-n // 4), min(4, n)
+    rows = -(-n // 4)
+    shape = rows, -(-n // rows)
     size = 3 * shape[1], 2.9 * shape[0] + 0.5
     fig, axes = panels(*shape, *size, sharex=True, sharey=True, squeeze=False)
     distance = 2 ** ((np.arange(BINS) + 0.5) / 2) - 1
@@ -385,6 +386,8 @@ def draw_distance(results, path):
         ax.set(xscale="log", yscale="log", xlim=(2, None))
     for ax in axes.flat[n:]:
         ax.axis("off")
+    for ax in axes.flat[n - shape[1] : n]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     axes[0, 0].legend(frameon=False, fontsize=9)
     fig.supxlabel("distance: tokens since the end of the sentence")
     fig.supylabel("influence of a sentence on a prediction,\nbits, plus eps (geometric mean)")
