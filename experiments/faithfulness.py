@@ -53,6 +53,10 @@ from sweep import check_folder, prepare_cell, read_cells, read_sweep, run
 from train import Config
 
 
+# what view.py defines besides `influence` and what that needs
+OF_THE_PAGE = ("page", "quick_page", "everything", "own_text", "given_text", "turns", "main")
+
+
 @dataclass
 class Study:
     contexts: int = key(16, "contexts, evenly spread over the test split", at_least=2)
@@ -131,8 +135,7 @@ def to_measure(subjects, study, text):
     """The Subjects without valid measurements: {Subject: what they depend on, a dict}. text: a
     sha256. Other weights, another study or other code make measurements invalid."""
     modules = faithful_measure, excerpt, model, attention, view
-    of_page = "page quick_page everything own_text given_text turns main check_arguments".split()
-    code, missing = files.digest_code([module.__file__ for module in modules], of_page), {}
+    code, missing = files.digest_code([module.__file__ for module in modules], OF_THE_PAGE), {}
     for s in subjects:
         about = {name: getattr(study, name) for name in ("contexts", "draws", "leak_draws")}
         about |= {name: getattr(s, name) for name in ("schedule", "partition", "floor")}

@@ -518,7 +518,7 @@ OTHERS = {
     "cannot replace": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=400, hidden_size=48, n_layer=2, n_head=4)
     ),
-    "more than attention": lambda: tf.MambaForCausalLM(
+    "interact outside attention": lambda: tf.MambaForCausalLM(
         tf.MambaConfig(vocab_size=400, hidden_size=48, num_hidden_layers=2)
     ),
     "parts that": lambda: tf.GptOssForCausalLM(
