@@ -146,14 +146,8 @@ def prepare(text, trained_on=None):
     modules = locality, sentences, evidence, sources, gutenberg, tokenizers
     code = files.digest_code(
         [__file__, *(module.__file__ for module in modules)],
-        without=(
-            "SCHEDULES",
-            "RIVALS",
-            "schedule_names",
-            "schedule",
-            "local_layers",
-            "describe",
-            "main",
+        without=tuple(
+            "SCHEDULES RIVALS schedule_names schedule local_layers describe main".split()
         ),
     )
     recipe = {f.name: getattr(text, f.name) for f in fields(TextConfig) if f.name != "data"}

@@ -199,7 +199,7 @@ def main():
         flags = {key: value for key, value in flags.items() if len(lists[key]) < 2}
         seeds = [seed for t in tables if isinstance(t.get("seed"), list) for seed in t["seed"][:2]]
         if seeds:
-            flags["seed"] = ",".join(map(str, dict.fromkeys(seeds)))
+            flags["seed"] = ",".join(dict.fromkeys(map(str, seeds)))
         argv += [f"--{key}={value}" for key, value in flags.items() if key not in given]
     sys.argv[1:] = argv
     try:

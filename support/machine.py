@@ -19,16 +19,8 @@ import torch
 
 from support.files import InputError, digest
 
-# peak Tflop/s of a card in dense bfloat16 (no sparsity), from NVIDIA's data sheets
-PEAK = {
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "GH200": 989,
-    "A100": 312,
-    "L40S": 362,
-    "4090": 165,
-}
+# peak Tflop/s in dense bfloat16 (no sparsity), from NVIDIA's data sheets, by the name of the card
+PEAK = {"H100 PCIe": 756, "H100": 989, "G?H200": 989, "A100": 312, "L40S": 362, "4090": 165}
 
 
 def pick_device(name):
