@@ -212,7 +212,7 @@ def test_a_signal_ends_a_run_cleanly_and_it_can_be_resumed(place, run, number):
     assert json.loads((folder / "results.json").read_text())["steps"] == step + 4
     status, _, error = run("train.py", folder, "--resume", "--floor", 0.5)
     assert status == 2 and "floor was 1.0, is 0.5" in error
-    # a finished run that goes on is no longer finished
+    # a finished run that is extended is no longer finished
     with started(ROOT / "train.py", out, "--resume", *flags(max_steps=9000), cwd=place) as process:
         while last_step(folder) <= step + 4 and process.is_alive():
             time.sleep(0.05)
